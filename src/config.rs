@@ -1,0 +1,392 @@
+//! `Config.toml`: every setting with its default, its unit and its allowed range.
+//!
+//! One file serves both `admin`, which reads all of it, and a single `raft-kv --config FILE`, which
+//! reads the tables and ignores the top level's layout of clusters. An unknown key is an error, so
+//! that a typo never silently means the default; a value out of range is an error that names the key
+//! and what is allowed. A file that is not there is an error only for who asked for it by name.
+
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::carp::HashVersion;
+use crate::ring::{CLUSTERS_MAX, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
+
+/// Why a configuration was refused. Always names the file and, where there is one, the key.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, or a value of the wrong type; the message shows the line.
+    #[error("{path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The parser's message with line and column.
+        message: String,
+    },
+    /// A value that cannot work.
+    #[error("{path}: `{key}` is {value}, but {allowed}")]
+    OutOfRange {
+        /// The file.
+        path: PathBuf,
+        /// The key, with its table: `raft.heartbeat_interval_ms`.
+        key: &'static str,
+        /// The value that was found.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+}
+
+/// All settings. `Config::default()` is what an empty file means.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// How many clusters `admin` starts.
+    pub num_clusters: u32,
+    /// How many nodes each of them has.
+    pub nodes_per_cluster: u32,
+    /// The address that `admin`'s nodes listen on.
+    pub host: String,
+    /// Node `n` of cluster `c` serves HTTP on `http_base_port + 10*c + n`; both count from 1.
+    pub http_base_port: u16,
+    /// And its peers on `rpc_base_port + 10*c + n`.
+    pub rpc_base_port: u16,
+    /// Where `admin` keeps its nodes' data, one directory a node.
+    pub data_dir: PathBuf,
+    /// Where `admin` writes the nodes' HTTP addresses for clients.
+    pub nodes_file: PathBuf,
+    /// Relative weights of the clusters in the first ring; empty means equal.
+    pub weights: Vec<f32>,
+    /// Allows addresses other than loopback, which carry everything in clear text.
+    pub insecure: bool,
+    /// The first ring.
+    pub ring: RingConfig,
+    /// What a request may cost.
+    pub limits: Limits,
+    /// Timing of consensus.
+    pub raft: RaftConfig,
+    /// RocksDB.
+    pub storage: StorageConfig,
+}
+
+/// The first ring that `admin` installs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RingConfig {
+    /// 1: the CARP draft to the bit. 2: the well-mixed hash.
+    pub hash_version: u8,
+    /// How long clients may cache the ring, in seconds.
+    pub list_ttl_s: u64,
+}
+
+/// Bounds on what one client, one peer and all of them together can ask for.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// The longest key, in bytes.
+    pub key_bytes_max: usize,
+    /// The longest value, in bytes.
+    pub value_bytes_max: usize,
+    /// The largest HTTP body of any request, in bytes.
+    pub http_body_bytes_max: usize,
+    /// The largest message between peers, in bytes.
+    pub peer_frame_bytes_max: usize,
+    /// HTTP connections at once; further ones wait in the kernel's backlog.
+    pub http_connections_max: usize,
+    /// Peer connections at once; further ones are closed.
+    pub peer_connections_max: usize,
+    /// How long a client may take for a request's header, a peer for its greeting.
+    pub header_timeout_ms: u64,
+    /// How long a request may take in all; then 504.
+    pub request_timeout_ms: u64,
+    /// Writes and linearizable reads in flight at once; further ones get 503.
+    pub requests_in_flight_max: usize,
+}
+
+/// Timing and sizes of consensus.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RaftConfig {
+    /// How often a leader shows that it is alive, in milliseconds.
+    pub heartbeat_interval_ms: u64,
+    /// A follower that heard nothing for a random time between this ...
+    pub election_timeout_min_ms: u64,
+    /// ... and this starts an election, in milliseconds.
+    pub election_timeout_max_ms: u64,
+    /// A snapshot is taken after this many entries since the last one.
+    pub snapshot_log_entries: u64,
+    /// How many entries that a snapshot covers stay in the log for followers that lag a little.
+    pub log_entries_kept: u64,
+    /// Append messages in flight to one follower.
+    pub append_pipeline_max: usize,
+    /// Entries in one append message, in number.
+    pub append_entries_max: u64,
+    /// Entries in one append message, in bytes; a single larger entry still goes.
+    pub append_bytes_max: usize,
+    /// One chunk of a snapshot on its way to a follower, in bytes.
+    pub snapshot_chunk_bytes: usize,
+}
+
+/// RocksDB's memory and the log's tail.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StorageConfig {
+    /// Blocks of data files kept in memory, in bytes, shared by all column families.
+    pub block_cache_bytes: usize,
+    /// One memtable, in bytes; up to two of the log and four of the data exist at once.
+    pub memtable_bytes: usize,
+    /// The newest log entries kept in memory, in bytes.
+    pub log_tail_bytes: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            num_clusters: 3,
+            nodes_per_cluster: 3,
+            host: "127.0.0.1".into(),
+            http_base_port: 31000,
+            rpc_base_port: 32000,
+            data_dir: "data".into(),
+            nodes_file: "all_nodes.json".into(),
+            weights: Vec::new(),
+            insecure: false,
+            ring: RingConfig::default(),
+            limits: Limits::default(),
+            raft: RaftConfig::default(),
+            storage: StorageConfig::default(),
+        }
+    }
+}
+
+impl Default for RingConfig {
+    fn default() -> Self {
+        Self { hash_version: HashVersion::V2.number(), list_ttl_s: LIST_TTL_S_DEFAULT }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            key_bytes_max: 4 << 10,
+            value_bytes_max: 1 << 20,
+            http_body_bytes_max: 8 << 20,
+            peer_frame_bytes_max: 16 << 20,
+            http_connections_max: 4096,
+            peer_connections_max: 256,
+            header_timeout_ms: 5_000,
+            request_timeout_ms: 10_000,
+            requests_in_flight_max: 16_384,
+        }
+    }
+}
+
+impl Default for RaftConfig {
+    fn default() -> Self {
+        Self {
+            heartbeat_interval_ms: 100,
+            election_timeout_min_ms: 400,
+            election_timeout_max_ms: 800,
+            snapshot_log_entries: 50_000,
+            log_entries_kept: 10_000,
+            append_pipeline_max: 32,
+            append_entries_max: 1024,
+            append_bytes_max: 4 << 20,
+            snapshot_chunk_bytes: 1 << 20,
+        }
+    }
+}
+
+impl Default for StorageConfig {
+    fn default() -> Self {
+        Self { block_cache_bytes: 128 << 20, memtable_bytes: 16 << 20, log_tail_bytes: 16 << 20 }
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&text, path)
+    }
+
+    /// Checks a file's text; `path` is for messages only.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.into(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        config.check().map_err(|bad| ConfigError::OutOfRange {
+            path: path.into(),
+            key: bad.key,
+            value: bad.value,
+            allowed: bad.allowed,
+        })?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), OutOfRange> {
+        within("num_clusters", self.num_clusters, 1..=CLUSTERS_MAX as u32)?;
+        within("nodes_per_cluster", self.nodes_per_cluster, 1..=9.min(NODES_PER_CLUSTER_MAX as u32))?;
+        self.check_layout()?;
+        within("ring.hash_version", self.ring.hash_version, 1..=2)?;
+        within("ring.list_ttl_s", self.ring.list_ttl_s, 1..=86_400)?;
+        self.limits.check()?;
+        self.raft.check(&self.limits)?;
+        self.storage.check()
+    }
+
+    fn check_layout(&self) -> Result<(), OutOfRange> {
+        let highest = 10 * self.num_clusters + self.nodes_per_cluster;
+        let room = u32::from(u16::MAX) - highest.min(u32::from(u16::MAX));
+        within("http_base_port", u32::from(self.http_base_port), 1..=room)?;
+        within("rpc_base_port", u32::from(self.rpc_base_port), 1..=room)?;
+        let apart = u32::from(self.http_base_port.abs_diff(self.rpc_base_port));
+        require(apart > highest, "rpc_base_port", self.rpc_base_port, || {
+            format!("it must be more than {highest} away from `http_base_port`, or ports collide")
+        })?;
+        let count = self.weights.len();
+        require(count == 0 || count == self.num_clusters as usize, "weights", count, || {
+            format!("it must be empty or list one weight for each of {} clusters", self.num_clusters)
+        })?;
+        let bad = self.weights.iter().find(|w| !(w.is_finite() && **w > 0.0));
+        match bad {
+            Some(weight) => require(false, "weights", weight, || "weights must be above 0".into()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Limits {
+    fn check(&self) -> Result<(), OutOfRange> {
+        within("limits.key_bytes_max", self.key_bytes_max, 1..=64 << 10)?;
+        within("limits.value_bytes_max", self.value_bytes_max, 1..=64 << 20)?;
+        within("limits.http_body_bytes_max", self.http_body_bytes_max, self.value_bytes_max..=1 << 30)?;
+        // A peer frame must hold one entry of the largest key and value, and what frames it.
+        let entry_bytes_max = self.key_bytes_max + self.value_bytes_max + (64 << 10);
+        within("limits.peer_frame_bytes_max", self.peer_frame_bytes_max, entry_bytes_max..=1 << 30)?;
+        within("limits.http_connections_max", self.http_connections_max, 1..=1_000_000)?;
+        within("limits.peer_connections_max", self.peer_connections_max, 8..=100_000)?;
+        within("limits.header_timeout_ms", self.header_timeout_ms, 10..=600_000)?;
+        within("limits.request_timeout_ms", self.request_timeout_ms, 100..=600_000)?;
+        within("limits.requests_in_flight_max", self.requests_in_flight_max, 1..=1_000_000)
+    }
+}
+
+impl RaftConfig {
+    fn check(&self, limits: &Limits) -> Result<(), OutOfRange> {
+        within("raft.heartbeat_interval_ms", self.heartbeat_interval_ms, 10..=60_000)?;
+        let election_min = 2 * self.heartbeat_interval_ms;
+        within("raft.election_timeout_min_ms", self.election_timeout_min_ms, election_min..=600_000)?;
+        let election_max = self.election_timeout_min_ms + 1;
+        within("raft.election_timeout_max_ms", self.election_timeout_max_ms, election_max..=1_200_000)?;
+        within("raft.snapshot_log_entries", self.snapshot_log_entries, 10..=100_000_000)?;
+        within("raft.log_entries_kept", self.log_entries_kept, 0..=100_000_000)?;
+        within("raft.append_pipeline_max", self.append_pipeline_max, 1..=1024)?;
+        within("raft.append_entries_max", self.append_entries_max, 1..=65_536)?;
+        // Half a frame: one entry more than the bound may be in a message.
+        let half_frame = limits.peer_frame_bytes_max / 2;
+        within("raft.append_bytes_max", self.append_bytes_max, 1..=half_frame)?;
+        within("raft.snapshot_chunk_bytes", self.snapshot_chunk_bytes, 1 << 10..=half_frame)
+    }
+}
+
+impl StorageConfig {
+    fn check(&self) -> Result<(), OutOfRange> {
+        within("storage.block_cache_bytes", self.block_cache_bytes, 1 << 20..=1 << 40)?;
+        within("storage.memtable_bytes", self.memtable_bytes, 1 << 20..=1 << 30)?;
+        within("storage.log_tail_bytes", self.log_tail_bytes, 0..=1 << 34)
+    }
+}
+
+struct OutOfRange {
+    key: &'static str,
+    value: String,
+    allowed: String,
+}
+
+fn within<T: PartialOrd + ToString>(
+    key: &'static str,
+    value: T,
+    allowed: RangeInclusive<T>,
+) -> Result<(), OutOfRange> {
+    require(allowed.contains(&value), key, &value.to_string(), || {
+        format!("{} to {} is allowed", allowed.start().to_string(), allowed.end().to_string())
+    })
+}
+
+fn require(
+    holds: bool,
+    key: &'static str,
+    value: impl ToString,
+    allowed: impl FnOnce() -> String,
+) -> Result<(), OutOfRange> {
+    if holds {
+        return Ok(());
+    }
+    Err(OutOfRange { key, value: value.to_string(), allowed: allowed() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("Config.toml"))
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults_and_they_are_allowed() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_projects_own_file_spells_out_the_defaults() {
+        let text = include_str!("../Config.toml");
+        assert_eq!(parse(text).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_line() {
+        let error = parse("num_clusters = 3\nnodes_per_clutser = 3\n").unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("nodes_per_clutser"), "{error}");
+    }
+
+    #[test]
+    fn impossible_values_are_refused_by_name() {
+        for (text, key) in [
+            ("num_clusters = 0", "num_clusters"),
+            ("nodes_per_cluster = 10", "nodes_per_cluster"),
+            ("http_base_port = 65530", "http_base_port"),
+            ("rpc_base_port = 31001", "rpc_base_port"),
+            ("weights = [1.0]", "weights"),
+            ("weights = [1.0, -1.0, 1.0]", "weights"),
+            ("ring.hash_version = 3", "ring.hash_version"),
+            ("limits.key_bytes_max = 0", "limits.key_bytes_max"),
+            ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
+            ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
+        ] {
+            let Err(ConfigError::OutOfRange { key: found, .. }) = parse(text) else {
+                panic!("{text} was not refused");
+            };
+            assert_eq!(found, key, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_refused_with_its_line() {
+        let error = parse("\n[limits]\nkey_bytes_max = \"big\"\n").unwrap_err().to_string();
+        assert!(error.contains("line 3"), "{error}");
+    }
+}

@@ -1,0 +1,269 @@
+//! Every way a request can fail, and the one place that turns it into HTTP.
+//!
+//! An [`ApiError`] always carries a true [`Outcome`]: whether the request took effect decides what a
+//! client may do next, so "I do not know" is an answer of its own and never rounded to "no".
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use serde::{Deserialize, Serialize};
+
+use crate::ring::{RingCluster, RingNode};
+use crate::types::{Epoch, Revision};
+
+/// Whether a failed request may have changed anything. For reads it is always `NotApplied`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Nothing changed and nothing will: safe to retry.
+    NotApplied,
+    /// It took effect.
+    Applied,
+    /// It may or may not take effect, now or later: only an idempotency key makes a retry safe.
+    Unknown,
+}
+
+/// A failed request. See the table of errors in the README for statuses and codes.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ApiError {
+    /// The request makes no sense as it stands.
+    #[error("{0}")]
+    BadRequest(String),
+    /// No such path.
+    #[error("no such path")]
+    UnknownPath,
+    /// The path exists, but not for this method.
+    #[error("method not allowed; this path takes {allow}")]
+    MethodNotAllowed {
+        /// The value of the `Allow` header.
+        allow: &'static str,
+    },
+    /// The key has no record.
+    #[error("the key does not exist")]
+    KeyAbsent,
+    /// A key, value or body over its limit.
+    #[error("the {what} is larger than {max} bytes")]
+    TooLarge {
+        /// `key`, `value` or `body`.
+        what: &'static str,
+        /// The limit in bytes.
+        max: usize,
+    },
+    /// `If-Match` or `If-None-Match` did not hold.
+    #[error("the condition does not hold")]
+    ConditionFailed {
+        /// The key's revision; `None` when the key is absent.
+        current: Option<Revision>,
+    },
+    /// No leader is known: an election runs, or no majority is reachable.
+    #[error("{message}")]
+    NoLeader {
+        /// What happened.
+        message: &'static str,
+        /// `Unknown` when leadership was lost while the write was in flight.
+        outcome: Outcome,
+    },
+    /// The cluster has not been formed yet.
+    #[error("the cluster is not initialized; POST /cluster/init to one of its nodes")]
+    NotInitialized,
+    /// Too much is in flight.
+    #[error("too many requests are in flight; try again shortly")]
+    Overloaded,
+    /// The node is stopping.
+    #[error("the node is stopping")]
+    Stopping {
+        /// `Unknown` for a write that was already proposed.
+        outcome: Outcome,
+    },
+    /// Another node of the cluster leads it.
+    #[error("node {} leads this cluster", .leader.id)]
+    NotLeader {
+        /// Where to go.
+        leader: RingNode,
+        /// The epoch of the ring this node lives by.
+        epoch: Epoch,
+    },
+    /// Another cluster owns the key.
+    #[error("cluster {} owns the key", .owner.id)]
+    WrongCluster {
+        /// Where to go.
+        owner: Box<RingCluster>,
+        /// The epoch of the ring that says so.
+        epoch: Epoch,
+    },
+    /// The deadline passed.
+    #[error("{message}")]
+    Timeout {
+        /// What was waited for.
+        message: &'static str,
+        /// `Unknown` for a write that may still commit.
+        outcome: Outcome,
+    },
+    /// The node that the request was passed on to did not answer.
+    #[error("passing the request on failed: {message}")]
+    Forward {
+        /// What happened.
+        message: String,
+        /// `Unknown` for a write that may have arrived.
+        outcome: Outcome,
+    },
+    /// The request was passed on too often: rings or leaders disagree at the moment.
+    #[error("the request was passed on {hops} times without finding its place; try again shortly")]
+    TooManyHops {
+        /// How often.
+        hops: u8,
+    },
+    /// The disk failed. The node has stopped serving.
+    #[error("storage has failed: {message}")]
+    Storage {
+        /// What the store said.
+        message: String,
+        /// `Unknown` for a write that was in flight.
+        outcome: Outcome,
+    },
+    /// The request contradicts the cluster's state.
+    #[error("{0}")]
+    Conflict(String),
+    /// A part of the contract that this version does not have.
+    #[error("{0} is not implemented in this version")]
+    NotImplemented(&'static str),
+}
+
+/// The JSON body of an error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The only member.
+    pub error: ErrorDetail,
+}
+
+/// What [`ErrorBody`] wraps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ErrorDetail {
+    /// A stable name such as `NOT_LEADER`.
+    pub code: String,
+    /// For people.
+    pub message: String,
+    /// Whether the request took effect.
+    pub outcome: Outcome,
+    /// With `NOT_LEADER`: the leader.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leader: Option<RingNode>,
+    /// With `WRONG_CLUSTER`: the owning cluster and its nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<RingCluster>,
+    /// With `NOT_LEADER` and `WRONG_CLUSTER`: the epoch of the answering node's ring.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<Epoch>,
+}
+
+impl ApiError {
+    /// The HTTP status and the stable code.
+    pub fn status_and_code(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::BadRequest(_) => (StatusCode::BAD_REQUEST, "BAD_REQUEST"),
+            Self::UnknownPath | Self::KeyAbsent => (StatusCode::NOT_FOUND, "NOT_FOUND"),
+            Self::MethodNotAllowed { .. } => (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"),
+            Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE"),
+            Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
+            Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
+            Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED"),
+            Self::Stopping { .. } => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
+            Self::TooManyHops { .. } => (StatusCode::SERVICE_UNAVAILABLE, "TOO_MANY_HOPS"),
+            Self::Forward { .. } => (StatusCode::SERVICE_UNAVAILABLE, "FORWARD_FAILED"),
+            Self::NotLeader { .. } => (StatusCode::TEMPORARY_REDIRECT, "NOT_LEADER"),
+            Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
+            Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
+            Self::Storage { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "STORAGE"),
+            Self::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
+            Self::NotImplemented(_) => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
+        }
+    }
+
+    /// Whether the request took effect.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::NoLeader { outcome, .. }
+            | Self::Stopping { outcome }
+            | Self::Timeout { outcome, .. }
+            | Self::Forward { outcome, .. }
+            | Self::Storage { outcome, .. } => *outcome,
+            _ => Outcome::NotApplied,
+        }
+    }
+
+    /// The JSON body.
+    pub fn body(&self) -> ErrorBody {
+        let (leader, owner, epoch) = match self {
+            Self::NotLeader { leader, epoch } => (Some(leader.clone()), None, Some(*epoch)),
+            Self::WrongCluster { owner, epoch } => (None, Some((**owner).clone()), Some(*epoch)),
+            _ => (None, None, None),
+        };
+        ErrorBody {
+            error: ErrorDetail {
+                code: self.status_and_code().1.to_owned(),
+                message: self.to_string(),
+                outcome: self.outcome(),
+                leader,
+                owner,
+                epoch,
+            },
+        }
+    }
+}
+
+/// What `Retry-After` says with every 503, in seconds: elections and overload pass within one.
+const RETRY_AFTER_S: HeaderValue = HeaderValue::from_static("1");
+
+impl IntoResponse for ApiError {
+    /// `Location` of a redirect is the caller's to add: only it knows the path.
+    fn into_response(self) -> Response {
+        let (status, _) = self.status_and_code();
+        let mut response = (status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER_S);
+        }
+        if let Self::MethodNotAllowed { allow } = self {
+            headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+        }
+        if let Self::ConditionFailed { current: Some(revision) } = self {
+            headers.insert(header::ETAG, etag(revision));
+        }
+        response
+    }
+}
+
+/// The `ETag` of a record: its revision in double quotes.
+pub fn etag(revision: Revision) -> HeaderValue {
+    HeaderValue::from_str(&format!("\"{revision}\"")).expect("digits and quotes are header-safe")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_503_says_when_to_come_back() {
+        let response = ApiError::NotInitialized.into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn a_failed_condition_shows_the_current_revision() {
+        let response = ApiError::ConditionFailed { current: Some(7) }.into_response();
+        assert_eq!(response.headers()[header::ETAG], "\"7\"");
+        let absent = ApiError::ConditionFailed { current: None }.into_response();
+        assert!(!absent.headers().contains_key(header::ETAG));
+    }
+
+    #[test]
+    fn the_body_has_the_contracts_shape() {
+        let error = ApiError::NoLeader { message: "no leader is known", outcome: Outcome::NotApplied };
+        let json = serde_json::to_value(error.body()).unwrap();
+        let expected = serde_json::json!({"error": {
+            "code": "NO_LEADER", "message": "no leader is known", "outcome": "not_applied"}});
+        assert_eq!(json, expected);
+    }
+}
