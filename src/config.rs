@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::carp::HashVersion;
-use crate::ring::{CLUSTERS_MAX, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
+use crate::ring::{CLUSTERS_MAX, HASH_VERSION_DEFAULT, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
 
 /// Why a configuration was refused. Always names the file and, where there is one, the key.
 #[derive(Debug, thiserror::Error)]
@@ -170,7 +169,7 @@ impl Default for Config {
 
 impl Default for RingConfig {
     fn default() -> Self {
-        Self { hash_version: HashVersion::V2.number(), list_ttl_s: LIST_TTL_S_DEFAULT }
+        Self { hash_version: HASH_VERSION_DEFAULT, list_ttl_s: LIST_TTL_S_DEFAULT }
     }
 }
 

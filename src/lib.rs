@@ -4,8 +4,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod carp;
+pub mod codec;
 pub mod config;
 pub mod http_client;
 pub mod network;
 pub mod ring;
+pub mod store;
 pub mod types;

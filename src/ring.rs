@@ -17,6 +17,9 @@ use crate::types::{ClusterId, Epoch, NodeId};
 /// How long a client may use a fetched ring before it asks again, in seconds, unless configured.
 pub const LIST_TTL_S_DEFAULT: u64 = 600;
 
+/// CARP's hash version 2: the well-mixed one.
+pub const HASH_VERSION_DEFAULT: u8 = 2;
+
 /// The most clusters a ring may have: keeps one ring entry well below the peer frame limit.
 pub const CLUSTERS_MAX: usize = 2048;
 
@@ -99,7 +102,7 @@ impl Ring {
     pub fn none() -> Self {
         Self {
             epoch: 0,
-            hash_version: HashVersion::V2.number(),
+            hash_version: HASH_VERSION_DEFAULT,
             list_ttl_s: LIST_TTL_S_DEFAULT,
             sequencer: None,
             clusters: Vec::new(),
@@ -126,8 +129,8 @@ impl RingTable {
     /// Checks the ring's invariants and builds its table.
     pub fn new(ring: Ring) -> Result<Self, RingError> {
         check_shape(&ring)?;
-        let version = HashVersion::from_number(ring.hash_version)
-            .ok_or(RingError::UnknownHashVersion(ring.hash_version))?;
+        let version = HashVersion::try_from(u32::from(ring.hash_version))
+            .map_err(|_| RingError::UnknownHashVersion(ring.hash_version))?;
         let members = ring.clusters.iter().map(|c| (c.id.to_string(), c.weight)).collect();
         // CARP's config id is 32 bits wide; the epoch's low bits are enough to tell tables apart.
         let mut carp = Carp::try_with_hash(members, ring.epoch as u32, version)?;

@@ -1,0 +1,275 @@
+//! RocksDB, opened and set for this use, and the rule that its first failure is its last.
+//!
+//! Every write goes through [`Engine::write`], every fsync through [`Engine::sync`]. When one of them
+//! fails the engine remembers it and refuses all further writes: pages that an fsync could not write
+//! may be dropped by the kernel, so a later success would prove nothing (the "fsyncgate" reports of
+//! 2018). Readers ask [`Engine::check`] first; the node watches [`Engine::failure`] and stops serving.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rocksdb::{
+    BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor, DBCompressionType,
+    DBRecoveryMode, DBWithThreadMode, FlushOptions, IteratorMode, LogLevel, MultiThreaded, Options,
+    ReadOptions, WriteBatch, WriteOptions,
+};
+use tokio::sync::watch;
+
+use crate::config::StorageConfig;
+use crate::types::{ClusterId, NodeId};
+
+use super::meta;
+
+pub(super) type Db = DBWithThreadMode<MultiThreaded>;
+pub(super) type Cf<'a> = Arc<BoundColumnFamily<'a>>;
+
+/// Column family of the Raft log: index (u64, big-endian) to encoded entry.
+pub(super) const CF_LOG: &str = "log";
+/// Column family of everything that is small and single: see [`meta`].
+pub(super) const CF_META: &str = "meta";
+/// Column families of the data start with this; a number follows. One of them is active.
+pub(super) const CF_DATA_PREFIX: &str = "data-";
+
+/// Data files up to this size in all are read through once at start, so that a flipped bit in any of
+/// them is found before the node serves. Reading them takes well under a second; a larger store is
+/// checked block by block as it is read, and by compaction.
+const VERIFY_BYTES_MAX: u64 = 256 << 20;
+
+/// RocksDB's own log files: few and small, so that they never fill a disk.
+const INFO_LOG_BYTES_MAX: usize = 4 << 20;
+const INFO_LOG_FILES_MAX: usize = 3;
+
+/// The write-ahead log is cut once it holds this many memtables' worth of data; a restart replays at
+/// most that much.
+const WAL_MEMTABLES_MAX: u64 = 4;
+
+pub(super) struct Engine {
+    db: Db,
+    path: PathBuf,
+    options: StorageConfig,
+    cache: Cache,
+    /// `Some` once a write or fsync failed.
+    failure: watch::Sender<Option<String>>,
+}
+
+impl Engine {
+    pub(super) fn open(path: &Path, storage: &StorageConfig) -> io::Result<Self> {
+        let options = db_options(storage);
+        let cache = Cache::new_lru_cache(storage.block_cache_bytes);
+        let names = if path.join("CURRENT").exists() {
+            Db::list_cf(&options, path).map_err(to_io)?
+        } else {
+            vec!["default".to_owned()]
+        };
+        let mut families: Vec<_> = names
+            .iter()
+            .map(|name| ColumnFamilyDescriptor::new(name, family_options(name, storage, &cache)))
+            .collect();
+        for name in [CF_LOG, CF_META] {
+            if !names.iter().any(|there| there == name) {
+                let options = family_options(name, storage, &cache);
+                families.push(ColumnFamilyDescriptor::new(name, options));
+            }
+        }
+        let db = Db::open_cf_descriptors(&options, path, families).map_err(to_io)?;
+        let failure = watch::Sender::new(None);
+        Ok(Self { db, path: path.into(), options: storage.clone(), cache, failure })
+    }
+
+    /// Opens a checkpoint for reading, with little memory: it is read once, in order.
+    ///
+    /// Not with RocksDB's read-only mode: replaying a write-ahead log there dereferences a null
+    /// pointer (11.8.1, `RecoveryContext::UpdateVersionEdits`). A checkpoint is a database of its own,
+    /// so opening it for writing harms nothing.
+    pub(super) fn open_image(path: &Path) -> io::Result<Db> {
+        let mut options = Options::default();
+        options.set_max_open_files(64);
+        options.set_disable_auto_compactions(true);
+        options.set_log_level(LogLevel::Warn);
+        let names = Db::list_cf(&options, path).map_err(to_io)?;
+        Db::open_cf(&options, path, names).map_err(to_io)
+    }
+
+    pub(super) fn db(&self) -> &Db {
+        &self.db
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn family(&self, name: &str) -> io::Result<Cf<'_>> {
+        family(&self.db, name)
+    }
+
+    pub(super) fn create_family(&self, name: &str) -> io::Result<()> {
+        self.check()?;
+        let options = family_options(name, &self.options, &self.cache);
+        self.db.create_cf(name, &options).map_err(to_io)
+    }
+
+    pub(super) fn drop_family(&self, name: &str) -> io::Result<()> {
+        self.db.drop_cf(name).map_err(to_io)
+    }
+
+    /// Applies a batch: readable at once, on disk after the next [`Engine::sync`].
+    pub(super) fn write(&self, batch: WriteBatch) -> io::Result<()> {
+        self.check()?;
+        self.db.write(batch).map_err(|error| self.fail("write", &error))
+    }
+
+    /// Applies a batch outside the write-ahead log: for staging, which a crash may lose.
+    pub(super) fn write_unlogged(&self, batch: WriteBatch) -> io::Result<()> {
+        self.check()?;
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.db.write_opt(batch, &options).map_err(|error| self.fail("write", &error))
+    }
+
+    /// Fsyncs everything written so far. Blocks for as long as the disk takes.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.check()?;
+        self.db.flush_wal(true).map_err(|error| self.fail("fsync", &error))
+    }
+
+    /// Writes a column family's memtables to files and fsyncs them.
+    pub(super) fn flush_family(&self, name: &str) -> io::Result<()> {
+        let mut options = FlushOptions::default();
+        options.set_wait(true);
+        let family = self.family(name)?;
+        self.db.flush_cf_opt(&family, &options).map_err(|error| self.fail("flush", &error))
+    }
+
+    /// An error if the storage has failed.
+    pub(super) fn check(&self) -> io::Result<()> {
+        match &*self.failure.borrow() {
+            None => Ok(()),
+            Some(message) => Err(io::Error::other(message.clone())),
+        }
+    }
+
+    /// Tells of the failure when it comes.
+    pub(super) fn failure(&self) -> watch::Receiver<Option<String>> {
+        self.failure.subscribe()
+    }
+
+    /// Remembers the first failure; returns the error to hand on.
+    pub(super) fn fail(&self, verb: &str, error: &dyn std::fmt::Display) -> io::Error {
+        let message = format!("{verb} in {} failed: {error}", self.path.display());
+        let first = self.failure.send_if_modified(|failure| {
+            let first = failure.is_none();
+            if first {
+                *failure = Some(message.clone());
+            }
+            first
+        });
+        if first {
+            tracing::error!(%message, "storage has failed; this node stops serving");
+        }
+        io::Error::other(message)
+    }
+
+    /// Writes the owner into a new database; refuses another owner's. The marker beside the database
+    /// says the same: this catches a `db` directory that was moved under a foreign marker.
+    pub(super) fn check_identity(&self, id: NodeId, cluster: &ClusterId) -> io::Result<()> {
+        let mine = meta::encode_identity(id, cluster);
+        let family = self.family(CF_META)?;
+        match self.db.get_cf(&family, meta::KEY_IDENTITY).map_err(to_io)? {
+            Some(found) if found == mine => Ok(()),
+            Some(found) => {
+                let (id, cluster) = meta::decode_identity(&found)?;
+                let text = format!("the database belongs to node {id} of cluster {cluster}");
+                Err(io::Error::other(text))
+            }
+            None => {
+                let mut batch = WriteBatch::default();
+                batch.put_cf(&family, meta::KEY_IDENTITY, mine);
+                self.write(batch)?;
+                self.sync()
+            }
+        }
+    }
+
+    /// Reads every block of a small store once, so that a flipped bit is found before it is served.
+    pub(super) fn verify_blocks(&self) -> io::Result<()> {
+        let names = Db::list_cf(&Options::default(), &self.path).map_err(to_io)?;
+        let mut bytes = 0;
+        for name in &names {
+            let family = self.family(name)?;
+            let size = self.db.property_int_value_cf(&family, "rocksdb.total-sst-files-size");
+            bytes += size.map_err(to_io)?.unwrap_or(0);
+        }
+        if bytes > VERIFY_BYTES_MAX {
+            tracing::info!(bytes, "the store is large: blocks are checked as they are read");
+            return Ok(());
+        }
+        for name in &names {
+            let mut options = ReadOptions::default();
+            options.fill_cache(false);
+            options.set_verify_checksums(true);
+            let family = self.family(name)?;
+            for item in self.db.iterator_cf_opt(&family, options, IteratorMode::Start) {
+                item.map_err(to_io)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn family<'a>(db: &'a Db, name: &str) -> io::Result<Cf<'a>> {
+    db.cf_handle(name)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no column family {name}")))
+}
+
+/// RocksDB's errors name the file; they become plain I/O errors above this module.
+pub(super) fn to_io(error: rocksdb::Error) -> io::Error {
+    io::Error::other(error.into_string())
+}
+
+fn db_options(storage: &StorageConfig) -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    // The default mode opens "ok" after a flipped bit in the middle of the log, without what follows
+    // it. This one takes only an unfinished record at the very end for a crash.
+    options.set_wal_recovery_mode(DBRecoveryMode::TolerateCorruptedTailRecords);
+    // A write-ahead log file that vanished whole is an error, too.
+    options.set_track_and_verify_wals_in_manifest(true);
+    // Writes reach the file when the flusher asks: one system call for a group.
+    options.set_manual_wal_flush(true);
+    options.set_max_total_wal_size(WAL_MEMTABLES_MAX * storage.memtable_bytes as u64);
+    options.set_max_background_jobs(2);
+    options.set_max_open_files(-1);
+    options.set_bytes_per_sync(1 << 20);
+    options.set_keep_log_file_num(INFO_LOG_FILES_MAX);
+    options.set_max_log_file_size(INFO_LOG_BYTES_MAX);
+    options.set_log_level(LogLevel::Warn);
+    options
+}
+
+fn family_options(name: &str, storage: &StorageConfig, cache: &Cache) -> Options {
+    let mut options = Options::default();
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    // Version 6 puts a checksum on the footer as well: every byte of a file is covered.
+    table.set_format_version(6);
+    if name.starts_with(CF_DATA_PREFIX) {
+        table.set_bloom_filter(10.0, false);
+        table.set_block_size(16 << 10);
+        options.set_compression_type(DBCompressionType::Lz4);
+        options.set_write_buffer_size(storage.memtable_bytes);
+        options.set_max_write_buffer_number(4);
+    } else if name == CF_LOG {
+        // Entries live shortly and are read in order: no filter, no compression.
+        options.set_compression_type(DBCompressionType::None);
+        options.set_write_buffer_size(storage.memtable_bytes);
+        options.set_max_write_buffer_number(2);
+    } else {
+        options.set_write_buffer_size(1 << 20);
+    }
+    options.set_block_based_table_factory(&table);
+    options
+}

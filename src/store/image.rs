@@ -1,0 +1,172 @@
+//! Images: the sender's side of a snapshot.
+//!
+//! An image is a RocksDB checkpoint (hard links to data files, so it costs no copy), opened for
+//! reading. It is a view of one moment: what was applied then, with the data that goes with it. Making
+//! one stops neither reads nor writes. There is at most one current image; an older one lives on while
+//! a transfer reads it, and its directory goes when the last holder lets go.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use openraft::type_config::alias::SnapshotOf;
+use rocksdb::checkpoint::Checkpoint;
+use rocksdb::{Direction, IteratorMode, ReadOptions};
+
+use crate::types::{StoredMembership, TypeConfig};
+
+use super::engine::{self, CF_META, Db, Engine, to_io};
+use super::meta::{self, Progress};
+use super::reader::StateShared;
+use super::snapshot::{Chunk, ChunkWriter, Cursor, Head, SnapshotData};
+
+/// The images of one store.
+pub(super) struct Images {
+    shared: Arc<StateShared>,
+    dir: PathBuf,
+    state: Mutex<ImagesState>,
+    /// One image is made at a time: two would only share the disk.
+    building: Mutex<()>,
+}
+
+#[derive(Default)]
+struct ImagesState {
+    made: u64,
+    current: Option<Arc<SnapshotImage>>,
+}
+
+/// A view of the whole state at one moment, on disk.
+pub struct SnapshotImage {
+    id: u64,
+    /// Closed before the directory goes: fields drop in this order.
+    db: Db,
+    data: String,
+    head: Head,
+    _dir: ImageDir,
+}
+
+impl fmt::Debug for SnapshotImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SnapshotImage({:x} up to {:?})", self.id, self.head.applied())
+    }
+}
+
+/// A directory that goes with its owner.
+struct ImageDir(PathBuf);
+
+impl Drop for ImageDir {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "cannot remove a snapshot image");
+        }
+    }
+}
+
+impl Images {
+    pub(super) fn new(shared: Arc<StateShared>, dir: PathBuf) -> Self {
+        Self { shared, dir, state: Mutex::default(), building: Mutex::new(()) }
+    }
+
+    /// Makes a new image of the present state and makes it the current one. Blocks.
+    pub(super) fn build(&self) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
+        let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
+        let engine = &self.shared.engine;
+        engine.check()?;
+        let made = {
+            let mut state = self.state.lock().expect("no code panics while it holds this lock");
+            state.made += 1;
+            state.made
+        };
+        std::fs::create_dir_all(&self.dir)?;
+        let path = self.dir.join(made.to_string());
+        let checkpoint = Checkpoint::new(engine.db()).map_err(to_io)?;
+        let dir = ImageDir(path.clone());
+        checkpoint.create_checkpoint(&path).map_err(to_io)?;
+        let image = Arc::new(SnapshotImage::open(dir)?);
+        let snapshot = as_snapshot(&image);
+        tracing::info!(up_to = ?image.head.applied(), "made a snapshot image");
+        let mut state = self.state.lock().expect("no code panics while it holds this lock");
+        state.current = Some(image);
+        Ok(snapshot)
+    }
+
+    /// The newest image, if one was made since the start.
+    pub(super) fn current(&self) -> Option<SnapshotOf<TypeConfig, SnapshotData>> {
+        let state = self.state.lock().expect("no code panics while it holds this lock");
+        state.current.as_ref().map(as_snapshot)
+    }
+}
+
+fn as_snapshot(image: &Arc<SnapshotImage>) -> SnapshotOf<TypeConfig, SnapshotData> {
+    SnapshotOf::<TypeConfig, SnapshotData> {
+        meta: image.head.meta(),
+        snapshot: SnapshotData::Image(image.clone()),
+    }
+}
+
+impl SnapshotImage {
+    fn open(dir: ImageDir) -> io::Result<Self> {
+        let db = Engine::open_image(&dir.0)?;
+        let (data, head) = {
+            let family = engine::family(&db, CF_META)?;
+            let get = |key| db.get_cf(&family, key).map_err(to_io);
+            let data = get(meta::KEY_DATA)?.ok_or_else(|| {
+                meta::corrupt("a snapshot image", "it does not name its data family")
+            })?;
+            let progress = get(meta::KEY_APPLIED)?;
+            let membership = get(meta::KEY_MEMBERSHIP)?;
+            let head = Head {
+                progress: progress
+                    .map_or(Ok(Progress::default()), |bytes| meta::decode_progress(&bytes))?,
+                membership: membership.map_or(Ok(StoredMembership::default()), |bytes| {
+                    meta::decode_membership(&bytes)
+                })?,
+                ring: get(meta::KEY_RING)?,
+            };
+            (meta::decode_data_family(&data)?, head)
+        };
+        Ok(Self { id: rand::random(), db, data, head, _dir: dir })
+    }
+
+    /// Tells this image from every other, on any node.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Reads the chunk that starts at `cursor` (empty: the first one), of about `bytes_max` bytes and
+    /// at least one record. Blocks on the disk.
+    ///
+    /// # Errors
+    /// The cursor is not one of this format, or the image cannot be read.
+    pub fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
+        let mut cursor = Cursor::decode(cursor)?;
+        if !cursor.head_done {
+            return Ok(Chunk { bytes: ChunkWriter::head(&self.head), last: false });
+        }
+        let family = engine::family(&self.db, &self.data)?;
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        let mode = match &cursor.key[..] {
+            [] => IteratorMode::Start,
+            key => IteratorMode::From(key, Direction::Forward),
+        };
+        let mut chunk = None;
+        for item in self.db.iterator_cf_opt(&family, options, mode) {
+            let (key, record) = item.map_err(to_io)?;
+            if key[..] == cursor.key[..] {
+                continue;
+            }
+            let writer = chunk.get_or_insert_with(ChunkWriter::records);
+            writer.record(&key, &record);
+            if writer.len() >= bytes_max {
+                break;
+            }
+        }
+        if let Some(writer) = chunk {
+            return Ok(Chunk { bytes: writer.seal(), last: false });
+        }
+        cursor.key.clear();
+        Ok(Chunk { bytes: ChunkWriter::end(&cursor), last: true })
+    }
+}

@@ -1,0 +1,324 @@
+//! The Raft log and the vote, as openraft's `RaftLogStorage`.
+//!
+//! The log is `(purged, last]`: consecutive indexes, without holes. Its newest part is also in memory
+//! ([`super::tail`]). All writes come from openraft's core task, one after the other, and go into
+//! RocksDB in that order; what must be durable before it is acknowledged waits at the flusher.
+//!
+//! - `append` returns when the entries are readable and calls back when they are on disk.
+//! - `save_vote` returns when the vote is on disk and the marker vouches for it.
+//! - `truncate_after` lowers the marker first: it must never claim entries that are about to go.
+//! - `purge` records the purged id in the batch that deletes, and deletes from the last purged index
+//!   on, so that it never walks over the graves of earlier purges.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use openraft::entry::RaftEntry;
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use openraft::{LogIdOptionExt, OptionalSend};
+use rocksdb::{Direction, IteratorMode, ReadOptions, WriteBatch};
+
+use crate::codec;
+use crate::types::{Entry, LogId, TypeConfig, Vote};
+
+use super::StoreOptions;
+use super::engine::{CF_LOG, CF_META, Engine, to_io};
+use super::flusher::FlushHandle;
+use super::marker::Marker;
+use super::meta::{self, corrupt};
+use super::tail::Tail;
+
+/// How much of the log one step of an apply reads: bounds its memory while a node catches up.
+const APPLY_READ_BYTES_MAX: usize = 8 << 20;
+
+/// The log. Clones share it; openraft writes through one and reads through others.
+#[derive(Clone)]
+pub struct LogStore {
+    engine: Arc<Engine>,
+    flusher: FlushHandle,
+    marker: Arc<Marker>,
+    /// How much one replication message may carry.
+    read_bytes_max: usize,
+    shared: Arc<Mutex<Ends>>,
+}
+
+/// What is known of the log without reading it. Held for short, never across an await.
+struct Ends {
+    vote: Option<Vote>,
+    purged: Option<LogId>,
+    last: Option<LogId>,
+    tail: Tail,
+}
+
+impl LogStore {
+    pub(super) fn open(
+        engine: Arc<Engine>,
+        flusher: FlushHandle,
+        marker: Arc<Marker>,
+        options: &StoreOptions,
+    ) -> io::Result<Self> {
+        let db = engine.db();
+        let meta_family = engine.family(CF_META)?;
+        let vote = db.get_cf(&meta_family, meta::KEY_VOTE).map_err(to_io)?;
+        let vote = vote.map(|bytes| meta::decode_vote(&bytes)).transpose()?;
+        let purged = db.get_cf(&meta_family, meta::KEY_PURGED).map_err(to_io)?;
+        let purged = purged.map(|bytes| meta::decode_log_id("the purged id", &bytes)).transpose()?;
+        let last = last_entry(&engine)?.or(purged);
+        check_first_entry(&engine, purged)?;
+        if last < purged {
+            return Err(corrupt("the log", "it ends before what was purged from it"));
+        }
+        let tail = Tail::new(options.storage.log_tail_bytes);
+        let shared = Arc::new(Mutex::new(Ends { vote, purged, last, tail }));
+        drop(meta_family);
+        let read_bytes_max = options.raft.append_bytes_max;
+        Ok(Self { engine, flusher, marker, read_bytes_max, shared })
+    }
+
+    /// The last entry's id, or what was last purged.
+    pub(super) fn last_log_id(&self) -> Option<LogId> {
+        self.lock().last
+    }
+
+    pub(super) fn vote(&self) -> Option<Vote> {
+        self.lock().vote
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ends> {
+        self.shared.lock().expect("no code panics while it holds this lock")
+    }
+
+    /// The entries of `start..end` that the log has, at most about `bytes_max` of them but at least
+    /// one if there is one.
+    fn read(&self, start: u64, end: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        self.engine.check()?;
+        let start = {
+            let ends = self.lock();
+            let start = start.max(ends.purged.next_index());
+            if start >= end.min(ends.last.next_index()) {
+                return Ok(Vec::new());
+            }
+            if let Some(entries) = ends.tail.read(start, end, bytes_max) {
+                return Ok(entries);
+            }
+            start
+        };
+        self.read_from_disk(start, end, bytes_max)
+    }
+
+    fn read_from_disk(&self, start: u64, end: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let family = self.engine.family(CF_LOG)?;
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(end.to_be_bytes());
+        let from = start.to_be_bytes();
+        let mode = IteratorMode::From(&from, Direction::Forward);
+        let mut bytes_left = bytes_max;
+        let mut entries: Vec<Entry> = Vec::new();
+        for item in self.engine.db().iterator_cf_opt(&family, options, mode) {
+            let (key, value) = item.map_err(to_io)?;
+            if value.len() > bytes_left && !entries.is_empty() {
+                break;
+            }
+            bytes_left = bytes_left.saturating_sub(value.len());
+            let entry = decode_entry(&key, value)?;
+            if let Some(before) = entries.last()
+                && before.index() + 1 != entry.index()
+            {
+                let hole = format!("entry {} follows {}", entry.index(), before.index());
+                return Err(corrupt("the log", hole));
+            }
+            entries.push(entry);
+        }
+        // The caller asked for something that the log has (a purge may have taken it meanwhile).
+        if entries.is_empty() && start > self.lock().purged.index().unwrap_or_default() {
+            return Err(corrupt("the log", format_args!("entry {start} is missing")));
+        }
+        Ok(entries)
+    }
+}
+
+fn decode_entry(key: &[u8], value: Box<[u8]>) -> io::Result<Entry> {
+    let index = decode_index(key)?;
+    let what = || format!("log entry {index}");
+    let entry = codec::decode_entry(Bytes::from(value)).map_err(|e| corrupt(&what(), e))?;
+    if entry.index() != index {
+        return Err(corrupt(&what(), format_args!("it says it is entry {}", entry.index())));
+    }
+    Ok(entry)
+}
+
+fn decode_index(key: &[u8]) -> io::Result<u64> {
+    let bytes = key.try_into().map_err(|_| corrupt("a log key", "it is not 8 bytes long"))?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+fn last_entry(engine: &Engine) -> io::Result<Option<LogId>> {
+    let family = engine.family(CF_LOG)?;
+    let last = engine.db().iterator_cf(&family, IteratorMode::End).next();
+    let Some((key, value)) = last.transpose().map_err(to_io)? else { return Ok(None) };
+    Ok(Some(decode_entry(&key, value)?.log_id))
+}
+
+fn check_first_entry(engine: &Engine, purged: Option<LogId>) -> io::Result<()> {
+    let family = engine.family(CF_LOG)?;
+    let first = engine.db().iterator_cf(&family, IteratorMode::Start).next();
+    let Some((key, _)) = first.transpose().map_err(to_io)? else { return Ok(()) };
+    let (first, expected) = (decode_index(&key)?, purged.next_index());
+    if first != expected {
+        let why = format!("its first entry is {first}, but {expected} was expected");
+        return Err(corrupt("the log", why));
+    }
+    Ok(())
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> io::Result<Vec<Entry>> {
+        let (start, end) = bounds(&range);
+        self.read(start, end, usize::MAX)
+    }
+
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
+        self.read(start, end, self.read_bytes_max)
+    }
+
+    /// For applying: reads step by step, so that a node that catches up on a long log holds little of
+    /// it in memory.
+    async fn entries_stream<RB>(
+        &mut self,
+        range: RB,
+    ) -> impl Stream<Item = io::Result<Entry>> + OptionalSend
+    where
+        RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
+    {
+        let (start, end) = bounds(&range);
+        let steps = stream::try_unfold((self.clone(), start), move |(log, next)| async move {
+            if next >= end {
+                return Ok::<_, io::Error>(None);
+            }
+            let entries = log.read(next, end, APPLY_READ_BYTES_MAX)?;
+            let Some(last) = entries.last() else { return Ok(None) };
+            let after = last.index() + 1;
+            Ok(Some((stream::iter(entries.into_iter().map(Ok)), (log, after))))
+        });
+        futures_util::TryStreamExt::try_flatten(steps)
+    }
+
+    async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
+        Ok(self.vote())
+    }
+}
+
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(before) => before.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(last) => last.saturating_add(1),
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> io::Result<LogState<TypeConfig>> {
+        let ends = self.lock();
+        Ok(LogState { last_purged_log_id: ends.purged, last_log_id: ends.last })
+    }
+
+    async fn get_log_reader(&mut self) -> Self::LogReader {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_VOTE, meta::encode_vote(vote));
+        self.engine.write(batch)?;
+        self.flusher.barrier().await?;
+        self.marker.raise_vote(vote).map_err(|e| self.engine.fail("writing the marker", &e))?;
+        self.lock().vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> io::Result<()>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut batch = WriteBatch::default();
+        let mut appended = Vec::new();
+        {
+            let family = self.engine.family(CF_LOG)?;
+            let mut record = Vec::new();
+            for entry in entries {
+                record.clear();
+                codec::encode_entry(&entry, &mut record);
+                batch.put_cf(&family, entry.index().to_be_bytes(), &record);
+                appended.push((entry, record.len()));
+            }
+        }
+        let Some(last) = appended.last().map(|(entry, _)| entry.log_id) else {
+            callback.io_completed(Ok(()));
+            return Ok(());
+        };
+        self.engine.write(batch)?;
+        {
+            let mut ends = self.lock();
+            for (entry, bytes) in appended {
+                ends.tail.push(entry, bytes);
+            }
+            ends.last = Some(last);
+        }
+        self.flusher.append(last, callback);
+        Ok(())
+    }
+
+    async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> io::Result<()> {
+        let last = {
+            let ends = self.lock();
+            let last = last_log_id.max(ends.purged);
+            if last.next_index() >= ends.last.next_index() {
+                return Ok(());
+            }
+            last
+        };
+        self.flusher.cut(last).await?;
+        let mut batch = WriteBatch::default();
+        let from = last.next_index().to_be_bytes();
+        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, u64::MAX.to_be_bytes());
+        self.engine.write(batch)?;
+        let mut ends = self.lock();
+        ends.tail.truncate_after(last.map(|id| id.index));
+        ends.last = last;
+        Ok(())
+    }
+
+    async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
+        let first = self.lock().purged.next_index();
+        if log_id.index < first {
+            return Ok(());
+        }
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_PURGED, meta::encode_log_id(&log_id));
+        let (from, to) = (first.to_be_bytes(), (log_id.index + 1).to_be_bytes());
+        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, to);
+        self.engine.write(batch)?;
+        let mut ends = self.lock();
+        ends.tail.purge(log_id.index);
+        ends.purged = Some(log_id);
+        // A snapshot may reach beyond the log's end: then the log is empty and ends there.
+        ends.last = ends.last.max(Some(log_id));
+        Ok(())
+    }
+}

@@ -1,0 +1,251 @@
+//! The marker: a small file beside the database that says who owns it and what must be in it.
+//!
+//! RocksDB cannot know that a whole file of its log was lost, or that an old backup was put in its
+//! place; it would open, and the node would break the promises that it gave: vote twice, or forget an
+//! entry that it acknowledged. The marker is written and fsynced apart from the database and holds a
+//! lower bound of what the database must contain.
+//!
+//! ```text
+//! magic     8 bytes  "dkvmark1"
+//! node id   u64
+//! vote      u8 length, then the vote's record (length 0: none)
+//! log id    u8 length, then the record of a log id that was durable (length 0: none)
+//! cluster   u8 length, then the id
+//! crc32     u32      of everything before it
+//! ```
+//!
+//! Invariant: the marker never claims more than is on disk. It is raised only after an fsync of the
+//! database, and lowered before the log is cut. It is rewritten as a whole (temporary file, fsync,
+//! rename, fsync of the directory), so that a crash leaves the old one or the new one.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+
+use bytes::{Buf, BufMut};
+
+use crate::types::{ClusterId, LogId, NodeId, Vote};
+
+use super::{OpenError, meta};
+
+pub(super) const FILE_NAME: &str = "marker";
+const MAGIC: &[u8; 8] = b"dkvmark1";
+
+#[derive(Debug, Clone, PartialEq)]
+struct Claims {
+    node_id: NodeId,
+    cluster: ClusterId,
+    vote: Option<Vote>,
+    durable: Option<LogId>,
+}
+
+pub(super) struct Marker {
+    path: PathBuf,
+    claims: Mutex<Claims>,
+}
+
+impl Marker {
+    /// Reads the marker, or writes a new one that claims nothing.
+    pub(super) fn open(path: &Path, id: NodeId, cluster: &ClusterId) -> Result<Self, OpenError> {
+        let io_error = |source| OpenError::Io { path: path.into(), source };
+        let mine = Claims { node_id: id, cluster: cluster.clone(), vote: None, durable: None };
+        let claims = match std::fs::read(path) {
+            Ok(bytes) => decode(&bytes).map_err(|message| OpenError::MarkerCorrupt {
+                path: path.into(),
+                message,
+            })?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                replace(path, &encode(&mine)).map_err(io_error)?;
+                mine
+            }
+            Err(error) => return Err(io_error(error)),
+        };
+        if claims.node_id != id || claims.cluster != *cluster {
+            return Err(OpenError::OtherNode {
+                path: path.into(),
+                found_id: claims.node_id,
+                found_cluster: claims.cluster,
+                id,
+                cluster: cluster.clone(),
+            });
+        }
+        Ok(Self { path: path.into(), claims: Mutex::new(claims) })
+    }
+
+    /// Checks that what was found on disk is at least what the marker claims.
+    pub(super) fn check_kept(
+        &self,
+        vote: Option<Vote>,
+        durable: Option<LogId>,
+    ) -> Result<(), String> {
+        let claims = self.lock();
+        if vote < claims.vote {
+            let (found, claimed) = (show(&vote), show(&claims.vote));
+            return Err(format!("its vote is {found}, but the node has voted {claimed}"));
+        }
+        if durable < claims.durable {
+            let (found, claimed) = (show(&durable), show(&claims.durable));
+            return Err(format!("its log ends at {found}, but {claimed} was acknowledged"));
+        }
+        Ok(())
+    }
+
+    /// The vote is on disk.
+    pub(super) fn raise_vote(&self, vote: &Vote) -> io::Result<()> {
+        self.change(|claims| {
+            if claims.vote < Some(*vote) {
+                claims.vote = Some(*vote);
+            }
+        })
+    }
+
+    /// The log up to here is on disk.
+    pub(super) fn raise_durable(&self, last: LogId) -> io::Result<()> {
+        self.change(|claims| claims.durable = claims.durable.max(Some(last)))
+    }
+
+    /// The log will end here at most. Call before cutting it.
+    pub(super) fn lower_durable(&self, last: Option<LogId>) -> io::Result<()> {
+        self.change(|claims| claims.durable = claims.durable.min(last))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Claims)) -> io::Result<()> {
+        let mut claims = self.lock();
+        let mut next = claims.clone();
+        change(&mut next);
+        if next != *claims {
+            replace(&self.path, &encode(&next))?;
+            *claims = next;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+fn show<T: std::fmt::Display>(value: &Option<T>) -> String {
+    value.as_ref().map_or_else(|| "none".into(), T::to_string)
+}
+
+fn encode(claims: &Claims) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.put_u64(claims.node_id);
+    put_block(&claims.vote.as_ref().map(meta::encode_vote).unwrap_or_default(), &mut bytes);
+    put_block(&claims.durable.as_ref().map(meta::encode_log_id).unwrap_or_default(), &mut bytes);
+    put_block(claims.cluster.as_str().as_bytes(), &mut bytes);
+    let crc = crc32fast::hash(&bytes);
+    bytes.put_u32(crc);
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<Claims, String> {
+    let Some((body, crc)) = bytes.split_last_chunk::<4>() else {
+        return Err("it is too short".into());
+    };
+    if crc32fast::hash(body) != u32::from_be_bytes(*crc) {
+        return Err("its checksum does not match".into());
+    }
+    let Some(mut rest) = body.strip_prefix(MAGIC) else {
+        return Err("it is of an unknown format".into());
+    };
+    let node_id = rest.try_get_u64().map_err(|e| e.to_string())?;
+    let vote = match get_block(&mut rest)? {
+        [] => None,
+        record => Some(meta::decode_vote(record).map_err(|e| e.to_string())?),
+    };
+    let durable = match get_block(&mut rest)? {
+        [] => None,
+        record => Some(meta::decode_log_id("the log id", record).map_err(|e| e.to_string())?),
+    };
+    let cluster = std::str::from_utf8(get_block(&mut rest)?).map_err(|e| e.to_string())?;
+    let cluster = cluster.parse().map_err(|e: crate::types::InvalidClusterId| e.to_string())?;
+    Ok(Claims { node_id, cluster, vote, durable })
+}
+
+fn put_block(block: &[u8], bytes: &mut Vec<u8>) {
+    bytes.put_u8(u8::try_from(block.len()).expect("no part of the marker has over 64 bytes"));
+    bytes.put_slice(block);
+}
+
+fn get_block<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
+    let length = usize::from(rest.try_get_u8().map_err(|e| e.to_string())?);
+    let (block, after) = rest.split_at_checked(length).ok_or("it is too short")?;
+    *rest = after;
+    Ok(block)
+}
+
+/// Writes a file so that a crash leaves the old content or the new one.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    let mut file = File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    let parent = path.parent().expect("the marker lies in the data directory");
+    File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log_id(term: u64, index: u64) -> LogId {
+        let leader_id = openraft::vote::leader_id_adv::LeaderId { term, node_id: 1 };
+        LogId { leader_id, index }
+    }
+
+    #[test]
+    fn claims_survive_and_are_enforced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let cluster: ClusterId = "c1".parse().unwrap();
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        marker.raise_durable(log_id(1, 5)).unwrap();
+        marker.raise_vote(&Vote::new(2, 1)).unwrap();
+        marker.raise_durable(log_id(1, 3)).unwrap();
+        drop(marker);
+
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        let vote = Some(Vote::new(2, 1));
+        assert!(marker.check_kept(vote, Some(log_id(1, 5))).is_ok());
+        assert!(marker.check_kept(vote, Some(log_id(1, 4))).is_err());
+        assert!(marker.check_kept(vote, None).is_err());
+        assert!(marker.check_kept(Some(Vote::new(1, 1)), Some(log_id(1, 9))).is_err());
+        marker.lower_durable(Some(log_id(1, 2))).unwrap();
+        assert!(marker.check_kept(vote, Some(log_id(1, 2))).is_ok());
+    }
+
+    #[test]
+    fn any_flipped_bit_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let cluster: ClusterId = "c1".parse().unwrap();
+        Marker::open(&path, 1, &cluster).unwrap().raise_durable(log_id(1, 5)).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            std::fs::write(&path, &bad).unwrap();
+            let opened = Marker::open(&path, 1, &cluster);
+            assert!(matches!(opened, Err(OpenError::MarkerCorrupt { .. })), "bit {bit}");
+        }
+        for length in 0..good.len() {
+            std::fs::write(&path, &good[..length]).unwrap();
+            assert!(Marker::open(&path, 1, &cluster).is_err(), "length {length}");
+        }
+    }
+
+    #[test]
+    fn another_nodes_marker_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        Marker::open(&path, 1, &"c1".parse().unwrap()).unwrap();
+        let other = Marker::open(&path, 2, &"c1".parse().unwrap());
+        assert!(matches!(other, Err(OpenError::OtherNode { found_id: 1, id: 2, .. })));
+        let other = Marker::open(&path, 1, &"c2".parse().unwrap());
+        assert!(matches!(other, Err(OpenError::OtherNode { .. })));
+    }
+}

@@ -1,0 +1,143 @@
+//! The read side of the state machine: what a node answers reads from.
+//!
+//! A read looks at the ring and at the data in one moment: both are replaced only under the write
+//! lock of [`View`], so a key that moves away can never be read as "absent" in between.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use rocksdb::IteratorMode;
+use tokio::sync::watch;
+
+use crate::ring::RingTable;
+use crate::types::{ClusterId, Record, Revision};
+
+use super::engine::{Engine, to_io};
+use super::meta;
+
+/// Up to this many keys [`StateReader::key_count`] counts; above, it takes RocksDB's estimate.
+const COUNT_KEYS_MAX: u64 = 10_000;
+
+/// What the state machine and its readers share.
+pub(super) struct StateShared {
+    pub(super) engine: Arc<Engine>,
+    pub(super) cluster: ClusterId,
+    view: RwLock<View>,
+    revision: AtomicU64,
+}
+
+/// What must be seen together.
+#[derive(Clone)]
+pub(super) struct View {
+    /// The active data column family.
+    pub(super) data: String,
+    pub(super) ring: Arc<RingTable>,
+}
+
+impl StateShared {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        cluster: ClusterId,
+        view: View,
+        revision: Revision,
+    ) -> Self {
+        Self { engine, cluster, view: RwLock::new(view), revision: AtomicU64::new(revision) }
+    }
+
+    pub(super) fn view(&self) -> RwLockReadGuard<'_, View> {
+        self.view.read().expect("no code panics while it holds this lock")
+    }
+
+    /// Held while a batch that changes ring or data family is written, and until it is published.
+    pub(super) fn view_mut(&self) -> RwLockWriteGuard<'_, View> {
+        self.view.write().expect("no code panics while it holds this lock")
+    }
+
+    pub(super) fn publish_revision(&self, revision: Revision) {
+        self.revision.store(revision, Ordering::Release);
+    }
+}
+
+/// What a read found.
+#[derive(Debug, Clone)]
+pub enum Lookup {
+    /// The key's record.
+    Found(Record),
+    /// The cluster owns the key, and it has no record.
+    Absent,
+    /// By this ring another cluster owns the key.
+    WrongCluster(Arc<RingTable>),
+}
+
+/// A handle for reading applied state. Cheap to clone; reads may block on the disk for a block.
+#[derive(Clone)]
+pub struct StateReader {
+    pub(super) shared: Arc<StateShared>,
+}
+
+impl StateReader {
+    /// Looks a key up, checking in the same moment that this cluster owns it.
+    pub fn get(&self, key: &[u8]) -> io::Result<Lookup> {
+        let engine = &self.shared.engine;
+        engine.check()?;
+        let view = self.shared.view();
+        if !view.ring.owns(&self.shared.cluster, key) {
+            return Ok(Lookup::WrongCluster(view.ring.clone()));
+        }
+        let family = engine.family(&view.data)?;
+        let found = engine.db().get_pinned_cf(&family, key).map_err(to_io)?;
+        match found {
+            Some(bytes) => Ok(Lookup::Found(meta::decode_record(&bytes)?)),
+            None => Ok(Lookup::Absent),
+        }
+    }
+
+    /// The ring that the cluster lives by; epoch 0 before the first one.
+    pub fn ring(&self) -> Arc<RingTable> {
+        self.shared.view().ring.clone()
+    }
+
+    /// The state machine's revision counter.
+    pub fn revision(&self) -> Revision {
+        self.shared.revision.load(Ordering::Acquire)
+    }
+
+    /// How many keys there are: counted when they are few, RocksDB's estimate when they are many.
+    pub fn key_count(&self) -> io::Result<u64> {
+        let engine = &self.shared.engine;
+        let view = self.shared.view();
+        let family = engine.family(&view.data)?;
+        let estimate = engine
+            .db()
+            .property_int_value_cf(&family, "rocksdb.estimate-num-keys")
+            .map_err(to_io)?
+            .unwrap_or(0);
+        if estimate > COUNT_KEYS_MAX {
+            return Ok(estimate);
+        }
+        let mut count = 0;
+        for item in engine.db().iterator_cf(&family, IteratorMode::Start) {
+            item.map_err(to_io)?;
+            count += 1;
+            if count > COUNT_KEYS_MAX {
+                return Ok(count.max(estimate));
+            }
+        }
+        Ok(count)
+    }
+
+    /// Bytes of all data files on disk.
+    pub fn disk_bytes(&self) -> io::Result<u64> {
+        let engine = &self.shared.engine;
+        let view = self.shared.view();
+        let family = engine.family(&view.data)?;
+        let size = engine.db().property_int_value_cf(&family, "rocksdb.total-sst-files-size");
+        Ok(size.map_err(to_io)?.unwrap_or(0))
+    }
+
+    /// Tells when storage has failed, and why.
+    pub fn failure(&self) -> watch::Receiver<Option<String>> {
+        self.shared.engine.failure()
+    }
+}

@@ -1,0 +1,309 @@
+//! Snapshots: the format in which state travels to a follower that the log no longer reaches.
+//!
+//! A snapshot is a sequence of chunks, read from an image on the sender ([`super::image`]) and written
+//! into a staging column family on the receiver ([`super::staging`]). Neither side ever holds more
+//! than one chunk in memory.
+//!
+//! ```text
+//! chunk    version u8 = 1, kind u8, body, crc32 u32 of everything before it
+//! head     (kind 1, first)  applied, membership, ring: each u32 length and bytes; length 0: none
+//! records  (kind 2, any number)  repeated: key u32 length and bytes, stored record u32 length and bytes
+//! end      (kind 3, last)   number of records u64, digest u64
+//! ```
+//!
+//! Records come sorted by key. The digest is the wrapping sum of a 64-bit hash of each record, so it
+//! can be carried along without a second pass. A [`Cursor`] says where the next chunk starts; it
+//! carries count and digest so far, so the sender needs no state for a transfer and the receiver can
+//! let one go on after a lost connection, or with a repeat of what it did not get.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::{Buf, BufMut, Bytes};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use crate::types::{LogId, StoredMembership, TypeConfig};
+
+pub use super::image::SnapshotImage;
+use super::image::Images;
+use super::meta::{self, Progress, corrupt};
+pub use super::staging::{SnapshotStager, StagedSnapshot, StagingPosition};
+
+const VERSION: u8 = 1;
+const KIND_HEAD: u8 = 1;
+const KIND_RECORDS: u8 = 2;
+const KIND_END: u8 = 3;
+
+/// What openraft hands around as "the snapshot".
+#[derive(Debug, Clone)]
+pub enum SnapshotData {
+    /// What a sender has: a view of the state at one moment.
+    Image(Arc<SnapshotImage>),
+    /// What a receiver has: all chunks arrived, were verified and are on disk.
+    Staged(StagedSnapshot),
+}
+
+impl SnapshotData {
+    /// The staged form. An image is staged first, as if it had come over the network. Blocks.
+    pub(super) fn into_staged(self, stager: &SnapshotStager) -> io::Result<StagedSnapshot> {
+        let image = match self {
+            Self::Staged(staged) => return Ok(staged),
+            Self::Image(image) => image,
+        };
+        let mut position = stager.begin(image.id())?;
+        while !position.complete {
+            let chunk = image.read_chunk(&position.cursor, LOCAL_CHUNK_BYTES)?;
+            position = stager.write(image.id(), position.next_seq, chunk.bytes)?;
+        }
+        match stager.finish(image.id())? {
+            Self::Staged(staged) => Ok(staged),
+            Self::Image(_) => Err(io::Error::other("staging ends in a staged snapshot")),
+        }
+    }
+}
+
+/// Chunk size when no network is between image and staging.
+const LOCAL_CHUNK_BYTES: usize = 1 << 20;
+
+/// One chunk on its way.
+#[derive(Debug, Clone)]
+pub struct Chunk {
+    /// The chunk as it is sent: opaque, with its own checksum.
+    pub bytes: Bytes,
+    /// Whether it is the last one.
+    pub last: bool,
+}
+
+/// The state machine's small values in a snapshot.
+#[derive(Debug, Clone)]
+pub(super) struct Head {
+    pub(super) progress: Progress,
+    pub(super) membership: StoredMembership,
+    /// The ring as stored, `None` before the first one.
+    pub(super) ring: Option<Vec<u8>>,
+}
+
+impl Head {
+    pub(super) fn applied(&self) -> Option<LogId> {
+        self.progress.last_applied
+    }
+
+    pub(super) fn meta(&self) -> crate::types::SnapshotMeta {
+        crate::types::SnapshotMeta {
+            last_log_id: self.applied(),
+            last_membership: self.membership.clone(),
+        }
+    }
+}
+
+/// What a chunk holds.
+pub(super) enum Body {
+    Head(Box<Head>),
+    Records(Vec<(Bytes, Bytes)>),
+    End { count: u64, digest: u64 },
+}
+
+/// Where a transfer stands. The empty encoding is the start.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Cursor {
+    pub(super) head_done: bool,
+    pub(super) count: u64,
+    pub(super) digest: u64,
+    /// The last key so far; keys are never empty, so empty means none.
+    pub(super) key: Bytes,
+}
+
+impl Cursor {
+    pub(super) fn encode(&self) -> Bytes {
+        if !self.head_done {
+            return Bytes::new();
+        }
+        let mut bytes = Vec::with_capacity(17 + self.key.len());
+        bytes.put_u8(VERSION);
+        bytes.put_u64(self.count);
+        bytes.put_u64(self.digest);
+        bytes.put_slice(&self.key);
+        bytes.into()
+    }
+
+    pub(super) fn decode(mut bytes: &[u8]) -> io::Result<Self> {
+        if bytes.is_empty() {
+            return Ok(Self::default());
+        }
+        let short = |e| corrupt("a snapshot cursor", e);
+        if bytes.try_get_u8().map_err(short)? != VERSION {
+            return Err(corrupt("a snapshot cursor", "unknown version"));
+        }
+        let count = bytes.try_get_u64().map_err(short)?;
+        let digest = bytes.try_get_u64().map_err(short)?;
+        Ok(Self { head_done: true, count, digest, key: Bytes::copy_from_slice(bytes) })
+    }
+
+    /// Counts a record in.
+    pub(super) fn pass(&mut self, key: &[u8], record: &[u8]) {
+        self.count += 1;
+        self.digest = self.digest.wrapping_add(record_digest(key, record));
+    }
+}
+
+fn record_digest(key: &[u8], record: &[u8]) -> u64 {
+    let mut hash = Xxh3Default::new();
+    hash.update(&(key.len() as u64).to_be_bytes());
+    hash.update(key);
+    hash.update(record);
+    hash.digest()
+}
+
+/// Collects a chunk.
+pub(super) struct ChunkWriter(Vec<u8>);
+
+impl ChunkWriter {
+    fn new(kind: u8) -> Self {
+        Self(vec![VERSION, kind])
+    }
+
+    pub(super) fn head(head: &Head) -> Bytes {
+        let mut chunk = Self::new(KIND_HEAD);
+        chunk.block(&meta::encode_progress(&head.progress));
+        chunk.block(&meta::encode_membership(&head.membership));
+        chunk.block(head.ring.as_deref().unwrap_or_default());
+        chunk.seal()
+    }
+
+    pub(super) fn end(cursor: &Cursor) -> Bytes {
+        let mut chunk = Self::new(KIND_END);
+        chunk.0.put_u64(cursor.count);
+        chunk.0.put_u64(cursor.digest);
+        chunk.seal()
+    }
+
+    pub(super) fn records() -> Self {
+        Self::new(KIND_RECORDS)
+    }
+
+    pub(super) fn record(&mut self, key: &[u8], record: &[u8]) {
+        self.block(key);
+        self.block(record);
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn seal(mut self) -> Bytes {
+        let crc = crc32fast::hash(&self.0);
+        self.0.put_u32(crc);
+        self.0.into()
+    }
+
+    fn block(&mut self, block: &[u8]) {
+        let length = u32::try_from(block.len()).expect("keys and records are far below 4 GiB");
+        self.0.put_u32(length);
+        self.0.put_slice(block);
+    }
+}
+
+/// Checks and decodes a chunk. Slices it, never copies, never allocates by an announced length.
+pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
+    let bad = |why: &str| corrupt("a snapshot chunk", why);
+    let Some((body, crc)) = chunk.split_last_chunk::<4>() else {
+        return Err(bad("it is too short"));
+    };
+    if crc32fast::hash(body) != u32::from_be_bytes(*crc) {
+        return Err(bad("its checksum does not match"));
+    }
+    let mut rest = chunk.slice(..body.len());
+    if rest.len() < 2 || rest.get_u8() != VERSION {
+        return Err(bad("unknown version"));
+    }
+    match rest.get_u8() {
+        KIND_HEAD => {
+            let progress = meta::decode_progress(&take_block(&mut rest)?)?;
+            let membership = meta::decode_membership(&take_block(&mut rest)?)?;
+            let ring = take_block(&mut rest)?;
+            let ring = (!ring.is_empty()).then(|| ring.to_vec());
+            Ok(Body::Head(Box::new(Head { progress, membership, ring })))
+        }
+        KIND_RECORDS => {
+            let mut records = Vec::new();
+            while !rest.is_empty() {
+                records.push((take_block(&mut rest)?, take_block(&mut rest)?));
+            }
+            Ok(Body::Records(records))
+        }
+        KIND_END if rest.len() == 16 => {
+            Ok(Body::End { count: rest.get_u64(), digest: rest.get_u64() })
+        }
+        _ => Err(bad("unknown kind or length")),
+    }
+}
+
+fn take_block(rest: &mut Bytes) -> io::Result<Bytes> {
+    let length = rest.try_get_u32().map_err(|e| corrupt("a snapshot chunk", e))? as usize;
+    if length > rest.len() {
+        return Err(corrupt("a snapshot chunk", "a length reaches beyond its end"));
+    }
+    Ok(rest.split_to(length))
+}
+
+/// Makes the image that a snapshot is. openraft runs it in a task of its own, beside applying.
+pub struct SnapshotBuilder {
+    images: Arc<Images>,
+}
+
+impl SnapshotBuilder {
+    pub(super) fn new(images: Arc<Images>) -> Self {
+        Self { images }
+    }
+}
+
+impl openraft::storage::RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(
+        &mut self,
+    ) -> io::Result<openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotData>> {
+        let images = self.images.clone();
+        super::state_machine::blocking(move || images.build()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_with_any_flipped_bit_is_refused() {
+        let mut writer = ChunkWriter::records();
+        writer.record(b"key", b"record");
+        let good = writer.seal();
+        assert!(decode_chunk(&good).is_ok());
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(decode_chunk(&bad.into()).is_err(), "bit {bit}");
+        }
+        for length in 0..good.len() {
+            assert!(decode_chunk(&good.slice(..length)).is_err(), "length {length}");
+        }
+    }
+
+    #[test]
+    fn a_lying_length_with_a_good_checksum_is_refused() {
+        let mut chunk = vec![VERSION, KIND_RECORDS];
+        chunk.put_u32(u32::MAX);
+        let crc = crc32fast::hash(&chunk);
+        chunk.put_u32(crc);
+        assert!(decode_chunk(&chunk.into()).is_err());
+    }
+
+    #[test]
+    fn cursors_come_back() {
+        let mut cursor = Cursor { head_done: true, ..Cursor::default() };
+        cursor.pass(b"k", b"r");
+        cursor.key = Bytes::from_static(b"k");
+        assert_eq!(Cursor::decode(&cursor.encode()).unwrap(), cursor);
+        assert_eq!(Cursor::decode(&[]).unwrap(), Cursor::default());
+        assert!(Cursor::decode(&[9]).is_err());
+    }
+}

@@ -1,0 +1,225 @@
+//! Staging: the receiver's side of a snapshot.
+//!
+//! Chunks go into a column family of their own, apart from the live data and outside the write-ahead
+//! log; nothing of it is served. When all have arrived and count and digest agree, the family is
+//! flushed and fsynced, and becomes a [`StagedSnapshot`] that the state machine can switch to. There
+//! is one staging at a time: a transfer of another snapshot replaces it. It does not survive a
+//! restart; the transfer then starts again.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::Bytes;
+use rocksdb::WriteBatch;
+
+use super::engine::CF_DATA_PREFIX;
+use super::meta::corrupt;
+use super::reader::StateShared;
+use super::snapshot::{Body, Cursor, Head, SnapshotData, decode_chunk};
+
+/// Where a transfer stands on the receiving side.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StagingPosition {
+    /// The number of the chunk that is expected next; counts from 0.
+    pub next_seq: u64,
+    /// Where that chunk starts: for [`super::snapshot::SnapshotImage::read_chunk`].
+    pub cursor: Bytes,
+    /// Whether the last chunk has arrived.
+    pub complete: bool,
+}
+
+/// Takes in snapshots. Clones share the one staging. All methods block on the disk.
+#[derive(Clone)]
+pub struct SnapshotStager {
+    shared: Arc<StateShared>,
+    staging: Arc<Mutex<Option<Staging>>>,
+    /// The number of the next staging's column family.
+    next_family: Arc<AtomicU64>,
+}
+
+struct Staging {
+    id: u64,
+    family: FamilyGuard,
+    head: Option<Head>,
+    cursor: Cursor,
+    next_seq: u64,
+    complete: bool,
+}
+
+impl Staging {
+    fn position(&self) -> StagingPosition {
+        StagingPosition {
+            next_seq: self.next_seq,
+            cursor: self.cursor.encode(),
+            complete: self.complete,
+        }
+    }
+}
+
+/// A column family that goes with its owner, unless it was kept.
+struct FamilyGuard {
+    shared: Arc<StateShared>,
+    name: String,
+    kept: AtomicBool,
+}
+
+impl Drop for FamilyGuard {
+    fn drop(&mut self) {
+        if self.kept.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(error) = self.shared.engine.drop_family(&self.name) {
+            tracing::warn!(family = %self.name, %error, "cannot drop a staging family");
+        }
+    }
+}
+
+/// A snapshot that arrived whole, was verified and is on disk. Dropping the last clone of one that
+/// was not installed removes it.
+#[derive(Clone)]
+pub struct StagedSnapshot(Arc<Staged>);
+
+struct Staged {
+    family: FamilyGuard,
+    head: Head,
+}
+
+impl fmt::Debug for StagedSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "StagedSnapshot(up to {:?})", self.0.head.applied())
+    }
+}
+
+impl StagedSnapshot {
+    pub(super) fn head(&self) -> &Head {
+        &self.0.head
+    }
+
+    pub(super) fn family(&self) -> &str {
+        &self.0.family.name
+    }
+
+    /// The family has become the live one.
+    pub(super) fn keep(&self) {
+        self.0.family.kept.store(true, Ordering::Release);
+    }
+}
+
+impl SnapshotStager {
+    pub(super) fn new(shared: Arc<StateShared>) -> Self {
+        let active = shared.view().data.clone();
+        let number = active.strip_prefix(CF_DATA_PREFIX).and_then(|n| n.parse::<u64>().ok());
+        let next_family = Arc::new(AtomicU64::new(number.map_or(1, |n| n + 1)));
+        Self { shared, staging: Arc::default(), next_family }
+    }
+
+    /// Starts taking in snapshot `id`, or tells where its interrupted transfer goes on. A staging of
+    /// another snapshot is given up.
+    pub fn begin(&self, id: u64) -> io::Result<StagingPosition> {
+        let mut slot = self.lock();
+        if let Some(staging) = slot.as_ref().filter(|staging| staging.id == id) {
+            return Ok(staging.position());
+        }
+        *slot = None;
+        let number = self.next_family.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{CF_DATA_PREFIX}{number}");
+        self.shared.engine.create_family(&name)?;
+        let family = FamilyGuard { shared: self.shared.clone(), name, kept: AtomicBool::new(false) };
+        let staging = Staging {
+            id,
+            family,
+            head: None,
+            cursor: Cursor::default(),
+            next_seq: 0,
+            complete: false,
+        };
+        let position = staging.position();
+        *slot = Some(staging);
+        Ok(position)
+    }
+
+    /// Takes chunk `seq` of snapshot `id`. A repeat of an earlier chunk changes nothing and is
+    /// answered with the present position.
+    ///
+    /// # Errors
+    /// No staging of this snapshot, a chunk from beyond the position, a chunk that does not verify, or
+    /// a failed write.
+    pub fn write(&self, id: u64, seq: u64, chunk: Bytes) -> io::Result<StagingPosition> {
+        let mut slot = self.lock();
+        let staging = expect_staging(&mut slot, id)?;
+        if seq < staging.next_seq {
+            return Ok(staging.position());
+        }
+        if seq > staging.next_seq || staging.complete {
+            let text = format!("chunk {seq} was sent, but {} is expected", staging.next_seq);
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        match decode_chunk(&chunk)? {
+            Body::Head(head) if staging.head.is_none() => {
+                staging.head = Some(*head);
+                staging.cursor.head_done = true;
+            }
+            Body::Records(records) if staging.head.is_some() => {
+                self.write_records(staging, &records)?;
+            }
+            Body::End { count, digest } if staging.head.is_some() => {
+                if (count, digest) != (staging.cursor.count, staging.cursor.digest) {
+                    return Err(corrupt("a snapshot", "count or digest of its records differ"));
+                }
+                staging.complete = true;
+            }
+            _ => return Err(corrupt("a snapshot", "its chunks are out of order")),
+        }
+        staging.next_seq += 1;
+        Ok(staging.position())
+    }
+
+    /// Ends a transfer whose chunks have all arrived: what was staged is on disk when this returns.
+    pub fn finish(&self, id: u64) -> io::Result<SnapshotData> {
+        let mut slot = self.lock();
+        if !expect_staging(&mut slot, id)?.complete {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "chunks are missing"));
+        }
+        let staging = slot.take().ok_or_else(|| no_staging(id))?;
+        self.shared.engine.flush_family(&staging.family.name)?;
+        let head = staging.head.ok_or_else(|| corrupt("a snapshot", "it has no head"))?;
+        Ok(SnapshotData::Staged(StagedSnapshot(Arc::new(Staged { family: staging.family, head }))))
+    }
+
+    fn write_records(&self, staging: &mut Staging, records: &[(Bytes, Bytes)]) -> io::Result<()> {
+        let engine = &self.shared.engine;
+        let mut batch = WriteBatch::default();
+        let mut cursor = staging.cursor.clone();
+        {
+            let family = engine.family(&staging.family.name)?;
+            for (key, record) in records {
+                if *key <= cursor.key {
+                    return Err(corrupt("a snapshot", "its keys are not in order"));
+                }
+                super::meta::decode_record_revision(record)?;
+                batch.put_cf(&family, key, record);
+                cursor.pass(key, record);
+                cursor.key = key.clone();
+            }
+        }
+        engine.write_unlogged(batch)?;
+        // The chunk's memory goes with it; only the last key is kept.
+        cursor.key = Bytes::copy_from_slice(&cursor.key);
+        staging.cursor = cursor;
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Staging>> {
+        self.staging.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+fn expect_staging(slot: &mut Option<Staging>, id: u64) -> io::Result<&mut Staging> {
+    slot.as_mut().filter(|staging| staging.id == id).ok_or_else(|| no_staging(id))
+}
+
+fn no_staging(id: u64) -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, format!("no transfer of snapshot {id:x} is under way"))
+}
