@@ -62,19 +62,10 @@ fn print_spreads() {
     let kinds = [
         ("user:00000042", sequential_keys(SPREAD_KEYS)),
         ("UUID", uuid_keys(SPREAD_KEYS)),
-        (
-            "random",
-            random_keys(SPREAD_KEYS)
-                .iter()
-                .map(|key| key.to_vec())
-                .collect(),
-        ),
+        ("random", random_keys(SPREAD_KEYS).iter().map(|key| key.to_vec()).collect()),
     ];
     println!("Spread of {SPREAD_KEYS} keys over equal members, largest and smallest share / mean");
-    println!(
-        "{:>7}  {:<14} {:^15} {:^15}",
-        "members", "keys", "version 1", "version 2"
-    );
+    println!("{:>7}  {:<14} {:^15} {:^15}", "members", "keys", "version 1", "version 2");
     for members in SPREAD_MEMBERS {
         let v1 = ring(members, HashVersion::V1, |_| 1.0);
         let v2 = ring(members, HashVersion::V2, |_| 1.0);
@@ -110,12 +101,7 @@ fn bench_lookups(criterion: &mut Criterion) {
             ("v1", ring(members, HashVersion::V1, |_| 1.0)),
             ("v2", ring(members, HashVersion::V2, |_| 1.0)),
             // No two alike: the worst case, as each weight may need a logarithm.
-            (
-                "v2_unequal",
-                ring(members, HashVersion::V2, |i| {
-                    1.0 + i as f32 / members as f32
-                }),
-            ),
+            ("v2_unequal", ring(members, HashVersion::V2, |i| 1.0 + i as f32 / members as f32)),
         ];
         for (name, ring) in &rings {
             group.bench_with_input(BenchmarkId::new(*name, members), ring, |bencher, ring| {

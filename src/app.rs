@@ -2,5 +2,635 @@
 //!
 //! [`App`] ties the Raft handle to the store's read side. It decides nothing that the log must
 //! decide: conditions and ownership of a write are checked at apply, ownership of a read in the same
-//! snapshot as the data. It knows nothing of HTTP: [`crate::network::api`] decodes requests, calls
+//! moment as the data. It knows nothing of HTTP: [`crate::network::api`] decodes requests, calls
 //! it, and encodes what it says.
+//!
+//! Every answer that is an error says truly whether the request took effect. The rule for writes:
+//! until the command is handed to Raft it is "not applied"; from then on everything but Raft's own
+//! answer is "unknown".
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::LogIdOptionExt;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{
+    ChangeMembershipError, ClientWriteError, ForwardToLeader, InitializeError,
+    LinearizableReadError, RaftError,
+};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use crate::config::Limits;
+use crate::metrics::{NodeMetrics, NodeState};
+use crate::network::error::{ApiError, Outcome};
+use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
+use crate::node::Raft;
+use crate::read_gate::ReadGate;
+use crate::ring::{Ring, RingNode, RingTable};
+use crate::store::{Lookup, StateReader};
+use crate::telemetry::{Operation, Telemetry};
+use crate::types::{
+    Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig,
+};
+
+/// How old a read's answer may be, and who gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// As of some moment after the request arrived; answered by the leader.
+    Linearizable,
+    /// The same, answered by any member after asking the leader how far it must have applied.
+    LinearizableOnFollower,
+    /// Whatever the asked node has applied.
+    Stale,
+}
+
+/// What a delete did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deletion {
+    /// The state machine's revision afterwards.
+    pub revision: Revision,
+    /// Whether there was something to delete.
+    pub deleted: bool,
+}
+
+/// Who a node is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Its id in the cluster.
+    pub node_id: NodeId,
+    /// Where it listens.
+    pub addrs: NodeAddrs,
+}
+
+/// A learner may become a voter once it lags behind the leader by no more than this many entries:
+/// they are sent within one round trip or two, so the new quorum works at once.
+const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
+
+/// Between two looks at something that changes within milliseconds.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// One node's use cases. Cheap to clone; clones share everything.
+#[derive(Clone)]
+pub struct App {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    identity: Identity,
+    limits: Limits,
+    raft: Raft,
+    reader: StateReader,
+    gate: ReadGate,
+    peers: PeerNetwork,
+    in_flight: Arc<Semaphore>,
+    telemetry: Telemetry,
+}
+
+impl App {
+    /// Ties the parts together.
+    pub fn new(
+        identity: Identity,
+        limits: Limits,
+        raft: Raft,
+        reader: StateReader,
+        gate: ReadGate,
+        peers: PeerNetwork,
+    ) -> Self {
+        let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
+        let telemetry = Telemetry::new();
+        let inner = Inner { identity, limits, raft, reader, gate, peers, in_flight, telemetry };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Who this node is.
+    pub fn identity(&self) -> &Identity {
+        &self.inner.identity
+    }
+
+    /// What a request may cost here.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    // --- Keys ------------------------------------------------------------------------------------
+
+    /// Stores a value; returns its revision.
+    ///
+    /// Dropping the future does not take the write back once it was proposed.
+    pub async fn put(
+        &self,
+        key: Bytes,
+        value: Bytes,
+        condition: Condition,
+        deadline: Instant,
+    ) -> Result<Revision, ApiError> {
+        let started = Instant::now();
+        let command = Command::Put { key: key.clone(), value, condition };
+        let result = self.write(&key, command, deadline).await.map(|answer| match answer {
+            Applied::Written { revision } => revision,
+            other => unreachable!("a put was answered by {other:?}"),
+        });
+        self.record(Operation::Put, started, &result);
+        result
+    }
+
+    /// Removes a key.
+    pub async fn delete(
+        &self,
+        key: Bytes,
+        condition: Condition,
+        deadline: Instant,
+    ) -> Result<Deletion, ApiError> {
+        let started = Instant::now();
+        let command = Command::Delete { key: key.clone(), condition };
+        let result = self.write(&key, command, deadline).await.map(|answer| match answer {
+            Applied::Deleted { revision, deleted } => Deletion { revision, deleted },
+            other => unreachable!("a delete was answered by {other:?}"),
+        });
+        self.record(Operation::Delete, started, &result);
+        result
+    }
+
+    /// Reads a key; `None` when it has no record.
+    pub async fn get(
+        &self,
+        key: &[u8],
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<Option<Record>, ApiError> {
+        let started = Instant::now();
+        let result = self.read(key, consistency, deadline).await;
+        let stale = consistency == Consistency::Stale;
+        let operation = if stale { Operation::GetStale } else { Operation::Get };
+        self.record(operation, started, &result);
+        result
+    }
+
+    fn record<T>(&self, operation: Operation, started: Instant, result: &Result<T, ApiError>) {
+        let failure = result.as_ref().err().map(|error| error.status_and_code().1);
+        self.inner.telemetry.record(operation, started.elapsed(), failure);
+    }
+
+    async fn write(
+        &self,
+        key: &[u8],
+        command: Command,
+        deadline: Instant,
+    ) -> Result<Applied, ApiError> {
+        self.check_serving()?;
+        let _permit = self.admit()?;
+        // Only to save a log entry: what counts is the same check at apply.
+        self.check_owner(key)?;
+        match self.propose(command, deadline).await? {
+            Applied::ConditionFailed { current } => Err(ApiError::ConditionFailed { current }),
+            Applied::WrongCluster { .. } => Err(self.wrong_cluster(key)),
+            done => Ok(done),
+        }
+    }
+
+    /// Hands a command to Raft and waits until it is applied.
+    async fn propose(&self, command: Command, deadline: Instant) -> Result<Applied, ApiError> {
+        let written = self.inner.raft.client_write(command);
+        match tokio::time::timeout_at(deadline, written).await {
+            Ok(Ok(response)) => Ok(response.data),
+            Ok(Err(error)) => Err(self.write_error(error)),
+            Err(_) => Err(ApiError::Timeout {
+                message: "no majority confirmed the write in time; it may still take effect",
+                outcome: Outcome::Unknown,
+            }),
+        }
+    }
+
+    async fn read(
+        &self,
+        key: &[u8],
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<Option<Record>, ApiError> {
+        self.check_serving()?;
+        self.check_initialized()?;
+        if consistency != Consistency::Stale {
+            let _permit = self.admit()?;
+            self.check_owner(key)?;
+            self.await_read_index(consistency, deadline).await?;
+        }
+        match self.inner.reader.get(key).map_err(|e| storage(e, Outcome::NotApplied))? {
+            Lookup::Found(record) => Ok(Some(record)),
+            Lookup::Absent => Ok(None),
+            Lookup::WrongCluster(ring) => Err(self.owner_in(&ring, key)),
+        }
+    }
+
+    /// Returns once this node has applied everything that was acknowledged before the call.
+    async fn await_read_index(
+        &self,
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let timeout = || ApiError::Timeout {
+            message: "no majority confirmed in time that the leader still leads",
+            outcome: Outcome::NotApplied,
+        };
+        let index = loop {
+            if Instant::now() >= deadline {
+                return Err(timeout());
+            }
+            let answer = self.inner.gate.read_index(deadline).await;
+            match answer {
+                Some(Ok(log_id)) => break log_id.index,
+                // An old leader that is cut off: until it hears of the new one it can only wait.
+                Some(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => {
+                    tokio::time::sleep(POLL_INTERVAL).await;
+                }
+                Some(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
+                    let error = self.not_leader(to, Outcome::NotApplied);
+                    let ApiError::NotLeader { leader, .. } = &error else { return Err(error) };
+                    if consistency == Consistency::Linearizable {
+                        return Err(error);
+                    }
+                    break self.ask_leader(leader, deadline).await?;
+                }
+                Some(Err(RaftError::Fatal(error))) => {
+                    return Err(self.fatal(&error, Outcome::NotApplied));
+                }
+                None if Instant::now() >= deadline => return Err(timeout()),
+                None => return Err(ApiError::Stopping { outcome: Outcome::NotApplied }),
+            }
+        };
+        self.await_applied(index, deadline).await
+    }
+
+    async fn ask_leader(&self, leader: &RingNode, deadline: Instant) -> Result<u64, ApiError> {
+        let addrs = NodeAddrs { http: leader.http.clone(), rpc: leader.rpc.clone() };
+        let answer = self.inner.peers.read_index(leader.id, &addrs, deadline).await;
+        answer.map(|log_id| log_id.index).map_err(|error| match error {
+            ReadIndexError::Timeout => ApiError::Timeout {
+                message: "the leader did not answer in time",
+                outcome: Outcome::NotApplied,
+            },
+            _ => ApiError::NoLeader {
+                message: "the leader could not be asked for its read index",
+                outcome: Outcome::NotApplied,
+            },
+        })
+    }
+
+    async fn await_applied(&self, index: u64, deadline: Instant) -> Result<(), ApiError> {
+        let applied = |metrics: &Metrics| metrics.last_applied.index() >= Some(index);
+        if applied(&self.inner.raft.metrics().borrow_watched()) {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = self.inner.raft.wait(Some(left));
+        wait.applied_index_at_least(Some(index), "linearizable read").await.map(|_| ()).map_err(
+            |_| ApiError::Timeout {
+                message: "this node did not catch up with the leader in time",
+                outcome: Outcome::NotApplied,
+            },
+        )
+    }
+
+    // --- Ring ------------------------------------------------------------------------------------
+
+    /// The ring that this node's cluster lives by, as far as this node knows.
+    pub fn ring(&self) -> Arc<RingTable> {
+        self.inner.reader.ring()
+    }
+
+    /// Gives the cluster its first ring; the same ring again is fine.
+    pub async fn install_ring(&self, ring: Ring, deadline: Instant) -> Result<(), ApiError> {
+        self.check_serving()?;
+        if ring.next.is_some() {
+            return Err(ApiError::BadRequest("a first ring has no `next`".into()));
+        }
+        RingTable::new(ring.clone()).map_err(|error| ApiError::BadRequest(error.to_string()))?;
+        match self.propose(Command::InstallRing(Box::new(ring)), deadline).await? {
+            Applied::RingInstalled { .. } => Ok(()),
+            Applied::RingRefused(refusal) => Err(ApiError::Conflict(refusal.to_string())),
+            other => unreachable!("a ring was answered by {other:?}"),
+        }
+    }
+
+    fn check_owner(&self, key: &[u8]) -> Result<(), ApiError> {
+        let ring = self.ring();
+        if ring.owns(&self.inner.identity.cluster, key) {
+            return Ok(());
+        }
+        Err(self.owner_in(&ring, key))
+    }
+
+    fn wrong_cluster(&self, key: &[u8]) -> ApiError {
+        self.owner_in(&self.ring(), key)
+    }
+
+    fn owner_in(&self, ring: &RingTable, key: &[u8]) -> ApiError {
+        match ring.owner(key) {
+            Some(owner) => ApiError::WrongCluster {
+                owner: Box::new(owner.clone()),
+                epoch: ring.ring().epoch,
+            },
+            // Only when the ring went away since it refused the key, which no command does.
+            None => ApiError::NoLeader {
+                message: "the ring is changing",
+                outcome: Outcome::NotApplied,
+            },
+        }
+    }
+
+    // --- Membership ------------------------------------------------------------------------------
+
+    /// Forms the cluster with this node as its only voter.
+    pub async fn init(&self) -> Result<(), ApiError> {
+        self.check_serving()?;
+        let identity = &self.inner.identity;
+        let members = std::collections::BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
+        match self.inner.raft.initialize(members).await {
+            Ok(()) => Ok(()),
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
+                Err(ApiError::Conflict("this node is already initialized".into()))
+            }
+            Err(RaftError::APIError(error)) => Err(ApiError::Conflict(error.to_string())),
+            Err(RaftError::Fatal(error)) => Err(self.fatal(&error, Outcome::Unknown)),
+        }
+    }
+
+    /// Adds a member without a vote; a repeat changes nothing.
+    pub async fn add_learner(
+        &self,
+        id: NodeId,
+        addrs: NodeAddrs,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        self.check_serving()?;
+        self.check_leader()?;
+        let known = {
+            let metrics = self.inner.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.membership_config.membership().get_node(&id).cloned()
+        };
+        match known {
+            Some(known) if known == addrs => return Ok(()),
+            Some(known) => {
+                let text = format!("node {id} is already a member at {} / {}", known.http, known.rpc);
+                return Err(ApiError::Conflict(text));
+            }
+            None => {}
+        }
+        let added = self.inner.raft.add_learner(id, addrs, false);
+        self.await_membership(added, deadline).await
+    }
+
+    /// Makes exactly these members the voters, after they caught up.
+    pub async fn change_membership(
+        &self,
+        voters: BTreeSet<NodeId>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        self.check_serving()?;
+        self.check_leader()?;
+        self.await_caught_up(&voters, deadline).await?;
+        let changed = self.inner.raft.change_membership(voters, false);
+        self.await_membership(changed, deadline).await
+    }
+
+    async fn await_membership<T>(
+        &self,
+        change: impl Future<Output = Result<T, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        match tokio::time::timeout_at(deadline, change).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.write_error(error)),
+            Err(_) => Err(ApiError::Timeout {
+                message: "the membership change was not confirmed in time; it may still take effect",
+                outcome: Outcome::Unknown,
+            }),
+        }
+    }
+
+    /// Waits until the future voters are close behind the leader. Unknown ones are Raft's to refuse.
+    async fn await_caught_up(
+        &self,
+        voters: &BTreeSet<NodeId>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let own_id = self.inner.identity.node_id;
+        loop {
+            {
+                let metrics = self.inner.raft.metrics();
+                let metrics = metrics.borrow_watched();
+                let known = metrics.membership_config.membership();
+                let last = metrics.last_log_index.unwrap_or(0);
+                let close = |id: &NodeId| {
+                    let matched = metrics.replication.as_ref().and_then(|of| of.get(id));
+                    matched.is_some_and(|matched| {
+                        matched.index().is_some_and(|at| at + VOTER_LAG_ENTRIES_MAX >= last)
+                    })
+                };
+                let lags = |id: &&NodeId| **id != own_id && known.get_node(id).is_some() && !close(id);
+                if metrics.state != openraft::ServerState::Leader || voters.iter().find(lags).is_none() {
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(ApiError::Timeout {
+                    message: "a new member did not catch up in time; nothing was changed",
+                    outcome: Outcome::NotApplied,
+                });
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+
+    // --- Health ----------------------------------------------------------------------------------
+
+    /// What the node says about itself.
+    pub fn metrics(&self) -> NodeMetrics {
+        let reader = &self.inner.reader;
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let identity = &self.inner.identity;
+        NodeMetrics {
+            id: identity.node_id,
+            cluster: identity.cluster.clone(),
+            http: identity.addrs.http.clone(),
+            rpc: identity.addrs.rpc.clone(),
+            state: state_of(&metrics),
+            term: metrics.current_term,
+            current_leader: metrics.current_leader,
+            last_log: metrics.last_log_index,
+            last_applied: metrics.last_applied.index(),
+            voters: membership.voter_ids().collect(),
+            learners: membership.learner_ids().collect(),
+            keys: reader.key_count().ok(),
+            revision: Some(reader.revision()),
+            epoch: Some(reader.ring().ring().epoch),
+        }
+    }
+
+    /// Why the node is not ready; ready means: initialised, a leader is known, and everything that is
+    /// known to be committed is applied.
+    pub fn readiness(&self) -> Result<(), String> {
+        if let Some(failure) = self.storage_failed() {
+            return Err(failure);
+        }
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if state_of(&metrics) == NodeState::Uninitialized {
+            return Err("the cluster is not initialized".into());
+        }
+        if metrics.current_leader.is_none() {
+            return Err("no leader is known".into());
+        }
+        let committed = metrics.cluster_committed.max(metrics.local_committed);
+        if metrics.last_applied < committed {
+            return Err(format!(
+                "applied up to {:?} of {:?}",
+                metrics.last_applied.index(),
+                committed.index()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The text of `GET /metrics`.
+    pub fn prometheus(&self) -> String {
+        let data_bytes = self.inner.reader.disk_bytes().unwrap_or(0);
+        self.inner.telemetry.text(&self.metrics(), data_bytes)
+    }
+
+    /// Why storage has failed, if it has.
+    pub fn storage_failed(&self) -> Option<String> {
+        if let Some(failure) = self.inner.reader.failure().borrow().clone() {
+            return Some(failure);
+        }
+        let metrics = self.inner.raft.metrics();
+        match &metrics.borrow_watched().running_state {
+            Err(openraft::errors::Fatal::StorageError(error)) => Some(error.to_string()),
+            _ => None,
+        }
+    }
+
+    // --- Checks and errors -----------------------------------------------------------------------
+
+    fn check_serving(&self) -> Result<(), ApiError> {
+        match self.storage_failed() {
+            None => Ok(()),
+            Some(message) => Err(ApiError::Storage { message, outcome: Outcome::NotApplied }),
+        }
+    }
+
+    fn check_initialized(&self) -> Result<(), ApiError> {
+        let metrics = self.inner.raft.metrics();
+        match state_of(&metrics.borrow_watched()) {
+            NodeState::Uninitialized => Err(ApiError::NotInitialized),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_leader(&self) -> Result<(), ApiError> {
+        let to = {
+            let metrics = self.inner.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            if metrics.state == openraft::ServerState::Leader {
+                return Ok(());
+            }
+            let leader = metrics.current_leader.and_then(|id| {
+                let node = metrics.membership_config.membership().get_node(&id)?;
+                Some(ForwardToLeader::new(id, node.clone()))
+            });
+            leader.unwrap_or(ForwardToLeader::empty())
+        };
+        Err(self.not_leader(to, Outcome::NotApplied))
+    }
+
+    fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        self.inner.in_flight.clone().try_acquire_owned().map_err(|_| ApiError::Overloaded)
+    }
+
+    fn not_leader(&self, to: ForwardToLeader<TypeConfig>, outcome: Outcome) -> ApiError {
+        let own_id = self.inner.identity.node_id;
+        match (to.leader_id, to.leader_node) {
+            (Some(id), Some(node)) if id != own_id && outcome == Outcome::NotApplied => {
+                ApiError::NotLeader {
+                    leader: RingNode { id, http: node.http, rpc: node.rpc },
+                    epoch: self.ring().ring().epoch,
+                }
+            }
+            _ if self.check_initialized().is_err() => ApiError::NotInitialized,
+            _ if outcome == Outcome::NotApplied => {
+                ApiError::NoLeader { message: "no leader is known at the moment", outcome }
+            }
+            _ => ApiError::NoLeader {
+                message: "leadership was lost while the write was in flight; it may have taken effect",
+                outcome,
+            },
+        }
+    }
+
+    fn write_error(&self, error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> ApiError {
+        match error {
+            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
+                self.not_leader(to, Outcome::NotApplied)
+            }
+            RaftError::APIError(ClientWriteError::LogEntryDiscarded(to)) => {
+                self.not_leader(to, Outcome::Unknown)
+            }
+            RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
+                ApiError::Conflict(membership_text(&error))
+            }
+            RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => {
+                ApiError::Conflict(error.to_string())
+            }
+            RaftError::Fatal(error) => self.fatal(&error, Outcome::Unknown),
+        }
+    }
+
+    fn fatal(&self, error: &openraft::errors::Fatal<TypeConfig>, outcome: Outcome) -> ApiError {
+        match (self.storage_failed(), error) {
+            (Some(message), _) => ApiError::Storage { message, outcome },
+            (None, openraft::errors::Fatal::StorageError(error)) => {
+                ApiError::Storage { message: error.to_string(), outcome }
+            }
+            (None, _) => ApiError::Stopping { outcome },
+        }
+    }
+}
+
+type Metrics = openraft::RaftMetrics<TypeConfig>;
+
+fn state_of(metrics: &Metrics) -> NodeState {
+    let membership = metrics.membership_config.membership();
+    let uninitialized = membership.voter_ids().next().is_none();
+    match metrics.state {
+        _ if uninitialized => NodeState::Uninitialized,
+        openraft::ServerState::Leader => NodeState::Leader,
+        openraft::ServerState::Candidate => NodeState::Candidate,
+        openraft::ServerState::Learner => NodeState::Learner,
+        openraft::ServerState::Follower | openraft::ServerState::Shutdown => NodeState::Follower,
+    }
+}
+
+fn storage(error: std::io::Error, outcome: Outcome) -> ApiError {
+    ApiError::Storage { message: error.to_string(), outcome }
+}
+
+fn membership_text(
+    error: &ChangeMembershipError<crate::types::LeaderId, NodeId>,
+) -> String {
+    match error {
+        ChangeMembershipError::InProgress(_) => {
+            "another membership change is under way; wait for it".into()
+        }
+        ChangeMembershipError::LearnerNotFound(unknown) => {
+            format!("node {} is not a member; add it as a learner first", unknown.node_id)
+        }
+        other => other.to_string(),
+    }
+}

@@ -217,10 +217,7 @@ impl Carp {
         config_id: u32,
         hash_version: HashVersion,
     ) -> Result<Self, CarpError> {
-        let members = nodes
-            .into_iter()
-            .map(|(id, weight)| Member { id, weight })
-            .collect();
+        let members = nodes.into_iter().map(|(id, weight)| Member { id, weight }).collect();
         Self::from_members(members, config_id, hash_version)
     }
 
@@ -272,8 +269,7 @@ impl Carp {
     /// # Panics
     /// If the id is there already, or on a weight that is not finite and positive.
     pub fn add_node(&mut self, id: String, weight: f32) {
-        self.try_add_node(id, weight)
-            .unwrap_or_else(|error| panic!("{error}"));
+        self.try_add_node(id, weight).unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// Like [`Carp::add_node`], for a member that comes from outside. An error leaves the table
@@ -305,8 +301,7 @@ impl Carp {
     }
 
     fn position(&self, id: &str) -> Result<usize, usize> {
-        self.members
-            .binary_search_by(|member| member.id.as_str().cmp(id))
+        self.members.binary_search_by(|member| member.id.as_str().cmp(id))
     }
 
     /// How many members the ring has.
@@ -321,9 +316,7 @@ impl Carp {
 
     /// All members with their weights as given, sorted by id.
     pub fn members(&self) -> impl ExactSizeIterator<Item = (&str, f32)> {
-        self.members
-            .iter()
-            .map(|member| (member.id.as_str(), member.weight))
+        self.members.iter().map(|member| (member.id.as_str(), member.weight))
     }
 
     /// Which state of the table this is, as its maker numbered it.
@@ -369,10 +362,8 @@ fn check_weight(id: &str, weight: f32) -> Result<(), CarpError> {
 }
 
 fn scorer_of(hash_version: HashVersion, members: &[Member]) -> Scorer {
-    let pairs: Vec<(&str, f32)> = members
-        .iter()
-        .map(|member| (member.id.as_str(), member.weight))
-        .collect();
+    let pairs: Vec<(&str, f32)> =
+        members.iter().map(|member| (member.id.as_str(), member.weight)).collect();
     Scorer::new(hash_version, &pairs)
 }
 

@@ -237,7 +237,11 @@ impl Config {
 
     fn check(&self) -> Result<(), OutOfRange> {
         within("num_clusters", self.num_clusters, 1..=CLUSTERS_MAX as u32)?;
-        within("nodes_per_cluster", self.nodes_per_cluster, 1..=9.min(NODES_PER_CLUSTER_MAX as u32))?;
+        within(
+            "nodes_per_cluster",
+            self.nodes_per_cluster,
+            1..=9.min(NODES_PER_CLUSTER_MAX as u32),
+        )?;
         self.check_layout()?;
         within("ring.hash_version", self.ring.hash_version, 1..=2)?;
         within("ring.list_ttl_s", self.ring.list_ttl_s, 1..=86_400)?;
@@ -257,7 +261,10 @@ impl Config {
         })?;
         let count = self.weights.len();
         require(count == 0 || count == self.num_clusters as usize, "weights", count, || {
-            format!("it must be empty or list one weight for each of {} clusters", self.num_clusters)
+            format!(
+                "it must be empty or list one weight for each of {} clusters",
+                self.num_clusters
+            )
         })?;
         let bad = self.weights.iter().find(|w| !(w.is_finite() && **w > 0.0));
         match bad {
@@ -271,10 +278,18 @@ impl Limits {
     fn check(&self) -> Result<(), OutOfRange> {
         within("limits.key_bytes_max", self.key_bytes_max, 1..=64 << 10)?;
         within("limits.value_bytes_max", self.value_bytes_max, 1..=64 << 20)?;
-        within("limits.http_body_bytes_max", self.http_body_bytes_max, self.value_bytes_max..=1 << 30)?;
+        within(
+            "limits.http_body_bytes_max",
+            self.http_body_bytes_max,
+            self.value_bytes_max..=1 << 30,
+        )?;
         // A peer frame must hold one entry of the largest key and value, and what frames it.
         let entry_bytes_max = self.key_bytes_max + self.value_bytes_max + (64 << 10);
-        within("limits.peer_frame_bytes_max", self.peer_frame_bytes_max, entry_bytes_max..=1 << 30)?;
+        within(
+            "limits.peer_frame_bytes_max",
+            self.peer_frame_bytes_max,
+            entry_bytes_max..=1 << 30,
+        )?;
         within("limits.http_connections_max", self.http_connections_max, 1..=1_000_000)?;
         within("limits.peer_connections_max", self.peer_connections_max, 8..=100_000)?;
         within("limits.header_timeout_ms", self.header_timeout_ms, 10..=600_000)?;
@@ -287,9 +302,17 @@ impl RaftConfig {
     fn check(&self, limits: &Limits) -> Result<(), OutOfRange> {
         within("raft.heartbeat_interval_ms", self.heartbeat_interval_ms, 10..=60_000)?;
         let election_min = 2 * self.heartbeat_interval_ms;
-        within("raft.election_timeout_min_ms", self.election_timeout_min_ms, election_min..=600_000)?;
+        within(
+            "raft.election_timeout_min_ms",
+            self.election_timeout_min_ms,
+            election_min..=600_000,
+        )?;
         let election_max = self.election_timeout_min_ms + 1;
-        within("raft.election_timeout_max_ms", self.election_timeout_max_ms, election_max..=1_200_000)?;
+        within(
+            "raft.election_timeout_max_ms",
+            self.election_timeout_max_ms,
+            election_max..=1_200_000,
+        )?;
         within("raft.snapshot_log_entries", self.snapshot_log_entries, 10..=100_000_000)?;
         within("raft.log_entries_kept", self.log_entries_kept, 0..=100_000_000)?;
         within("raft.append_pipeline_max", self.append_pipeline_max, 1..=1024)?;

@@ -81,7 +81,9 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// It is another node's.
-    #[error("{path} belongs to node {found_id} of cluster {found_cluster}, not to node {id} of cluster {cluster}")]
+    #[error(
+        "{path} belongs to node {found_id} of cluster {found_cluster}, not to node {id} of cluster {cluster}"
+    )]
     OtherNode {
         /// The marker file.
         path: PathBuf,

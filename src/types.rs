@@ -184,7 +184,9 @@ pub enum Applied {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RingRefusal {
     /// It already lives by a ring with other content.
-    #[error("the cluster already lives by a ring of epoch {current}; later rings come only by the handoff protocol")]
+    #[error(
+        "the cluster already lives by a ring of epoch {current}; later rings come only by the handoff protocol"
+    )]
     AlreadyInstalled {
         /// The epoch of the ring in force.
         current: Epoch,

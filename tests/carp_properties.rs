@@ -259,11 +259,7 @@ const SHARE_KEYS: usize = 60_000;
 
 fn numbered(weights: &[f32]) -> Nodes {
     let id = |i| format!("c{i}");
-    weights
-        .iter()
-        .enumerate()
-        .map(|(i, &w)| (id(i), w))
-        .collect()
+    weights.iter().enumerate().map(|(i, &w)| (id(i), w)).collect()
 }
 
 fn sequential_keys() -> impl Iterator<Item = String> {
@@ -313,12 +309,7 @@ fn v2_shares_follow_weights_as_closely_as_chance_allows() {
 /// ignored or swapped: every member has between 0.5 and 1.6 of what its weight promises.
 #[test]
 fn v1_shares_follow_weights_loosely() {
-    for weights in [
-        vec![1.0; 3],
-        vec![1.0; 8],
-        vec![1.0, 2.0],
-        vec![1.0, 1.0, 2.0, 4.0, 8.0],
-    ] {
+    for weights in [vec![1.0; 3], vec![1.0; 8], vec![1.0, 2.0], vec![1.0, 1.0, 2.0, 4.0, 8.0]] {
         let ring = Carp::with_hash(numbered(&weights), 1, HashVersion::V1);
         for (owned, share) in shares(&ring) {
             let ratio = owned / (share * SHARE_KEYS as f64);
@@ -343,10 +334,7 @@ fn v2_keys_of_a_removed_member_spread_by_the_weights_of_the_rest() {
     assert!(is_fair(moved, 3.0 / 12.0, SHARE_KEYS as f64), "{moved}");
     for (id, weight) in after.members() {
         let heir = heirs.get(id).copied().unwrap_or_default();
-        assert!(
-            is_fair(heir, f64::from(weight) / 9.0, moved),
-            "{id}: {heir}"
-        );
+        assert!(is_fair(heir, f64::from(weight) / 9.0, moved), "{id}: {heir}");
     }
 }
 

@@ -50,13 +50,11 @@ pub(super) fn v1_combine(key_hash: u32, member_hash: u32) -> u32 {
 }
 
 fn v1_step(hash: u32, byte: u8) -> u32 {
-    hash.wrapping_add(hash.rotate_left(19))
-        .wrapping_add(u32::from(byte))
+    hash.wrapping_add(hash.rotate_left(19)).wrapping_add(u32::from(byte))
 }
 
 fn v1_scramble(hash: u32) -> u32 {
-    hash.wrapping_add(hash.wrapping_mul(DRAFT_MULTIPLIER))
-        .rotate_left(21)
+    hash.wrapping_add(hash.wrapping_mul(DRAFT_MULTIPLIER)).rotate_left(21)
 }
 
 /// Version 2's hash of a key.
@@ -136,10 +134,7 @@ mod tests {
 
     #[test]
     fn v1_ignores_the_case_of_members_but_not_of_keys() {
-        assert_eq!(
-            v1_member("TEST1.ircache.NET"),
-            v1_member("test1.ircache.net")
-        );
+        assert_eq!(v1_member("TEST1.ircache.NET"), v1_member("test1.ircache.net"));
         assert_ne!(v1_key(b"A"), v1_key(b"a"));
     }
 
@@ -156,10 +151,7 @@ mod tests {
         assert_eq!(v2_member(""), 0x602B_0E2C_D666_2C8B);
         assert_eq!(v2_member("a"), 0x7B01_3EC7_3230_C3A1);
         assert_eq!(v2_member("c1"), 0x3914_FFBD_0733_8A39);
-        assert_eq!(
-            v2_combine(v2_key(b"user:00000042"), v2_member("c1")),
-            0xDFB5_0F93_DD2C_6BC7
-        );
+        assert_eq!(v2_combine(v2_key(b"user:00000042"), v2_member("c1")), 0xDFB5_0F93_DD2C_6BC7);
     }
 
     /// SplitMix64 started from 0 mixes exactly `MEMBER_SEED` first, and its first output is

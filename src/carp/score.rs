@@ -77,9 +77,7 @@ impl MultiplierTable {
         let weights: Vec<f32> = members.iter().map(|&(_, weight)| weight).collect();
         let hashes = members.iter().map(|&(id, _)| hash::v1_member(id));
         Self {
-            members: hashes
-                .zip(load_multipliers(&weights).into_iter().map(f64::from))
-                .collect(),
+            members: hashes.zip(load_multipliers(&weights).into_iter().map(f64::from)).collect(),
         }
     }
 
@@ -183,18 +181,12 @@ impl LogTable {
             let weight = f64::from(members[member].1);
             match classes.last_mut() {
                 Some(class) if class.weight == weight => class.places.end = place + 1,
-                _ => classes.push(WeightClass {
-                    weight,
-                    places: place..place + 1,
-                }),
+                _ => classes.push(WeightClass { weight, places: place..place + 1 }),
             }
         }
         Self {
             classes,
-            hashes: order
-                .iter()
-                .map(|&member| hash::v2_member(members[member].0))
-                .collect(),
+            hashes: order.iter().map(|&member| hash::v2_member(members[member].0)).collect(),
             members: order,
         }
     }
@@ -206,21 +198,13 @@ impl LogTable {
         if others.is_empty() {
             return Some(member);
         }
-        let mut best = Candidate {
-            score: log_score(first.weight, hash),
-            hash,
-            member,
-        };
+        let mut best = Candidate { score: log_score(first.weight, hash), hash, member };
         for class in others {
             let (hash, member) = self.champion(key_hash, class);
             if is_below(class.weight, hash, best.score) {
                 continue;
             }
-            let candidate = Candidate {
-                score: log_score(class.weight, hash),
-                hash,
-                member,
-            };
+            let candidate = Candidate { score: log_score(class.weight, hash), hash, member };
             if candidate.beats(&best) {
                 best = candidate;
             }
@@ -280,14 +264,8 @@ mod tests {
     /// With uniform hashes member 1 then wins X_1 / (2 * X_2) = 1/4 of the keys, as it should.
     #[test]
     fn multipliers_of_two_members_are_the_draft_s() {
-        assert_eq!(
-            bits(load_multipliers(&[1.0, 3.0])),
-            [0x3F35_04F3, 0x3FB5_04F3]
-        );
-        assert_eq!(
-            bits(load_multipliers(&[3.0, 1.0])),
-            [0x3FB5_04F3, 0x3F35_04F3]
-        );
+        assert_eq!(bits(load_multipliers(&[1.0, 3.0])), [0x3F35_04F3, 0x3FB5_04F3]);
+        assert_eq!(bits(load_multipliers(&[3.0, 1.0])), [0x3FB5_04F3, 0x3F35_04F3]);
     }
 
     /// Table C-1 of Wessels, "Web Caching" (2001), gives for the loads 1, 1, 2, 3 the
@@ -295,10 +273,7 @@ mod tests {
     #[test]
     fn multipliers_agree_with_the_published_ones() {
         let published = [0.869_442, 0.869_442, 1.064_844, 1.242_318];
-        for (ours, theirs) in load_multipliers(&[1.0, 1.0, 2.0, 3.0])
-            .into_iter()
-            .zip(published)
-        {
+        for (ours, theirs) in load_multipliers(&[1.0, 1.0, 2.0, 3.0]).into_iter().zip(published) {
             assert!((ours - theirs).abs() < 1e-6, "{ours} is not {theirs}");
         }
     }
@@ -308,13 +283,7 @@ mod tests {
     fn multipliers_of_five_unequal_members_are_the_draft_s() {
         assert_eq!(
             bits(load_multipliers(&[0.5, 1.5, 2.5, 0.1, 7.0])),
-            [
-                0x3F43_69DF,
-                0x3F83_5556,
-                0x3F9A_F5B6,
-                0x3F08_80C8,
-                0x3FFD_2C7C
-            ]
+            [0x3F43_69DF, 0x3F83_5556, 0x3F9A_F5B6, 0x3F08_80C8, 0x3FFD_2C7C]
         );
     }
 
@@ -371,14 +340,10 @@ mod tests {
     #[test]
     fn log_score_rises_with_the_hash() {
         let part = 1_u64 << (u64::BITS - UNIT_BITS);
-        let starts = [
-            0,
-            (u64::MAX as f64 / std::f64::consts::E) as u64,
-            u64::MAX / 2,
-        ]
-        .into_iter()
-        .chain((0..2_000).map(|i| i * (u64::MAX / 2_001)))
-        .chain([u64::MAX - 200 * part]);
+        let starts = [0, (u64::MAX as f64 / std::f64::consts::E) as u64, u64::MAX / 2]
+            .into_iter()
+            .chain((0..2_000).map(|i| i * (u64::MAX / 2_001)))
+            .chain([u64::MAX - 200 * part]);
         for start in starts {
             let mut lower = log_score(1.0, start);
             for step in 1..100 {
@@ -407,11 +372,7 @@ mod tests {
 
     #[test]
     fn ties_go_to_the_higher_hash_then_to_the_smaller_id() {
-        let candidate = |score, hash, member| Candidate {
-            score,
-            hash,
-            member,
-        };
+        let candidate = |score, hash, member| Candidate { score, hash, member };
         assert!(candidate(2.0, 0, 9).beats(&candidate(1.0, 9, 0)));
         assert!(candidate(1.0, 9, 9).beats(&candidate(1.0, 8, 0)));
         assert!(candidate(1.0, 9, 0).beats(&candidate(1.0, 9, 1)));

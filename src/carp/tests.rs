@@ -62,26 +62,14 @@ fn v1_routes_equal_members_as_the_draft_says() {
 /// The same script's digest of 2,000 owners.
 #[test]
 fn v1_routes_many_keys_as_the_draft_says() {
-    let unequal = [
-        ("c1", 0.5),
-        ("c2", 1.5),
-        ("c3", 2.5),
-        ("c4", 0.1),
-        ("c5", 7.0),
-    ];
+    let unequal = [("c1", 0.5), ("c2", 1.5), ("c3", 2.5), ("c4", 0.1), ("c5", 7.0)];
     assert_eq!(digest(&ring(&unequal, HashVersion::V1)), 0x7C97_56AA);
 }
 
 /// From a Python script over the reference implementation of xxHash and Python's own `log`.
 #[test]
 fn v2_routes_as_an_independent_implementation_does() {
-    let unequal = [
-        ("c1", 0.5),
-        ("c2", 1.5),
-        ("c3", 2.5),
-        ("c4", 0.125),
-        ("c5", 7.0),
-    ];
+    let unequal = [("c1", 0.5), ("c2", 1.5), ("c3", 2.5), ("c4", 0.125), ("c5", 7.0)];
     assert_eq!(digest(&ring(&unequal, HashVersion::V2)), 0xF478_787B);
     let equal = unequal.map(|(id, _)| (id, 1.0));
     assert_eq!(digest(&ring(&equal, HashVersion::V2)), 0x4AA6_7E80);
@@ -118,10 +106,7 @@ fn a_single_member_owns_everything() {
 /// Under version 1 names that differ in case have one hash, so every key is a tie.
 #[test]
 fn ties_go_to_the_smaller_id() {
-    let ring = ring(
-        &[("node", 1.0), ("NODE", 1.0), ("Node", 1.0)],
-        HashVersion::V1,
-    );
+    let ring = ring(&[("node", 1.0), ("NODE", 1.0), ("Node", 1.0)], HashVersion::V1);
     for i in 0..100 {
         assert_eq!(ring.get(&format!("key-{i}")), "NODE");
     }
@@ -144,15 +129,9 @@ fn bad_members_are_refused_by_name() {
             );
         }
         let twice = vec![("b", 1.0), ("a", 1.0), ("b", 2.0)];
-        let nodes = twice
-            .into_iter()
-            .map(|(id, w)| (id.to_owned(), w))
-            .collect();
+        let nodes = twice.into_iter().map(|(id, w)| (id.to_owned(), w)).collect();
         let id = "b".to_owned();
-        assert_eq!(
-            Carp::try_with_hash(nodes, 1, version),
-            Err(CarpError::DuplicateMember { id })
-        );
+        assert_eq!(Carp::try_with_hash(nodes, 1, version), Err(CarpError::DuplicateMember { id }));
     }
 }
 
@@ -180,10 +159,7 @@ fn a_refused_member_leaves_the_ring_as_it_was() {
         let before = ring(&[("c1", 1.0), ("c2", 2.0)], version);
         let mut after = before.clone();
         let id = "c1".to_owned();
-        assert_eq!(
-            after.try_add_node("c1".into(), 3.0),
-            Err(CarpError::DuplicateMember { id })
-        );
+        assert_eq!(after.try_add_node("c1".into(), 3.0), Err(CarpError::DuplicateMember { id }));
         assert!(after.try_add_node("c3".into(), 0.0).is_err());
         assert!(!after.remove_node("c3"));
         assert_eq!(after, before);
@@ -209,23 +185,14 @@ fn adding_and_removing_keep_all_but_the_members() {
 fn json_is_the_documented_form() {
     let ring = ring(&[("c2", 0.333), ("c1", 1.0)], HashVersion::V1).with_list_ttl(60);
     let json = r#"{"version":1,"hash_version":1,"config_id":1,"list_ttl":60,"nodes":[{"addr":"c1","relative_load":1.0},{"addr":"c2","relative_load":0.333}]}"#;
-    assert_eq!(
-        serde_json::to_string(&ring).expect("a ring serialises"),
-        json
-    );
-    assert_eq!(
-        serde_json::from_str::<Carp>(json).expect("it is valid"),
-        ring
-    );
+    assert_eq!(serde_json::to_string(&ring).expect("a ring serialises"), json);
+    assert_eq!(serde_json::from_str::<Carp>(json).expect("it is valid"), ring);
 }
 
 #[test]
 fn json_of_an_empty_ring_round_trips() {
     let json = serde_json::to_string(&Carp::new(vec![], 0)).expect("a ring serialises");
-    assert_eq!(
-        json,
-        r#"{"version":1,"hash_version":2,"config_id":0,"list_ttl":600,"nodes":[]}"#
-    );
+    assert_eq!(json, r#"{"version":1,"hash_version":2,"config_id":0,"list_ttl":600,"nodes":[]}"#);
     let ring: Carp = serde_json::from_str(&json).expect("it is valid");
     assert!(ring.is_empty());
 }
@@ -249,22 +216,14 @@ fn bad_json_is_an_error_and_never_a_panic() {
         ("\"hash_version\":2", "\"hash_version\":0", "hash version 0"),
         ("\"hash_version\":2", "\"hash_version\":3", "hash version 3"),
         ("\"hash_version\":2,", "", "missing field"),
-        (
-            "\"config_id\":1",
-            "\"config_id\":4294967296",
-            "invalid value",
-        ),
+        ("\"config_id\":1", "\"config_id\":4294967296", "invalid value"),
         ("1.0", "0.0", "not finite and positive"),
         ("1.0", "-1.0", "not finite and positive"),
         ("1.0", "1e39", "not finite and positive"),
         ("1.0", "1e-60", "not finite and positive"),
         ("1.0", "1e999", "out of range"),
         ("1.0", "null", "invalid type"),
-        (
-            "1.0}",
-            "1.0},{\"addr\":\"c1\",\"relative_load\":2.0}",
-            "twice",
-        ),
+        ("1.0}", "1.0},{\"addr\":\"c1\",\"relative_load\":2.0}", "twice"),
         ("]}", "", "EOF"),
     ] {
         let bad = good.replacen(part, replacement, 1);
@@ -277,8 +236,5 @@ fn bad_json_is_an_error_and_never_a_panic() {
 #[test]
 fn debug_shows_the_table() {
     let text = format!("{:?}", ring(&[("c1", 1.5)], HashVersion::V1));
-    assert!(
-        text.contains("V1") && text.contains("c1") && text.contains("1.5"),
-        "{text}"
-    );
+    assert!(text.contains("V1") && text.contains("c1") && text.contains("1.5"), "{text}");
 }

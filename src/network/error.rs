@@ -260,7 +260,8 @@ mod tests {
 
     #[test]
     fn the_body_has_the_contracts_shape() {
-        let error = ApiError::NoLeader { message: "no leader is known", outcome: Outcome::NotApplied };
+        let error =
+            ApiError::NoLeader { message: "no leader is known", outcome: Outcome::NotApplied };
         let json = serde_json::to_value(error.body()).unwrap();
         let expected = serde_json::json!({"error": {
             "code": "NO_LEADER", "message": "no leader is known", "outcome": "not_applied"}});

@@ -26,10 +26,16 @@ const MARKER_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Appends that wait for one fsync. openraft bounds what it has in flight; this is for the reader.
 enum Waiter {
-    Append { last: LogId, done: IOFlushed<TypeConfig> },
+    Append {
+        last: LogId,
+        done: IOFlushed<TypeConfig>,
+    },
     Barrier(oneshot::Sender<io::Result<()>>),
     /// The log is about to be cut after this entry.
-    Cut { last: Option<LogId>, done: oneshot::Sender<io::Result<()>> },
+    Cut {
+        last: Option<LogId>,
+        done: oneshot::Sender<io::Result<()>>,
+    },
 }
 
 #[derive(Default)]

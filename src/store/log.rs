@@ -66,7 +66,8 @@ impl LogStore {
         let vote = db.get_cf(&meta_family, meta::KEY_VOTE).map_err(to_io)?;
         let vote = vote.map(|bytes| meta::decode_vote(&bytes)).transpose()?;
         let purged = db.get_cf(&meta_family, meta::KEY_PURGED).map_err(to_io)?;
-        let purged = purged.map(|bytes| meta::decode_log_id("the purged id", &bytes)).transpose()?;
+        let purged =
+            purged.map(|bytes| meta::decode_log_id("the purged id", &bytes)).transpose()?;
         let last = last_entry(&engine)?.or(purged);
         check_first_entry(&engine, purged)?;
         if last < purged {

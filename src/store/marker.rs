@@ -51,10 +51,8 @@ impl Marker {
         let io_error = |source| OpenError::Io { path: path.into(), source };
         let mine = Claims { node_id: id, cluster: cluster.clone(), vote: None, durable: None };
         let claims = match std::fs::read(path) {
-            Ok(bytes) => decode(&bytes).map_err(|message| OpenError::MarkerCorrupt {
-                path: path.into(),
-                message,
-            })?,
+            Ok(bytes) => decode(&bytes)
+                .map_err(|message| OpenError::MarkerCorrupt { path: path.into(), message })?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 replace(path, &encode(&mine)).map_err(io_error)?;
                 mine

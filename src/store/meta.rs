@@ -164,9 +164,7 @@ pub(super) fn encode_record(revision: Revision, value: &[u8]) -> Vec<u8> {
 /// The revision of a stored record, without copying its value.
 pub(super) fn decode_record_revision(bytes: &[u8]) -> io::Result<Revision> {
     match bytes {
-        [RECORD_VERSION, RECORD_FLAGS, rest @ ..] if rest.len() >= 8 => {
-            Ok((&rest[..8]).get_u64())
-        }
+        [RECORD_VERSION, RECORD_FLAGS, rest @ ..] if rest.len() >= 8 => Ok((&rest[..8]).get_u64()),
         _ => Err(corrupt("a record", "unknown version, flags or length")),
     }
 }

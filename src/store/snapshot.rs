@@ -24,8 +24,8 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::types::{LogId, StoredMembership, TypeConfig};
 
-pub use super::image::SnapshotImage;
 use super::image::Images;
+pub use super::image::SnapshotImage;
 use super::meta::{self, Progress, corrupt};
 pub use super::staging::{SnapshotStager, StagedSnapshot, StagingPosition};
 

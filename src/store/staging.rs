@@ -126,7 +126,8 @@ impl SnapshotStager {
         let number = self.next_family.fetch_add(1, Ordering::Relaxed);
         let name = format!("{CF_DATA_PREFIX}{number}");
         self.shared.engine.create_family(&name)?;
-        let family = FamilyGuard { shared: self.shared.clone(), name, kept: AtomicBool::new(false) };
+        let family =
+            FamilyGuard { shared: self.shared.clone(), name, kept: AtomicBool::new(false) };
         let staging = Staging {
             id,
             family,

@@ -154,12 +154,7 @@ impl StateMachine {
         Ok(Applied::Written { revision })
     }
 
-    fn delete(
-        &self,
-        round: &mut Round,
-        key: Bytes,
-        condition: Condition,
-    ) -> io::Result<Applied> {
+    fn delete(&self, round: &mut Round, key: Bytes, condition: Condition) -> io::Result<Applied> {
         if let Some(refusal) = self.refusal(round, &key, condition)? {
             return Ok(refusal);
         }
@@ -334,10 +329,8 @@ impl StateMachine {
             let new = View { data: staged.family().to_owned(), ring };
             std::mem::replace(&mut *view, new).data
         };
-        *self.lock() = AppliedState {
-            progress: head.progress,
-            membership: head.membership.clone(),
-        };
+        *self.lock() =
+            AppliedState { progress: head.progress, membership: head.membership.clone() };
         self.shared.publish_revision(head.progress.revision);
         staged.keep();
         engine.drop_family(&old)
@@ -433,7 +426,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let (machine, meta) = (self.clone(), meta.clone());
         blocking(move || {
             let staged = snapshot.into_staged(&machine.stager)?;
-            machine.switch_to(&meta, staged)
+            machine.switch_to(&meta, staged)?;
+            // An older image would now lack what the snapshot brought; openraft wants the current one.
+            machine.images.build().map(|_| ())
         })
         .await
     }

@@ -1,0 +1,107 @@
+//! `raft-kv`: one node.
+//!
+//! Prints one line, `ready http=ADDR rpc=ADDR`, on standard output once both ports accept; logs go to
+//! standard error. SIGTERM and SIGINT stop it cleanly. Exit codes: 0 stopped cleanly, 1 failed, 2 bad
+//! flags, configuration, addresses or data directory.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use distrib_kv_store::config::Config;
+use distrib_kv_store::node::{Node, NodeOptions};
+use distrib_kv_store::types::{ClusterId, NodeId};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// One node of a sharded key-value store.
+#[derive(Parser)]
+#[command(name = "raft-kv", version)]
+struct Flags {
+    /// The node's id in its cluster, counted from 1
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    id: NodeId,
+    /// Address for clients; port 0 picks a free one
+    #[arg(long, value_name = "HOST:PORT")]
+    http_addr: String,
+    /// Address for the other nodes of the cluster; port 0 picks a free one
+    #[arg(long, value_name = "HOST:PORT")]
+    rpc_addr: String,
+    /// The cluster that the node belongs to
+    #[arg(long, value_name = "ID", default_value = "c1")]
+    cluster: ClusterId,
+    /// Where the data is kept [default: ./<rpc-addr>-db]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Settings; without it the defaults hold
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// Flags, configuration, addresses or data directory are not usable as they are.
+const EXIT_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &error),
+    };
+    runtime.block_on(run(flags))
+}
+
+async fn run(flags: Flags) -> ExitCode {
+    let config = match flags.config.map_or_else(|| Ok(Config::default()), Config::load) {
+        Ok(config) => config,
+        Err(error) => return fail(EXIT_USAGE, &error),
+    };
+    let (mut terminate, mut interrupt) =
+        match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
+            (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
+            (Err(error), _) | (_, Err(error)) => return fail(1, &error),
+        };
+    let data_dir = flags.data_dir.unwrap_or_else(|| format!("./{}-db", flags.rpc_addr).into());
+    let options = NodeOptions {
+        id: flags.id,
+        cluster: flags.cluster,
+        http_addr: flags.http_addr,
+        rpc_addr: flags.rpc_addr,
+        data_dir,
+        config,
+    };
+    let node = match Node::start(options).await {
+        Ok(node) => node,
+        Err(error) => return fail(EXIT_USAGE, &error),
+    };
+    println!("ready http={} rpc={}", node.http_addr(), node.rpc_addr());
+    // Whoever started the node may have closed the pipe after the line it waited for.
+    let _ = std::io::stdout().flush();
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        _ = report_failure(&node) => {}
+    }
+    match node.shutdown().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &error),
+    }
+}
+
+/// Says why storage failed and never returns: the node goes on answering with that error.
+async fn report_failure(node: &Node) {
+    let reason = node.failed().await;
+    eprintln!("raft-kv: storage has failed, this node serves no more: {reason}");
+    std::future::pending().await
+}
+
+fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("raft-kv: {error}");
+    ExitCode::from(code)
+}

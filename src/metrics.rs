@@ -1,0 +1,90 @@
+//! What a node says about itself: the JSON of `GET /cluster/metrics`.
+//!
+//! One struct for both ends, so that server and client cannot drift apart. It may gain members, and
+//! a reader ignores those that it does not know; the ones marked as defaulted may be missing in the
+//! answer of an older node.
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{ClusterId, Epoch, NodeId, Revision};
+
+/// The state of one node, as it sees itself. Also answered before the node is initialised.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeMetrics {
+    /// The node's id inside its cluster.
+    pub id: NodeId,
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// Where it serves clients.
+    pub http: String,
+    /// Where it serves its peers.
+    pub rpc: String,
+    /// Its part in the Raft group.
+    pub state: NodeState,
+    /// Its current term; 0 before it was initialised.
+    pub term: u64,
+    /// The leader that it knows of.
+    pub current_leader: Option<NodeId>,
+    /// The index of its last log entry.
+    pub last_log: Option<u64>,
+    /// The index of the last entry that its state machine has applied.
+    pub last_applied: Option<u64>,
+    /// The members that vote, of both halves of a joint membership; sorted.
+    #[serde(default)]
+    pub voters: Vec<NodeId>,
+    /// The members that only follow; sorted.
+    #[serde(default)]
+    pub learners: Vec<NodeId>,
+    /// How many keys its state machine holds, if it counts them.
+    #[serde(default)]
+    pub keys: Option<u64>,
+    /// The revision of its state machine.
+    #[serde(default)]
+    pub revision: Option<Revision>,
+    /// The epoch of the ring that its state machine lives by; 0 for none.
+    #[serde(default)]
+    pub epoch: Option<Epoch>,
+}
+
+/// A node's part in its Raft group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NodeState {
+    /// It proposes what others append. At most one of a term, but an old one may not know yet.
+    Leader,
+    /// It appends what the leader sends.
+    Follower,
+    /// It asks for votes.
+    Candidate,
+    /// It follows without a vote.
+    Learner,
+    /// It has neither formed nor joined a cluster.
+    Uninitialized,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_has_the_contracts_shape() {
+        let text = r#"{"id":1,"cluster":"c1","http":"h","rpc":"r","state":"leader","term":3,
+            "current_leader":1,"last_log":9,"last_applied":9,"voters":[1],"learners":[]}"#;
+        let metrics: NodeMetrics = serde_json::from_str(text).unwrap();
+        assert_eq!((metrics.state, metrics.current_leader), (NodeState::Leader, Some(1)));
+        let mut json = serde_json::to_value(&metrics).unwrap();
+        for added in ["keys", "revision", "epoch"] {
+            assert!(json.as_object_mut().unwrap().remove(added).unwrap().is_null());
+        }
+        assert_eq!(json, serde_json::from_str::<serde_json::Value>(text).unwrap());
+    }
+
+    #[test]
+    fn an_uninitialised_node_says_null_where_it_knows_nothing() {
+        let text = r#"{"id":1,"cluster":"c1","http":"h","rpc":"r","state":"uninitialized","term":0,
+            "current_leader":null,"last_log":null,"last_applied":null,"later_member":true}"#;
+        let metrics: NodeMetrics = serde_json::from_str(text).unwrap();
+        assert_eq!(metrics.state, NodeState::Uninitialized);
+        assert_eq!(metrics.last_applied, None);
+    }
+}

@@ -1,0 +1,250 @@
+//! One running node: the parts, put together, started and stopped in the right order.
+//!
+//! Starting: listeners are bound before anything else, so that an address in use costs nothing and
+//! changes nothing; then the store is opened, then Raft, then the ports serve. Stopping goes the other
+//! way round: no new requests, requests in flight finish, peers are let go, Raft stops, the store
+//! flushes and closes. Every task has its owner here and is joined.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use openraft::SnapshotPolicy;
+use openraft::async_runtime::WatchReceiver;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::app::{App, Identity};
+use crate::config::{Config, RaftConfig};
+use crate::network::http_server::HttpServer;
+use crate::network::raft::PeerServer;
+use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
+use crate::read_gate::ReadGate;
+use crate::store::{OpenError, StateMachine, Store, StoreOptions};
+use crate::types::{ClusterId, NodeAddrs, NodeId, TypeConfig};
+
+/// openraft with this crate's types and state machine.
+pub type Raft = openraft::Raft<TypeConfig, StateMachine>;
+
+/// What a node needs to know to start.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// Its id in its cluster, above 0.
+    pub id: NodeId,
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// `HOST:PORT` to serve clients on; port 0 picks a free one.
+    pub http_addr: String,
+    /// `HOST:PORT` to serve peers on; port 0 picks a free one.
+    pub rpc_addr: String,
+    /// Where its data is.
+    pub data_dir: PathBuf,
+    /// Limits, timing, memory.
+    pub config: Config,
+}
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}")]
+    Bind {
+        /// The address as it was given.
+        address: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Anyone on the network could read and write everything.
+    #[error(
+        "{address} is not a loopback address: everything would cross the network in clear text; set `insecure = true` in the configuration to allow it"
+    )]
+    NotLoopback {
+        /// The address as it was given.
+        address: String,
+    },
+    /// The data directory is not fit.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// Raft did not start.
+    #[error("consensus did not start: {0}")]
+    Raft(String),
+}
+
+/// Why a node did not stop cleanly.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// The store could not be flushed or closed.
+    #[error("the store did not close cleanly: {0}")]
+    Store(io::Error),
+    /// Raft's task died.
+    #[error("consensus did not stop cleanly: {0}")]
+    Raft(String),
+}
+
+/// A running node. Stop it with [`Node::shutdown`]; dropping it aborts nothing and joins nothing.
+pub struct Node {
+    http_addr: SocketAddr,
+    rpc_addr: SocketAddr,
+    shutdown: CancellationToken,
+    app: App,
+    raft: Raft,
+    http: HttpServer,
+    peers: PeerServer,
+    gate: JoinHandle<()>,
+    store: Store,
+}
+
+impl Node {
+    /// Starts a node. Returns once both ports accept.
+    pub async fn start(options: NodeOptions) -> Result<Self, StartError> {
+        raise_open_files_limit();
+        let config = &options.config;
+        let (http, http_addr) = listen(&options.http_addr, config.insecure).await?;
+        let (rpc, rpc_addr) = listen(&options.rpc_addr, config.insecure).await?;
+        let store_options = StoreOptions {
+            dir: options.data_dir.clone(),
+            node_id: options.id,
+            cluster: options.cluster.clone(),
+            storage: config.storage.clone(),
+            raft: config.raft.clone(),
+        };
+        let store = tokio::task::spawn_blocking(move || Store::open(&store_options))
+            .await
+            .map_err(|error| StartError::Raft(format!("opening the store died: {error}")))??;
+
+        let identity = PeerIdentity { cluster: options.cluster.clone(), node_id: options.id };
+        let network = PeerNetwork::new(identity.clone(), config);
+        let raft_config = raft_config(&options.cluster, &config.raft)?;
+        let (log, machine) = (store.log(), store.state_machine());
+        let raft = Raft::new(options.id, raft_config, network.clone(), log, machine)
+            .await
+            .map_err(|error| StartError::Raft(error.to_string()))?;
+
+        let shutdown = CancellationToken::new();
+        let stager = store.stager();
+        let peers =
+            PeerServer::serve(rpc, identity, raft.clone(), stager, config, shutdown.clone());
+        let (gate, gate_task) = ReadGate::spawn(raft.clone());
+        let identity = Identity {
+            cluster: options.cluster,
+            node_id: options.id,
+            addrs: NodeAddrs {
+                http: advertised(&options.http_addr, http_addr),
+                rpc: advertised(&options.rpc_addr, rpc_addr),
+            },
+        };
+        let limits = config.limits.clone();
+        let app = App::new(identity, limits, raft.clone(), store.reader(), gate, network);
+        let http = HttpServer::serve(http, app.clone(), shutdown.clone());
+        tracing::info!(%http_addr, %rpc_addr, dir = %options.data_dir.display(), "node started");
+        Ok(Self { http_addr, rpc_addr, shutdown, app, raft, http, peers, gate: gate_task, store })
+    }
+
+    /// Where it serves clients.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http_addr
+    }
+
+    /// Where it serves peers.
+    pub fn rpc_addr(&self) -> SocketAddr {
+        self.rpc_addr
+    }
+
+    /// Resolves, with the reason, when storage fails. Then the node answers every request with an
+    /// error, so that its operator sees why, until it is stopped. Cancel safe.
+    pub async fn failed(&self) -> String {
+        let mut metrics = self.raft.metrics();
+        loop {
+            if let Some(failure) = self.app.storage_failed() {
+                return failure;
+            }
+            if metrics.changed().await.is_err() {
+                // Raft is gone without a storage failure: the node is stopping.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Stops the node: requests in flight finish, everything is flushed, the data directory is free.
+    pub async fn shutdown(self) -> Result<(), StopError> {
+        let Self { shutdown, app, raft, http, peers, gate, store, .. } = self;
+        shutdown.cancel();
+        http.join().await;
+        peers.join().await;
+        let stopped = raft.shutdown().await;
+        drop(app);
+        drop(raft);
+        // The gate's queue closed with the last app; its round ends with Raft. A panic in it has
+        // been reported by the panic hook.
+        let _ = gate.await;
+        let closed = tokio::task::spawn_blocking(move || store.close()).await;
+        stopped.map_err(|error| StopError::Raft(error.to_string()))?;
+        closed
+            .unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+            .map_err(StopError::Store)
+    }
+}
+
+async fn listen(address: &str, insecure: bool) -> Result<(TcpListener, SocketAddr), StartError> {
+    let bind_error = |source| StartError::Bind { address: address.to_owned(), source };
+    let listener = TcpListener::bind(address).await.map_err(bind_error)?;
+    let local = listener.local_addr().map_err(bind_error)?;
+    if !local.ip().is_loopback() && !insecure {
+        return Err(StartError::NotLoopback { address: address.to_owned() });
+    }
+    Ok((listener, local))
+}
+
+/// What others are told: the host as it was given, because a name may mean more to them than the
+/// address it has here; the port as it was bound.
+fn advertised(given: &str, bound: SocketAddr) -> String {
+    match given.rsplit_once(':') {
+        Some((host, _)) => format!("{host}:{}", bound.port()),
+        None => bound.to_string(),
+    }
+}
+
+fn raft_config(
+    cluster: &ClusterId,
+    config: &RaftConfig,
+) -> Result<Arc<openraft::Config>, StartError> {
+    let raft = openraft::Config {
+        cluster_name: cluster.to_string(),
+        heartbeat_interval: config.heartbeat_interval_ms,
+        election_timeout_min: config.election_timeout_min_ms,
+        election_timeout_max: config.election_timeout_max_ms,
+        max_payload_entries: config.append_entries_max,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(config.snapshot_log_entries),
+        max_in_snapshot_log_to_keep: config.log_entries_kept,
+        // A follower gets a snapshot when the log no longer reaches it, hardly earlier.
+        replication_lag_threshold: 2 * config.snapshot_log_entries + config.log_entries_kept,
+        snapshot_max_chunk_size: config.snapshot_chunk_bytes as u64,
+        // The whole transfer of a large state; single chunks have their own, short timeout.
+        install_snapshot_timeout: 600_000,
+        // Followers get entries while the leader's own fsync still runs.
+        broadcast_submitted_on_append: Some(true),
+        // A node that comes back does not depose a healthy leader.
+        enable_pre_vote: Some(true),
+        // A restarted leader must be elected again: it cannot know what happened meanwhile.
+        enable_leader_restore: Some(false),
+        // A leader that lost its majority falls silent long enough for others to take over.
+        quorum_loss_probe_interval: Some(2 * config.election_timeout_max_ms),
+        backoff: "50ms 100ms ...1s".into(),
+        ..openraft::Config::default()
+    };
+    raft.validate().map(Arc::new).map_err(|error| StartError::Raft(error.to_string()))
+}
+
+/// RocksDB keeps all its files open, and each client and peer costs one.
+fn raise_open_files_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current < limit.maximum {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Counters and gauges for `GET /metrics`, in Prometheus' text format.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::metrics::{NodeMetrics, NodeState};
+
+/// What a client asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(missing_docs)] // The names say it all.
+pub enum Operation {
+    Put,
+    Delete,
+    Get,
+    GetStale,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OperationLabel {
+    operation: Operation,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FailureLabel {
+    operation: Operation,
+    code: &'static str,
+}
+
+type GaugeU64 = Gauge<u64, AtomicU64>;
+
+/// A node's metrics. Recording is lock-free or nearly so.
+pub struct Telemetry {
+    registry: Registry,
+    seconds: Family<OperationLabel, Histogram>,
+    failures: Family<FailureLabel, Counter>,
+    term: GaugeU64,
+    leader: GaugeU64,
+    last_log: GaugeU64,
+    last_applied: GaugeU64,
+    revision: GaugeU64,
+    keys: GaugeU64,
+    epoch: GaugeU64,
+    data_bytes: GaugeU64,
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Telemetry {
+    /// All counters at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("kv");
+        // 50 us to 13 s: a cached read up to the request deadline.
+        let histogram = || Histogram::new(exponential_buckets(50e-6, 2.0, 18));
+        let seconds = Family::new_with_constructor(histogram as fn() -> Histogram);
+        registry.register_with_unit(
+            "operation_duration",
+            "How long client operations took",
+            Unit::Seconds,
+            seconds.clone(),
+        );
+        let failures = Family::default();
+        registry.register("operation_failures", "Failed operations", failures.clone());
+        let mut gauge = |name: &str, help: &str| {
+            let gauge = GaugeU64::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let term = gauge("raft_term", "The node's term");
+        let leader = gauge("raft_is_leader", "1 on the node that leads");
+        let last_log = gauge("raft_last_log_index", "Index of the last log entry");
+        let last_applied = gauge("raft_last_applied_index", "Index of the last applied entry");
+        let revision = gauge("revision", "The state machine's revision");
+        let keys = gauge("keys", "Number of keys; an estimate when there are many");
+        let epoch = gauge("ring_epoch", "Epoch of the ring; 0 for none");
+        let data_bytes = gauge("data_file_bytes", "Size of the data files on disk");
+        Self {
+            seconds,
+            failures,
+            term,
+            leader,
+            last_log,
+            last_applied,
+            revision,
+            keys,
+            epoch,
+            data_bytes,
+            registry,
+        }
+    }
+
+    /// Records one finished operation; `failure` is the error's code.
+    pub fn record(&self, operation: Operation, took: Duration, failure: Option<&'static str>) {
+        self.seconds.get_or_create(&OperationLabel { operation }).observe(took.as_secs_f64());
+        if let Some(code) = failure {
+            self.failures.get_or_create(&FailureLabel { operation, code }).inc();
+        }
+    }
+
+    /// The whole text, with the gauges as of now.
+    pub fn text(&self, metrics: &NodeMetrics, data_bytes: u64) -> String {
+        self.term.set(metrics.term);
+        self.leader.set((metrics.state == NodeState::Leader).into());
+        self.last_log.set(metrics.last_log.unwrap_or(0));
+        self.last_applied.set(metrics.last_applied.unwrap_or(0));
+        self.revision.set(metrics.revision.unwrap_or(0));
+        self.keys.set(metrics.keys.unwrap_or(0));
+        self.epoch.set(metrics.epoch.unwrap_or(0));
+        self.data_bytes.set(data_bytes);
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a String cannot fail");
+        text
+    }
+}
