@@ -4,6 +4,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod carp;
+pub mod codec;
 pub mod config;
 pub mod http_client;
 pub mod network;
