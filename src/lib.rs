@@ -1,13 +1,27 @@
 //! A sharded, linearizable key-value store: CARP over independent Raft clusters.
+//!
+//! Start a node with [`node::Node`], several clusters of them with
+//! [`cluster_manager::ClusterManager`]; talk to one cluster with [`raft_node::RaftNode`] and to all of
+//! them with [`kvclient::KVClient`]. `docs/ARCHITECTURE.md` has the map.
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod app;
 pub mod carp;
+pub mod client_error;
+pub mod cluster_manager;
 pub mod codec;
 pub mod config;
 pub mod http_client;
+pub mod key_path;
+pub mod kvclient;
+pub mod metrics;
 pub mod network;
+pub mod node;
+pub mod raft_node;
+pub mod read_gate;
 pub mod ring;
 pub mod store;
+pub mod telemetry;
 pub mod types;
