@@ -1,0 +1,239 @@
+//! The HTTP routes for clients: `/v1`, health, and the original's `/api`.
+//!
+//! Handlers decode, call [`App`], and encode; which node answers is [`super::forward`]'s business. The
+//! key comes from the raw path: axum's own `Path` would refuse `%ff` and let `%zz` through. One thing
+//! is out of reach: hyper drops an unescaped `#` and what follows it from a request line, as it would
+//! a fragment, before anybody can refuse it.
+//!
+//! `GET` includes `HEAD` everywhere: axum answers it with the same head and no body.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use axum::{Json, Router};
+use bytes::Bytes;
+use http::{HeaderValue, StatusCode, header};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::body::{BodyBudget, BodyLimit};
+use super::call::Call;
+use super::error::{ApiError, etag};
+use super::forward::{Effect, Forwarder, Refusal};
+use super::management;
+use crate::app::{App, Consistency};
+use crate::key_path;
+use crate::types::{Condition, Record};
+
+/// Where the keys' paths begin.
+const KV_PREFIX: &str = "/v1/kv/";
+
+/// `prometheus-client` writes OpenMetrics, which Prometheus reads when the type says so.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What every handler needs.
+#[derive(Clone)]
+pub struct ApiState {
+    /// The node's use cases.
+    pub app: App,
+    /// The way to other nodes.
+    pub forwarder: Forwarder,
+    /// Bounds the memory of request bodies.
+    pub bodies: Arc<BodyBudget>,
+}
+
+/// What a handler returns.
+pub(super) type Answer = Result<Response, Refusal>;
+
+/// All routes of a node.
+pub fn router(app: App) -> Router {
+    let bodies = BodyBudget::new(app.limits().http_body_bytes_max);
+    let state = ApiState { app, forwarder: Forwarder::default(), bodies };
+    Router::new()
+        .route("/v1/kv/{*key}", kv_routes())
+        // The wildcard does not match an empty key, which deserves a better answer than 404.
+        .route("/v1/kv/", kv_routes())
+        .route("/v1/batch", post(batch).fallback(only("POST")))
+        .route("/v1/ring", get(ring).fallback(only("GET, HEAD")))
+        .route("/livez", get(livez).fallback(only("GET, HEAD")))
+        .route("/readyz", get(readyz).fallback(only("GET, HEAD")))
+        .route("/metrics", get(metrics).fallback(only("GET, HEAD")))
+        .route("/api/write", post(original_write).fallback(only("POST")))
+        .route("/api/read", post(original_read).fallback(only("POST")))
+        .route("/api/consistent_read", post(original_consistent_read).fallback(only("POST")))
+        .route("/api/get_hash_ring", get(original_ring).fallback(only("GET, HEAD")))
+        .merge(management::routes())
+        .fallback(|| async { ApiError::UnknownPath })
+        .with_state(state)
+}
+
+fn kv_routes() -> MethodRouter<ApiState> {
+    get(get_kv).put(put_kv).delete(delete_kv).fallback(only("GET, HEAD, PUT, DELETE"))
+}
+
+/// Answers a method that a path does not take.
+pub(super) fn only(
+    allow: &'static str,
+) -> impl Fn() -> std::future::Ready<ApiError> + Clone + Send + Sync + 'static {
+    move || std::future::ready(ApiError::MethodNotAllowed { allow })
+}
+
+async fn put_kv(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let key = key_of(&state, &call)?;
+    let condition = call.condition()?;
+    call.no_idempotency()?;
+    let bytes_max = state.app.limits().value_bytes_max;
+    let body = call.read_body(&state, BodyLimit { what: "value", bytes_max }).await?;
+    let put = || state.app.put(key.clone(), body.bytes.clone(), condition, call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
+    served.respond(|revision| Ok(Json(json!({"revision": revision})).into_response()))
+}
+
+async fn delete_kv(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let key = key_of(&state, &call)?;
+    let condition = call.condition()?;
+    call.no_idempotency()?;
+    let delete = || state.app.delete(key.clone(), condition, call.deadline);
+    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Write, delete).await?;
+    served.respond(|done| {
+        Ok(Json(json!({"revision": done.revision, "deleted": done.deleted})).into_response())
+    })
+}
+
+async fn get_kv(State(state): State<ApiState>, call: Call) -> Answer {
+    let key = key_of(&state, &call)?;
+    let consistency = call.consistency()?;
+    call.no_condition()?;
+    let read = || state.app.get(&key, consistency, call.deadline);
+    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, read).await?;
+    served.respond(|record| match record {
+        Some(Record { revision, value }) => {
+            let octets = HeaderValue::from_static("application/octet-stream");
+            let head = [(header::CONTENT_TYPE, octets), (header::ETAG, etag(revision))];
+            Ok((head, value).into_response())
+        }
+        None => Err(ApiError::KeyAbsent),
+    })
+}
+
+/// The key in the raw path, within its limit.
+fn key_of(state: &ApiState, call: &Call) -> Result<Bytes, ApiError> {
+    let raw = call.path.strip_prefix(KV_PREFIX).unwrap_or_default();
+    let key = key_path::decode(raw).map_err(|error| ApiError::BadRequest(error.to_string()))?;
+    check_key(state, &key)?;
+    Ok(key)
+}
+
+fn check_key(state: &ApiState, key: &[u8]) -> Result<(), ApiError> {
+    let max = state.app.limits().key_bytes_max;
+    if key.is_empty() {
+        return Err(ApiError::BadRequest("the key is empty".into()));
+    }
+    if key.len() > max {
+        return Err(ApiError::TooLarge { what: "key", max });
+    }
+    Ok(())
+}
+
+async fn batch() -> ApiError {
+    ApiError::NotImplemented("POST /v1/batch")
+}
+
+async fn ring(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(Json(state.app.ring().ring()).into_response())
+}
+
+async fn livez(State(state): State<ApiState>) -> Response {
+    match state.app.storage_failed() {
+        None => "ok".into_response(),
+        Some(why) => {
+            let reason = format!("storage has failed: {why}");
+            (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+        }
+    }
+}
+
+async fn readyz(State(state): State<ApiState>) -> Response {
+    match state.app.readiness() {
+        Ok(()) => Json(json!({"ready": true})).into_response(),
+        Err(reason) => {
+            let body = Json(json!({"ready": false, "reason": reason}));
+            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+        }
+    }
+}
+
+async fn metrics(State(state): State<ApiState>) -> Response {
+    let text_type = HeaderValue::from_static(METRICS_TYPE);
+    ([(header::CONTENT_TYPE, text_type)], state.app.prometheus()).into_response()
+}
+
+/// The original's request: `{"Set":{"key":"k","value":"v"}}`.
+#[derive(Deserialize)]
+enum OriginalWrite {
+    Set(OriginalSet),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OriginalSet {
+    key: String,
+    value: String,
+}
+
+async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    call.no_idempotency()?;
+    let (OriginalWrite::Set(set), body) = call.read_json(&state).await?;
+    check_key(&state, set.key.as_bytes())?;
+    let max = state.app.limits().value_bytes_max;
+    if set.value.len() > max {
+        return Err(ApiError::TooLarge { what: "value", max }.into());
+    }
+    let (key, value) = (Bytes::from(set.key), Bytes::from(set.value));
+    let always = Condition::Always;
+    let put = || state.app.put(key.clone(), value.clone(), always, call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
+    served.respond(|revision| {
+        Ok((StatusCode::CREATED, Json(json!({"revision": revision}))).into_response())
+    })
+}
+
+async fn original_read(state: State<ApiState>, call: Call) -> Answer {
+    read_as_json(state, call, Consistency::Stale).await
+}
+
+async fn original_consistent_read(state: State<ApiState>, call: Call) -> Answer {
+    read_as_json(state, call, Consistency::Linearizable).await
+}
+
+/// A value that JSON cannot carry is 409: the request is fine, the value's bytes are in its way, and
+/// replacing some of them would be an invention.
+async fn read_as_json(
+    State(state): State<ApiState>,
+    call: Call,
+    consistency: Consistency,
+) -> Answer {
+    call.no_query()?;
+    let (key, body) = call.read_json::<String>(&state).await?;
+    check_key(&state, key.as_bytes())?;
+    let read = || state.app.get(key.as_bytes(), consistency, call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Read, read).await?;
+    served.respond(|record| {
+        let Some(record) = record else { return Ok(Json(json!(null)).into_response()) };
+        let text = std::str::from_utf8(&record.value).map_err(|_| {
+            ApiError::Conflict("the value is not UTF-8; read it with GET /v1/kv/{key}".into())
+        })?;
+        Ok(Json(text).into_response())
+    })
+}
+
+async fn original_ring(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(Json(state.app.ring().carp()).into_response())
+}

@@ -1,0 +1,271 @@
+//! Request bodies: read with a bound on each, a bound on all together, and a deadline.
+//!
+//! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
+//! value that announces itself as too large) is read and thrown away up to [`DISCARD_BYTES_MAX`]
+//! before the answer goes out: closing a socket with unread bytes makes the kernel reset it, and the
+//! client would see "connection reset" in place of the reason.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use axum::response::Response;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, header};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use tokio::time::Instant;
+use tower_service::Service;
+
+use super::error::{ApiError, Outcome};
+
+/// All bodies in memory together, in bytes, unless a single one may already be half as large. A
+/// stranger must send what he wants to take up, so that announcing bodies costs the server nothing.
+pub const BODIES_BYTES_MAX: usize = 256 << 20;
+
+/// The most that is read only to be thrown away, in bytes: the largest body that a default
+/// configuration knows.
+const DISCARD_BYTES_MAX: usize = 8 << 20;
+
+/// And for how long: the sender is at it already, or it is not worth waiting for.
+const DISCARD_TIME: Duration = Duration::from_secs(1);
+
+/// The first allocation for a body, in bytes, whatever its length claims to be.
+const FIRST_BYTES_MAX: usize = 64 << 10;
+
+/// Counts the bytes of all request bodies in memory.
+#[derive(Debug)]
+pub struct BodyBudget {
+    used: AtomicUsize,
+    max: usize,
+}
+
+impl BodyBudget {
+    /// A budget that has room for two bodies of the largest size at least.
+    pub fn new(body_bytes_max: usize) -> Arc<Self> {
+        let max = BODIES_BYTES_MAX.max(body_bytes_max.saturating_mul(2));
+        Arc::new(Self { used: AtomicUsize::new(0), max })
+    }
+}
+
+/// A share of the budget, given back on drop.
+#[derive(Debug)]
+struct Charge {
+    budget: Arc<BodyBudget>,
+    bytes: usize,
+}
+
+impl Charge {
+    fn add(&mut self, bytes: usize) -> Result<(), ApiError> {
+        let before = self.budget.used.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes += bytes;
+        if before + bytes > self.budget.max {
+            return Err(ApiError::Overloaded);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A whole body. Keep it until the request is answered: it counts against the budget as long.
+#[derive(Debug)]
+pub struct ReadBody {
+    /// The bytes, in an allocation of just their size: hyper's pieces are slices of its much larger
+    /// buffer, which a ten-byte value in the log's cache would keep alive.
+    pub bytes: Bytes,
+    _charge: Charge,
+}
+
+/// How large a body may be, and what to call it when it is larger.
+#[derive(Debug, Clone, Copy)]
+pub struct BodyLimit {
+    /// `value` or `body`.
+    pub what: &'static str,
+    /// In bytes.
+    pub bytes_max: usize,
+}
+
+/// Where a request's body waits for a reader.
+#[derive(Debug, Clone, Default)]
+pub struct BodySlot {
+    body: Arc<Mutex<Option<Body>>>,
+}
+
+impl BodySlot {
+    /// A slot that holds this body.
+    pub fn new(body: Body) -> Self {
+        Self { body: Arc::new(Mutex::new(Some(body))) }
+    }
+
+    fn take(&self) -> Option<Body> {
+        self.body.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn put_back(&self, body: Body) {
+        *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
+    }
+
+    /// Reads the body to its end. A second call finds an empty one.
+    pub async fn read(
+        &self,
+        limit: BodyLimit,
+        budget: &Arc<BodyBudget>,
+        deadline: Instant,
+    ) -> Result<ReadBody, ApiError> {
+        let mut charge = Charge { budget: budget.clone(), bytes: 0 };
+        let Some(mut body) = self.take() else {
+            return Ok(ReadBody { bytes: Bytes::new(), _charge: charge });
+        };
+        let collected = collect(&mut body, limit, &mut charge);
+        let result = tokio::time::timeout_at(deadline, collected).await.unwrap_or_else(|_| {
+            let message = "the request's body did not arrive within the deadline";
+            Err(ApiError::Timeout { message, outcome: Outcome::NotApplied })
+        });
+        if result.is_err() {
+            self.put_back(body);
+        }
+        Ok(ReadBody { bytes: result?, _charge: charge })
+    }
+}
+
+/// Throws the unread rest away; `false` when there is more than is worth it, so that the connection
+/// has to close.
+async fn discard(mut body: Body) -> bool {
+    let rest = async {
+        let mut bytes = 0;
+        while let Some(frame) = body.frame().await {
+            let Ok(frame) = frame else { return false };
+            bytes += frame.data_ref().map_or(0, Bytes::len);
+            if bytes > DISCARD_BYTES_MAX {
+                return false;
+            }
+        }
+        true
+    };
+    tokio::time::timeout(DISCARD_TIME, rest).await.unwrap_or(false)
+}
+
+async fn collect(
+    body: &mut Body,
+    limit: BodyLimit,
+    charge: &mut Charge,
+) -> Result<Bytes, ApiError> {
+    let BodyLimit { what, bytes_max } = limit;
+    let too_large = ApiError::TooLarge { what, max: bytes_max };
+    let announced = body.size_hint().lower();
+    if announced > bytes_max as u64 {
+        return Err(too_large);
+    }
+    let mut bytes = Vec::with_capacity(FIRST_BYTES_MAX.min(announced as usize));
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| {
+            ApiError::BadRequest(format!("the request's body ended early or is malformed: {error}"))
+        })?;
+        // Trailers have no meaning here.
+        let Ok(data) = frame.into_data() else { continue };
+        if bytes.len() + data.len() > bytes_max {
+            return Err(too_large);
+        }
+        charge.add(data.len())?;
+        bytes.extend_from_slice(&data);
+    }
+    Ok(Bytes::from(bytes.into_boxed_slice()))
+}
+
+/// Lets the router answer one request as it comes from hyper, with its body in a [`BodySlot`].
+pub(super) async fn answer(mut router: axum::Router, request: Request<Incoming>) -> Response {
+    let (mut head, incoming) = request.into_parts();
+    let expects_continue = expects_continue(&head.headers);
+    let slot = BodySlot::new(Body::new(incoming));
+    head.extensions.insert(slot.clone());
+    let Ok(mut response) = router.call(Request::from_parts(head, Body::empty())).await;
+    // Who asked first whether to send a body sees the answer and does not send it. Reading would
+    // make hyper ask for it.
+    let whole = match slot.take() {
+        None => true,
+        Some(body) if body.is_end_stream() => true,
+        Some(_) if expects_continue => false,
+        Some(body) => discard(body).await,
+    };
+    if !whole {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+fn expects_continue(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::EXPECT)
+        .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+
+    use super::*;
+
+    const LIMIT: BodyLimit = BodyLimit { what: "value", bytes_max: 10 };
+
+    fn pieces(sizes: &[usize]) -> BodySlot {
+        let pieces: Vec<Result<Bytes, std::io::Error>> =
+            sizes.iter().map(|size| Ok(Bytes::from(vec![7; *size]))).collect();
+        BodySlot::new(Body::from_stream(stream::iter(pieces)))
+    }
+
+    async fn read(slot: &BodySlot, budget: &Arc<BodyBudget>) -> Result<Bytes, ApiError> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        slot.read(LIMIT, budget, deadline).await.map(|body| body.bytes)
+    }
+
+    /// The limit is exact, whether the length is announced or not.
+    #[tokio::test]
+    async fn a_body_may_fill_its_limit_but_not_exceed_it() {
+        let budget = BodyBudget::new(10);
+        assert_eq!(read(&pieces(&[4, 6]), &budget).await.unwrap().len(), 10);
+        let too_large = Err(ApiError::TooLarge { what: "value", max: 10 });
+        assert_eq!(read(&pieces(&[4, 7]), &budget).await, too_large);
+        let announced = BodySlot::new(Body::from(vec![7; 11]));
+        assert_eq!(read(&announced, &budget).await, too_large);
+        assert_eq!(budget.used.load(Ordering::Relaxed), 0, "refused bodies hold no budget");
+    }
+
+    /// The budget is taken by bytes that arrived, is refused beyond its bound, and comes back.
+    #[tokio::test]
+    async fn the_budget_bounds_all_bodies_together() {
+        let budget = Arc::new(BodyBudget { used: AtomicUsize::new(0), max: 15 });
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let held = pieces(&[10]).read(LIMIT, &budget, deadline).await.unwrap();
+        assert_eq!(read(&pieces(&[6]), &budget).await, Err(ApiError::Overloaded));
+        drop(held);
+        assert_eq!(read(&pieces(&[6]), &budget).await.unwrap().len(), 6);
+        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+    }
+
+    /// A body that does not come ends at the deadline as "not applied".
+    #[tokio::test]
+    async fn a_silent_sender_runs_into_the_deadline() {
+        let never = stream::pending::<Result<Bytes, std::io::Error>>();
+        let slot = BodySlot::new(Body::from_stream(never));
+        let deadline = Instant::now() + Duration::from_millis(20);
+        let error = slot.read(LIMIT, &BodyBudget::new(10), deadline).await.unwrap_err();
+        assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }));
+        assert!(!discard(slot.take().unwrap()).await, "what does not come cannot be thrown away");
+    }
+
+    /// What was refused can still be read to its end, so that the connection can go on.
+    #[tokio::test]
+    async fn a_refused_body_is_discarded_within_bounds() {
+        let slot = pieces(&[8, 8, 8]);
+        assert!(read(&slot, &BodyBudget::new(10)).await.is_err());
+        assert!(discard(slot.take().unwrap()).await);
+        let endless = pieces(&[DISCARD_BYTES_MAX, 1]);
+        assert!(!discard(endless.take().unwrap()).await);
+    }
+}

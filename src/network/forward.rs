@@ -1,0 +1,291 @@
+//! Passing requests on to the node that can answer them.
+//!
+//! Two rules carry everything here. **A write that may have arrived is never sent again**: its
+//! outcome is then unknown, and only the client knows whether a second execution would hurt. And all
+//! nodes on a request's way share **one deadline and one count of hops**, so that nodes that disagree
+//! about the leader or the ring cannot pass a request around for ever.
+//!
+//! This is also the one place that waits out an election, see [`Forwarder::serve`].
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use tokio::time::Instant;
+
+use super::call::{
+    CLIENT_FLOOR, Call, DEADLINE_MS, HOPS, HOPS_MAX, IDEMPOTENCY_KEY, READ, Routing,
+};
+use super::error::{ApiError, Outcome};
+use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
+
+/// How long a request waits for a leader: two elections with the default timing. Scripts and people
+/// at a terminal then do not notice a leader change; without a majority the answer is 503. Only the
+/// pauses count: a leader that stopped in the middle of a read has been replaced once that gave up.
+const LEADER_WAIT: Duration = Duration::from_secs(2);
+
+/// The first pause before asking again, doubled up to [`PAUSE_MAX`].
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+
+/// Asking is cheap, and what this adds to an election's length is the most of it that is seen.
+const PAUSE_MAX: Duration = Duration::from_millis(100);
+
+/// How long one node may take over a read before the next one is asked: longer than it may wait for
+/// a leader itself. A write has only one try and gets all the time there is.
+const READ_ATTEMPT: Duration = Duration::from_secs(3);
+
+/// The headers that say what a request wants, and go on with it.
+const PASSED_ON: [HeaderName; 6] = [
+    header::IF_MATCH,
+    header::IF_NONE_MATCH,
+    header::CONTENT_TYPE,
+    READ,
+    IDEMPOTENCY_KEY,
+    CLIENT_FLOOR,
+];
+
+/// The headers that say what an answer means, and come back with it.
+const RELAYED: [HeaderName; 5] =
+    [header::ETAG, header::RETRY_AFTER, header::CONTENT_TYPE, header::LOCATION, header::ALLOW];
+
+/// Whether a request can change anything, and so must not be sent twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// It only looks.
+    Read,
+    /// It may change something.
+    Write,
+}
+
+/// Where the answer came from.
+#[derive(Debug)]
+pub enum Served<T> {
+    /// This node had it.
+    Here(T),
+    /// Another node answered.
+    Elsewhere(Response),
+}
+
+impl<T> Served<T> {
+    /// The response: another node's as it is, our own made by `render`.
+    pub fn respond(
+        self,
+        render: impl FnOnce(T) -> Result<Response, ApiError>,
+    ) -> Result<Response, Refusal> {
+        match self {
+            Self::Here(value) => render(value).map_err(Refusal::from),
+            Self::Elsewhere(response) => Ok(response),
+        }
+    }
+}
+
+/// An error on its way out, with the `Location` that only the request's path can tell.
+#[derive(Debug)]
+pub struct Refusal {
+    error: ApiError,
+    location: Option<HeaderValue>,
+}
+
+impl Refusal {
+    fn new(error: ApiError, call: &Call) -> Self {
+        let location = match &error {
+            ApiError::NotLeader { leader, .. } => {
+                let location = format!("http://{}{}", leader.http, call.path_and_query());
+                // The JSON names the leader too, should its address not fit a header.
+                HeaderValue::from_bytes(location.as_bytes()).ok()
+            }
+            _ => None,
+        };
+        Self { error, location }
+    }
+}
+
+impl From<ApiError> for Refusal {
+    fn from(error: ApiError) -> Self {
+        Self { error, location: None }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let mut response = self.error.into_response();
+        if let Some(location) = self.location {
+            response.headers_mut().insert(header::LOCATION, location);
+        }
+        response
+    }
+}
+
+/// Passes requests on over pooled connections. Cloning shares the pool.
+#[derive(Debug, Clone, Default)]
+pub struct Forwarder {
+    client: HttpClient,
+}
+
+impl Forwarder {
+    /// Answers with `local`, or with the answer of the node that `local` points to.
+    ///
+    /// While there is no leader, or the known one cannot be reached, `local` is asked again for up to
+    /// [`LEADER_WAIT`], as long as it is certain that nothing was applied. With `Kv-Routing: direct`
+    /// the first answer stands: such a client does its own waiting.
+    pub async fn serve<T, Fut>(
+        &self,
+        call: &Call,
+        body: &Bytes,
+        effect: Effect,
+        local: impl Fn() -> Fut,
+    ) -> Result<Served<T>, Refusal>
+    where
+        Fut: Future<Output = Result<T, ApiError>>,
+    {
+        let (mut pause, mut paused) = (PAUSE_FIRST, Duration::ZERO);
+        loop {
+            let result = match local().await {
+                Ok(value) => return Ok(Served::Here(value)),
+                Err(error) if call.routing == Routing::Direct => Err(error),
+                Err(error) => self.pass_on(call, body, effect, error).await,
+            };
+            let error = match result {
+                Ok(response) => return Ok(Served::Elsewhere(response)),
+                Err(error) => error,
+            };
+            let patient = call.routing == Routing::PassOn && may_pass(&error);
+            let in_time = paused < LEADER_WAIT && Instant::now() + pause < call.deadline;
+            if !(patient && in_time) {
+                return Err(Refusal::new(error, call));
+            }
+            tokio::time::sleep(pause).await;
+            paused += pause;
+            pause = PAUSE_MAX.min(pause * 2);
+        }
+    }
+
+    /// Sends the request where `error` points to; gives `error` back when it points nowhere.
+    async fn pass_on(
+        &self,
+        call: &Call,
+        body: &Bytes,
+        effect: Effect,
+        error: ApiError,
+    ) -> Result<Response, ApiError> {
+        let Some(addresses) = addresses_in(&error) else { return Err(error) };
+        if call.hops >= HOPS_MAX {
+            return Err(ApiError::TooManyHops { hops: call.hops });
+        }
+        let mut failure = error;
+        for address in addresses {
+            let sent = self.send(call, body, effect, &address).await;
+            match sent {
+                Ok(response) => return Ok(response),
+                Err(Failed { error, last_word: true }) => return Err(error),
+                Err(Failed { error, last_word: false }) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    async fn send(
+        &self,
+        call: &Call,
+        body: &Bytes,
+        effect: Effect,
+        address: &str,
+    ) -> Result<Response, Failed> {
+        let now = Instant::now();
+        let attempt_ends = match effect {
+            Effect::Read => call.deadline.min(now + READ_ATTEMPT),
+            Effect::Write => call.deadline,
+        };
+        if call.deadline <= now {
+            return Err(Failed { error: out_of_time(Outcome::NotApplied), last_word: true });
+        }
+        let request = request_for(call, body, address, attempt_ends - now);
+        let error = match self.client.send(request, attempt_ends).await {
+            Ok(response) => return Ok(relay(response)),
+            Err(error) => error,
+        };
+        tracing::debug!(%error, "a request could not be passed on");
+        let may_be_applied = effect == Effect::Write && error.may_have_arrived();
+        let outcome = if may_be_applied { Outcome::Unknown } else { Outcome::NotApplied };
+        let too_late = call.deadline <= Instant::now();
+        let error = match error {
+            SendError::TimedOut { .. } if too_late => out_of_time(outcome),
+            error => ApiError::Forward { message: error.to_string(), outcome },
+        };
+        Err(Failed { error, last_word: may_be_applied || too_late })
+    }
+}
+
+/// Where an error points to; `None` when it points nowhere.
+fn addresses_in(error: &ApiError) -> Option<Vec<String>> {
+    match error {
+        ApiError::NotLeader { leader, .. } => Some(vec![leader.http.clone()]),
+        ApiError::WrongCluster { owner, .. } => {
+            let mut nodes: Vec<String> = owner.nodes.iter().map(|n| n.http.clone()).collect();
+            // Any of them will do; a random one spreads the load.
+            let first = rand::random_range(0..nodes.len().max(1));
+            nodes.rotate_left(first);
+            Some(nodes)
+        }
+        _ => None,
+    }
+}
+
+/// One node did not answer.
+struct Failed {
+    error: ApiError,
+    /// No other node may be tried.
+    last_word: bool,
+}
+
+fn out_of_time(outcome: Outcome) -> ApiError {
+    ApiError::Timeout { message: "the node asked did not answer within the deadline", outcome }
+}
+
+/// Whether the same request may fare better in a moment, and nothing was applied by this one.
+fn may_pass(error: &ApiError) -> bool {
+    use ApiError::{Forward, NoLeader, TooManyHops};
+    matches!(
+        error,
+        NoLeader { outcome: Outcome::NotApplied, .. }
+            | Forward { outcome: Outcome::NotApplied, .. }
+            | TooManyHops { .. }
+    )
+}
+
+fn request_for(call: &Call, body: &Bytes, address: &str, left: Duration) -> HttpRequest {
+    let mut headers = HeaderMap::new();
+    for name in &PASSED_ON {
+        if let Some(value) = call.headers.get(name) {
+            headers.insert(name, value.clone());
+        }
+    }
+    headers.insert(&HOPS, HeaderValue::from(u16::from(call.hops) + 1));
+    let left_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+    headers.insert(&DEADLINE_MS, HeaderValue::from(left_ms));
+    // The answer to HEAD is cut off where it leaves, here.
+    let method = if call.method == Method::HEAD { Method::GET } else { call.method.clone() };
+    HttpRequest {
+        method,
+        address: address.to_owned(),
+        path_and_query: call.path_and_query(),
+        headers,
+        body: body.clone(),
+    }
+}
+
+fn relay(answer: HttpResponse) -> Response {
+    let mut response = Response::new(Body::from(answer.body));
+    *response.status_mut() = answer.status;
+    for name in &RELAYED {
+        if let Some(value) = answer.headers.get(name) {
+            response.headers_mut().insert(name, value.clone());
+        }
+    }
+    response
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,276 @@
+//! The forwarder against nodes played by plain sockets.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::StatusCode;
+use http_body_util::BodyExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::network::call::tests::call;
+use crate::ring::{RingCluster, RingNode};
+
+/// What a played node does with a request once it has read it.
+#[derive(Clone, Copy)]
+enum Script {
+    Answer(&'static str),
+    HangUp,
+    StaySilent,
+}
+
+/// A node that counts what arrives.
+struct Played {
+    address: String,
+    arrived: Arc<AtomicUsize>,
+    last: tokio::sync::watch::Receiver<String>,
+}
+
+impl Played {
+    async fn start(script: Script) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let arrived = Arc::new(AtomicUsize::new(0));
+        let (tell, last) = tokio::sync::watch::channel(String::new());
+        let count = arrived.clone();
+        tokio::spawn(async move {
+            let mut silent = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut text = String::new();
+                // The tests' bodies end with a full stop, and nothing else does.
+                while !(text.ends_with('.') || text.ends_with("content-length: 0\r\n\r\n")) {
+                    let mut chunk = [0; 4096];
+                    let read = stream.read(&mut chunk).await.unwrap();
+                    text.push_str(std::str::from_utf8(&chunk[..read]).unwrap());
+                    if read == 0 || (text.starts_with("GET") && text.ends_with("\r\n\r\n")) {
+                        break;
+                    }
+                }
+                count.fetch_add(1, Ordering::SeqCst);
+                tell.send_replace(text);
+                match script {
+                    Script::Answer(answer) => stream.write_all(answer.as_bytes()).await.unwrap(),
+                    Script::HangUp => drop(stream),
+                    Script::StaySilent => silent.push(stream),
+                }
+            }
+        });
+        Self { address, arrived, last }
+    }
+
+    fn arrived(&self) -> usize {
+        self.arrived.load(Ordering::SeqCst)
+    }
+}
+
+const WRITTEN: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nETag: \"9\"\r\n\
+    Retry-After: 3\r\nX-Else: no\r\nContent-Length: 14\r\nConnection: close\r\n\r\n{\"revision\":9}";
+
+/// An address that refuses connections.
+async fn dead_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+fn not_leader(address: &str) -> ApiError {
+    ApiError::NotLeader { leader: node(1, address), epoch: 4 }
+}
+
+fn node(id: u64, http: &str) -> RingNode {
+    RingNode { id, http: http.into(), rpc: "127.0.0.1:1".into() }
+}
+
+fn wrong_cluster(addresses: &[&str]) -> ApiError {
+    let nodes = (1..).zip(addresses).map(|(id, address)| node(id, address)).collect();
+    let owner = RingCluster { id: "c2".parse().unwrap(), weight: 1.0, nodes };
+    ApiError::WrongCluster { owner: Box::new(owner), epoch: 4 }
+}
+
+async fn serve(
+    call: &Call,
+    effect: Effect,
+    local: impl Fn() -> Result<u64, ApiError>,
+) -> Result<Served<u64>, Refusal> {
+    let body = Bytes::from_static(b"value.");
+    let body = if effect == Effect::Write { body } else { Bytes::new() };
+    let local = || std::future::ready(local());
+    Forwarder::default().serve(call, &body, effect, local).await
+}
+
+async fn failure(call: &Call, effect: Effect, error: ApiError) -> ApiError {
+    match serve(call, effect, || Err(error.clone())).await {
+        Err(refusal) => refusal.error,
+        Ok(served) => panic!("{served:?}"),
+    }
+}
+
+fn put(path: &str, headers: &[(&str, &str)]) -> Call {
+    call(Method::PUT, path, headers).unwrap()
+}
+
+fn get(headers: &[(&str, &str)]) -> Call {
+    call(Method::GET, "/v1/kv/k", headers).unwrap()
+}
+
+/// Path, conditions and body go on byte for byte, with one more hop and less time; status, body and
+/// the headers with a meaning come back.
+#[tokio::test]
+async fn a_request_goes_on_as_it_came() {
+    let leader = Played::start(Script::Answer(WRITTEN)).await;
+    let headers = [("if-match", "\"7\""), ("kv-hops", "1"), ("x-private", "p"), ("cookie", "c")];
+    let call = put("/v1/kv/%2e%2E%2f%ff%00?x=%zz", &headers);
+    let served = serve(&call, Effect::Write, || Err(not_leader(&leader.address))).await.unwrap();
+    let Served::Elsewhere(response) = served else { panic!("answered here") };
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.headers()[header::ETAG], "\"9\"");
+    assert_eq!(response.headers()[header::RETRY_AFTER], "3");
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "application/json");
+    assert!(!response.headers().contains_key("x-else"));
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(body, "{\"revision\":9}");
+
+    let seen = leader.last.borrow().clone();
+    let (head, body) = seen.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("PUT /v1/kv/%2e%2E%2f%ff%00?x=%zz HTTP/1.1\r\n"), "{head}");
+    assert!(head.contains("if-match: \"7\"") && head.contains("kv-hops: 2"), "{head}");
+    assert!(!head.contains("x-private") && !head.contains("cookie"), "{head}");
+    let left_ms = head.split("kv-deadline-ms: ").nth(1).and_then(|rest| rest.lines().next());
+    assert!((1..=10_000).contains(&left_ms.unwrap().parse::<u64>().unwrap()), "{head}");
+    assert_eq!(body, "value.");
+}
+
+/// A write whose connection broke after it was sent is unknown, and no other node sees it.
+#[tokio::test]
+async fn a_write_that_may_have_arrived_is_never_sent_again() {
+    let (one, two) = (Played::start(Script::HangUp).await, Played::start(Script::HangUp).await);
+    let error = wrong_cluster(&[&one.address, &two.address]);
+    let error = failure(&put("/v1/kv/k", &[]), Effect::Write, error).await;
+    assert!(matches!(error, ApiError::Forward { outcome: Outcome::Unknown, .. }), "{error:?}");
+    assert_eq!(one.arrived() + two.arrived(), 1);
+}
+
+/// A write goes on to the next node when the first one was not even reached.
+#[tokio::test]
+async fn a_write_that_did_not_leave_goes_to_the_next_node() {
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    let (dead, dead_too) = (dead_address().await, dead_address().await);
+    for round in 1..=5 {
+        let error = || Err(wrong_cluster(&[&dead, &alive.address, &dead_too]));
+        let served = serve(&put("/v1/kv/k", &[]), Effect::Write, error).await;
+        assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+        assert_eq!(alive.arrived(), round);
+    }
+}
+
+/// A read may be asked again anywhere.
+#[tokio::test]
+async fn a_read_goes_on_after_a_broken_connection() {
+    let broken = Played::start(Script::HangUp).await;
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    for _ in 0..10 {
+        let error = || Err(wrong_cluster(&[&broken.address, &alive.address]));
+        let served = serve(&get(&[]), Effect::Read, error).await;
+        assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+    }
+    assert_eq!(alive.arrived(), 10);
+    assert_ne!(broken.arrived(), 0, "the first node is chosen at random");
+}
+
+/// A silent leader ends at the deadline: a write as unknown, a read as not applied.
+#[tokio::test]
+async fn a_silent_node_runs_into_the_deadline() {
+    let silent = Played::start(Script::StaySilent).await;
+    let soon = [("kv-deadline-ms", "100")];
+    let write = put("/v1/kv/k", &soon);
+    let error = failure(&write, Effect::Write, not_leader(&silent.address)).await;
+    assert!(matches!(error, ApiError::Timeout { outcome: Outcome::Unknown, .. }), "{error:?}");
+    assert_eq!(silent.arrived(), 1);
+    let read = get(&soon);
+    let error = failure(&read, Effect::Read, not_leader(&silent.address)).await;
+    assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }), "{error:?}");
+}
+
+/// A request whose time is over is not sent at all.
+#[tokio::test]
+async fn nothing_is_sent_after_the_deadline() {
+    let leader = Played::start(Script::Answer(WRITTEN)).await;
+    let late = put("/v1/kv/k", &[("kv-deadline-ms", "0")]);
+    let error = failure(&late, Effect::Write, not_leader(&leader.address)).await;
+    assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }), "{error:?}");
+    assert_eq!(leader.arrived(), 0);
+}
+
+const NO_LEADER: ApiError =
+    ApiError::NoLeader { message: "no leader is known", outcome: Outcome::NotApplied };
+
+/// An election is waited out, but not for ever.
+#[tokio::test]
+async fn a_missing_leader_is_waited_for_within_bounds() {
+    let asked = Cell::new(0);
+    let elected = || {
+        asked.set(asked.get() + 1);
+        if asked.get() < 5 { Err(NO_LEADER) } else { Ok(7) }
+    };
+    let served = serve(&put("/v1/kv/k", &[]), Effect::Write, elected).await;
+    assert!(matches!(served, Ok(Served::Here(7))), "{served:?}");
+
+    let start = Instant::now();
+    assert_eq!(failure(&put("/v1/kv/k", &[]), Effect::Write, NO_LEADER).await, NO_LEADER);
+    assert!(start.elapsed() >= LEADER_WAIT && start.elapsed() < LEADER_WAIT * 2);
+
+    let start = Instant::now();
+    let short = put("/v1/kv/k", &[("kv-deadline-ms", "500")]);
+    assert_eq!(failure(&short, Effect::Write, NO_LEADER).await, NO_LEADER);
+    assert!(start.elapsed() <= Duration::from_millis(500));
+}
+
+/// Neither an unknown outcome nor a client that asked for a direct answer is made to wait.
+#[tokio::test]
+async fn nothing_else_is_asked_twice() {
+    let direct = put("/v1/kv/k", &[("kv-routing", "direct")]);
+    let plain = put("/v1/kv/k", &[]);
+    let lost = ApiError::NoLeader { message: "leadership was lost", outcome: Outcome::Unknown };
+    for (call, error) in [
+        (&direct, NO_LEADER),
+        (&plain, lost),
+        (&plain, ApiError::Overloaded),
+        (&plain, ApiError::NotInitialized),
+        (&plain, ApiError::ConditionFailed { current: None }),
+    ] {
+        let asked = Cell::new(0);
+        let local = || {
+            asked.set(asked.get() + 1);
+            Err(error.clone())
+        };
+        let refusal = serve(call, Effect::Write, local).await.unwrap_err();
+        assert_eq!((refusal.error, asked.get()), (error.clone(), 1));
+    }
+}
+
+/// A direct client is told where to go, with the path as it came.
+#[tokio::test]
+async fn a_direct_client_is_redirected() {
+    let direct = put("/v1/kv/%2e%2e?", &[("kv-routing", "direct")]);
+    let refusal = serve(&direct, Effect::Write, || Err(not_leader("h:1"))).await.unwrap_err();
+    let response = refusal.into_response();
+    assert_eq!(response.status(), StatusCode::TEMPORARY_REDIRECT);
+    assert_eq!(response.headers()[header::LOCATION], "http://h:1/v1/kv/%2e%2e?");
+
+    let refusal = serve(&direct, Effect::Write, || Err(wrong_cluster(&["h:1"]))).await.unwrap_err();
+    let response = refusal.into_response();
+    assert_eq!(response.status(), StatusCode::MISDIRECTED_REQUEST);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(body["error"]["owner"]["nodes"][0]["http"], "h:1");
+    assert_eq!(body["error"]["epoch"], 4);
+}
+
+/// After three hops a request ends, whoever is to blame.
+#[tokio::test]
+async fn a_request_is_not_passed_around_for_ever() {
+    let travelled = put("/v1/kv/k", &[("kv-hops", "3")]);
+    let error = failure(&travelled, Effect::Write, not_leader("127.0.0.1:1")).await;
+    assert_eq!(error, ApiError::TooManyHops { hops: 3 });
+}

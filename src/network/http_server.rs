@@ -1,0 +1,334 @@
+//! The HTTP listener: accepts, bounds the number of connections, and stops cleanly.
+//!
+//! [`super::connection`] serves what it accepts. The loop never ends on an error of accept: most are
+//! the peer's (it hung up in the queue), and running out of file descriptors passes.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::api;
+use super::connection::{self, Shared};
+use crate::app::App;
+use crate::config::Limits;
+
+/// How long accepting pauses after the system could not give a socket.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// At most one log line about accept in this time: peers can cause them at will.
+const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A running HTTP server.
+#[derive(Debug)]
+pub struct HttpServer {
+    accepting: JoinHandle<()>,
+}
+
+impl HttpServer {
+    /// Serves `app` until `shutdown` is cancelled. Then it stops accepting, closes idle connections,
+    /// and gives requests in flight [`connection::STOP_GRACE`] to finish.
+    pub fn serve(listener: TcpListener, app: App, shutdown: CancellationToken) -> Self {
+        let limits = app.limits().clone();
+        Self::serve_router(listener, api::router(app), &limits, shutdown)
+    }
+
+    fn serve_router(
+        listener: TcpListener,
+        router: Router,
+        limits: &Limits,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            header_timeout: Duration::from_millis(limits.header_timeout_ms),
+            shed: tokio::sync::Notify::new(),
+            shutdown,
+        });
+        let room = Arc::new(Semaphore::new(limits.http_connections_max));
+        Self { accepting: tokio::spawn(accept_all(listener, router, room, shared)) }
+    }
+
+    /// Waits until the server has stopped and its last connection is closed.
+    ///
+    /// Takes at most [`connection::STOP_GRACE`] after the cancellation.
+    pub async fn join(self) {
+        if let Err(error) = self.accepting.await {
+            tracing::error!(%error, "the HTTP accept loop ended badly");
+        }
+    }
+}
+
+async fn accept_all(
+    listener: TcpListener,
+    router: Router,
+    room: Arc<Semaphore>,
+    shared: Arc<Shared>,
+) {
+    let connections = TaskTracker::new();
+    let mut failures = AcceptFailures::default();
+    let shutdown = shared.shutdown.clone();
+    while let Some((stream, permit)) = shutdown
+        .run_until_cancelled(next_connection(&listener, &room, &shared, &mut failures))
+        .await
+    {
+        let (router, shared) = (router.clone(), shared.clone());
+        connections.spawn(async move {
+            connection::serve(stream, router, shared).await;
+            drop(permit);
+        });
+    }
+    // Refuses new connections at once, instead of leaving them in a queue that nobody serves.
+    drop(listener);
+    connections.close();
+    connections.wait().await;
+}
+
+/// The next connection and the room for it.
+///
+/// When the server is full, the one connection accepted last waits here, the others in the kernel's
+/// queue, until a connection ends. The longest idle one is asked to: without that, clients that hold
+/// connections and say nothing would keep everybody else out.
+async fn next_connection(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+    shared: &Shared,
+    failures: &mut AcceptFailures,
+) -> (TcpStream, OwnedSemaphorePermit) {
+    let stream = loop {
+        match listener.accept().await {
+            Ok((stream, _)) => break stream,
+            Err(error) if is_the_peers(&error) => {}
+            Err(error) => {
+                failures.note(&error);
+                shared.shed.notify_one();
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    };
+    if room.available_permits() == 0 {
+        shared.shed.notify_one();
+    }
+    let permit = room.clone().acquire_owned().await.expect("the semaphore is never closed");
+    (stream, permit)
+}
+
+fn is_the_peers(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
+}
+
+/// Failures of accept since the last log line.
+#[derive(Default)]
+struct AcceptFailures {
+    count: u64,
+    logged: Option<Instant>,
+}
+
+impl AcceptFailures {
+    fn note(&mut self, error: &io::Error) {
+        self.count += 1;
+        if self.logged.is_none_or(|at| at.elapsed() >= ACCEPT_LOG_INTERVAL) {
+            tracing::warn!(%error, failures = self.count, "cannot accept HTTP connections");
+            *self = Self { count: 0, logged: Some(Instant::now()) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use axum::routing::{get, put};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    async fn start(router: Router, limits: Limits) -> (SocketAddr, HttpServer, CancellationToken) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = HttpServer::serve_router(listener, router, &limits, shutdown.clone());
+        (address, server, shutdown)
+    }
+
+    fn hello() -> Router {
+        Router::new().route("/", get(|| async { "hello" }))
+    }
+
+    async fn send(stream: &mut TcpStream, text: &str) {
+        stream.write_all(text.as_bytes()).await.unwrap();
+    }
+
+    /// Everything until the server closes.
+    async fn read_all(stream: &mut TcpStream) -> String {
+        let mut bytes = Vec::new();
+        let read = stream.read_to_end(&mut bytes);
+        tokio::time::timeout(PATIENCE, read).await.expect("the server did not close").unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    /// Reads until the answer holds `end`, with the connection staying open.
+    async fn read_until(stream: &mut TcpStream, end: &str) -> String {
+        let mut text = String::new();
+        while !text.contains(end) {
+            let mut chunk = [0; 1024];
+            let read = tokio::time::timeout(PATIENCE, stream.read(&mut chunk));
+            let count = read.await.expect("no answer in time").unwrap();
+            assert_ne!(count, 0, "closed after {text:?}");
+            text.push_str(std::str::from_utf8(&chunk[..count]).unwrap());
+        }
+        text
+    }
+
+    /// Pipelined requests are answered in order on one connection.
+    #[tokio::test]
+    async fn pipelined_requests_are_all_answered() {
+        let (address, server, shutdown) = start(hello(), Limits::default()).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let one = "GET / HTTP/1.1\r\n\r\n";
+        send(&mut stream, &format!("{one}{one}GET / HTTP/1.1\r\nConnection: close\r\n\r\n")).await;
+        assert_eq!(read_all(&mut stream).await.matches("200 OK").count(), 3);
+        shutdown.cancel();
+        server.join().await;
+    }
+
+    /// A client that closes its sending side right after the request still gets the answer.
+    #[tokio::test]
+    async fn a_half_closed_connection_is_answered() {
+        let (address, _server, _shutdown) = start(hello(), Limits::default()).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        send(&mut stream, "GET / HTTP/1.1\r\n\r\n").await;
+        stream.shutdown().await.unwrap();
+        assert!(read_all(&mut stream).await.ends_with("hello"));
+    }
+
+    /// A header that never ends is cut off, however steadily it drips.
+    #[tokio::test]
+    async fn a_slow_header_is_cut_off() {
+        let limits = Limits { header_timeout_ms: 200, ..Limits::default() };
+        let (address, _server, _shutdown) = start(hello(), limits).await;
+        let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
+        let start = Instant::now();
+        let drip = tokio::spawn(async move {
+            while writer.write_all(b"GET / HTTP/1.1\r\nX: y\r\n").await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        let mut rest = Vec::new();
+        // Closed with bytes unread, so that a reset is as good an end as a close.
+        let ended = tokio::time::timeout(PATIENCE, reader.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok(), "the server kept waiting");
+        assert!(start.elapsed() >= Duration::from_millis(200));
+        drip.abort();
+    }
+
+    /// With all connections idle, a new client is served: the longest idle one makes room.
+    #[tokio::test]
+    async fn idle_connections_do_not_keep_others_out() {
+        let limits = Limits { http_connections_max: 2, ..Limits::default() };
+        let (address, _server, _shutdown) = start(hello(), limits).await;
+        let mut idle = Vec::new();
+        for _ in 0..2 {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            send(&mut stream, "GET / HTTP/1.1\r\n\r\n").await;
+            read_until(&mut stream, "hello").await;
+            idle.push(stream);
+        }
+        let mut third = TcpStream::connect(address).await.unwrap();
+        send(&mut third, "GET / HTTP/1.1\r\n\r\n").await;
+        read_until(&mut third, "hello").await;
+        assert_eq!(read_all(&mut idle[0]).await, "", "the longest idle one was closed");
+        send(&mut idle[1], "GET / HTTP/1.1\r\n\r\n").await;
+        read_until(&mut idle[1], "hello").await;
+    }
+
+    /// While all connections are busy, a new one waits its turn; none is closed for it.
+    #[tokio::test]
+    async fn busy_connections_are_never_closed_for_others() {
+        let gate = Arc::new(Notify::new());
+        let wait = gate.clone();
+        let wait = move || {
+            let gate = wait.clone();
+            async move {
+                gate.notified().await;
+                "done"
+            }
+        };
+        let router = hello().route("/wait", get(wait));
+        let limits = Limits { http_connections_max: 1, ..Limits::default() };
+        let (address, _server, _shutdown) = start(router, limits).await;
+        let mut busy = TcpStream::connect(address).await.unwrap();
+        send(&mut busy, "GET /wait HTTP/1.1\r\nConnection: close\r\n\r\n").await;
+        let mut late = TcpStream::connect(address).await.unwrap();
+        send(&mut late, "GET / HTTP/1.1\r\n\r\n").await;
+        let early = tokio::time::timeout(connection::SHED_AFTER * 2, late.readable()).await;
+        assert!(early.is_err(), "answered although there was no room");
+        gate.notify_one();
+        assert!(read_all(&mut busy).await.ends_with("done"));
+        read_until(&mut late, "hello").await;
+    }
+
+    /// Stopping lets a request in flight finish, closes idle connections, and ends.
+    #[tokio::test]
+    async fn stopping_finishes_what_is_in_flight() {
+        let started = Arc::new(Notify::new());
+        let gate = Arc::new(Notify::new());
+        let (tell, wait) = (started.clone(), gate.clone());
+        let work = move || {
+            let (tell, wait) = (tell.clone(), wait.clone());
+            async move {
+                tell.notify_one();
+                wait.notified().await;
+                "done"
+            }
+        };
+        let router = hello().route("/work", put(work));
+        let (address, server, shutdown) = start(router, Limits::default()).await;
+        let mut idle = TcpStream::connect(address).await.unwrap();
+        send(&mut idle, "GET / HTTP/1.1\r\n\r\n").await;
+        read_until(&mut idle, "hello").await;
+        let mut busy = TcpStream::connect(address).await.unwrap();
+        send(&mut busy, "PUT /work HTTP/1.1\r\n\r\n").await;
+        started.notified().await;
+        shutdown.cancel();
+        assert_eq!(read_all(&mut idle).await, "");
+        gate.notify_one();
+        assert!(read_all(&mut busy).await.ends_with("done"));
+        tokio::time::timeout(PATIENCE, server.join()).await.unwrap();
+        assert!(TcpStream::connect(address).await.is_err(), "the port is free");
+    }
+
+    /// A body that nobody reads neither hides the answer nor ends the connection.
+    #[tokio::test]
+    async fn an_unread_body_does_not_hide_the_answer() {
+        let (address, _server, _shutdown) = start(hello(), Limits::default()).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let length = 4 << 20;
+        send(&mut stream, &format!("PUT /no HTTP/1.1\r\nContent-Length: {length}\r\n\r\n")).await;
+        stream.write_all(&vec![b'x'; length]).await.unwrap();
+        send(&mut stream, "GET / HTTP/1.1\r\n\r\n").await;
+        let both = read_until(&mut stream, "hello").await;
+        assert!(both.starts_with("HTTP/1.1 404"), "{both}");
+    }
+
+    /// Who asks before sending a body is answered without being asked for it.
+    #[tokio::test]
+    async fn a_refused_expectation_closes_without_a_continue() {
+        let (address, _server, _shutdown) = start(hello(), Limits::default()).await;
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let head = "PUT /no HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n";
+        send(&mut stream, head).await;
+        let answer = read_all(&mut stream).await;
+        assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+    }
+}

@@ -1,0 +1,191 @@
+//! `/cluster/*`: forming a cluster and giving it its first ring.
+//!
+//! The routes and their bodies are the original's. `init` concerns the asked node alone; the others
+//! need the leader and are passed on to it like any write.
+
+use std::collections::BTreeSet;
+
+use axum::Router;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, response};
+use serde::Deserialize;
+
+use super::api::{Answer, ApiState, only};
+use super::call::Call;
+use super::error::ApiError;
+use super::forward::Effect;
+use crate::ring::{Ring, RingTable};
+use crate::types::{NodeAddrs, NodeId};
+
+/// The longest address that a node may have: a DNS name, a colon and a port.
+const ADDRESS_BYTES_MAX: usize = 253 + 6;
+
+/// The routes under `/cluster/`.
+pub(super) fn routes() -> Router<ApiState> {
+    Router::new()
+        .route("/cluster/init", post(init).fallback(only("POST")))
+        .route("/cluster/add-learner", post(add_learner).fallback(only("POST")))
+        .route("/cluster/change-membership", post(change_membership).fallback(only("POST")))
+        .route("/cluster/update-hash-ring", post(update_hash_ring).fallback(only("POST")))
+        .route("/cluster/metrics", get(metrics).fallback(only("GET, HEAD")))
+}
+
+/// `{}` and nothing else: whoever sends more expects more.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+async fn init(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let (Nothing {}, _body) = call.read_json(&state).await?;
+    let initialized = tokio::time::timeout_at(call.deadline, state.app.init()).await;
+    initialized.unwrap_or_else(|_| {
+        let message = "the cluster was not initialized within the deadline";
+        Err(ApiError::Timeout { message, outcome: super::error::Outcome::Unknown })
+    })?;
+    done(())
+}
+
+async fn add_learner(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let ((id, http, rpc), body) = call.read_json::<(NodeId, String, String)>(&state).await?;
+    check_node(id, [&http, &rpc])?;
+    let addrs = NodeAddrs { http, rpc };
+    let app = &state.app;
+    let local = || app.add_learner(id, addrs.clone(), call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    served.respond(|()| Ok(ok()))
+}
+
+async fn change_membership(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let (ids, body) = call.read_json::<Vec<NodeId>>(&state).await?;
+    let voters = distinct(&ids)?;
+    let app = &state.app;
+    let local = || app.change_membership(voters.clone(), call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    served.respond(|()| Ok(ok()))
+}
+
+async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let (ring, body) = call.read_json::<Ring>(&state).await?;
+    check_ring(&ring)?;
+    let app = &state.app;
+    let local = || app.install_ring(ring.clone(), call.deadline);
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    served.respond(|()| Ok(ok()))
+}
+
+async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(Json(state.app.metrics()).into_response())
+}
+
+fn done((): ()) -> Answer {
+    Ok(ok())
+}
+
+/// The answer of a management request that has nothing to tell.
+fn ok() -> Response {
+    response::Json(serde_json::json!({"ok": true})).into_response()
+}
+
+fn distinct(ids: &[NodeId]) -> Result<BTreeSet<NodeId>, ApiError> {
+    let voters: BTreeSet<NodeId> = ids.iter().copied().collect();
+    if voters.is_empty() || voters.len() != ids.len() || voters.contains(&0) {
+        let message = "a membership is a list of one or more node ids above 0, each once";
+        return Err(ApiError::BadRequest(message.into()));
+    }
+    Ok(voters)
+}
+
+/// What the ring says is checked here, what it means for the cluster at apply.
+fn check_ring(ring: &Ring) -> Result<(), ApiError> {
+    RingTable::new(ring.clone()).map_err(|error| ApiError::BadRequest(error.to_string()))?;
+    let nodes = ring.clusters.iter().flat_map(|cluster| &cluster.nodes);
+    for node in nodes {
+        check_node(node.id, [&node.http, &node.rpc])?;
+    }
+    Ok(())
+}
+
+fn check_node(id: NodeId, addresses: [&str; 2]) -> Result<(), ApiError> {
+    if id == 0 {
+        return Err(ApiError::BadRequest("node ids count from 1".into()));
+    }
+    match addresses.into_iter().find(|address| !is_host_port(address)) {
+        None => Ok(()),
+        Some(_) => {
+            let message = format!("node {id}: each of its addresses has to be HOST:PORT");
+            Err(ApiError::BadRequest(message))
+        }
+    }
+}
+
+/// Whether a text can stand between `http://` and a path, and says where to connect.
+fn is_host_port(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    let is_port =
+        port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    let is_name = |host: &str| {
+        !host.is_empty()
+            && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+    };
+    let is_host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        Some(v6) => v6.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => is_name(host),
+    };
+    text.len() <= ADDRESS_BYTES_MAX && is_port && is_host
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_a_host_and_a_port() {
+        for good in ["127.0.0.1:1", "node-1.example:65535", "[::1]:80", "localhost:8080"] {
+            assert!(is_host_port(good), "{good}");
+        }
+        let long = format!("{}:80", "x".repeat(ADDRESS_BYTES_MAX));
+        for bad in [
+            "",
+            ":",
+            "localhost",
+            "localhost:",
+            ":80",
+            "a:0",
+            "a:65536",
+            "a:+80",
+            "a b:80",
+            "http://a:80",
+            "a:80/",
+            "u@a:80",
+            "::1:80",
+            "[x]:80",
+            "a\r\nb:80",
+            &long,
+        ] {
+            assert!(!is_host_port(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_membership_lists_each_node_once() {
+        assert_eq!(distinct(&[3, 1]), Ok(BTreeSet::from([1, 3])));
+        for bad in [&[][..], &[1, 1], &[0, 1]] {
+            assert!(distinct(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn only_an_empty_object_initializes() {
+        assert!(serde_json::from_str::<Nothing>("{}").is_ok());
+        for bad in ["", "null", "[1]", "{\"a\":1}", "1"] {
+            assert!(serde_json::from_str::<Nothing>(bad).is_err(), "{bad}");
+        }
+    }
+}
