@@ -1,0 +1,302 @@
+//! `admin`: runs a whole set of clusters, or looks after running ones.
+//!
+//! Without a verb it starts what `Config.toml` describes and serves until it is told to stop; with a
+//! verb it talks to running nodes over HTTP and ends. The work is in the library; here are flags,
+//! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
+//! directory or address that cannot be used.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use distrib_kv_store::cluster_manager::{self, ClusterManager, ManagerError};
+use distrib_kv_store::config::{Config, RingConfig};
+use futures_util::StreamExt;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+#[path = "admin/text.rs"]
+mod text;
+
+/// The file that a run without `--config` uses if it is there.
+const CONFIG_FILE: &str = "Config.toml";
+
+/// What a shell reports for a process that SIGINT ended.
+const EXIT_INTERRUPTED: i32 = 130;
+
+/// Runs the clusters that Config.toml describes, or looks after running ones.
+#[derive(Parser)]
+#[command(name = "admin", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    /// The configuration of the clusters to run [default: Config.toml if there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Shows every node: role, term, applied index, keys, reachable or not
+    Status(Target),
+    /// Shows or installs the ring
+    #[command(subcommand)]
+    Ring(RingVerb),
+}
+
+#[derive(Subcommand)]
+enum RingVerb {
+    /// Shows the ring that the clusters live by
+    Show(Target),
+    /// Gives clusters that have no ring their first one
+    Install {
+        #[command(flatten)]
+        target: Target,
+        /// Relative shares of the clusters, in the order in which they are listed [default: equal]
+        #[arg(long, value_name = "W,W,...", value_delimiter = ',', value_parser = parse_weight)]
+        weights: Vec<f32>,
+    },
+}
+
+/// Which nodes to talk to, and how to answer.
+#[derive(Args)]
+struct Target {
+    /// The file that lists the clusters' nodes
+    #[arg(long, value_name = "FILE", default_value = "all_nodes.json")]
+    nodes_file: PathBuf,
+    /// HTTP addresses of nodes, instead of a file
+    #[arg(long, value_name = "A,B,...", value_delimiter = ',', conflicts_with = "nodes_file")]
+    endpoints: Vec<String>,
+    /// Prints JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a command ends with: what to say on stderr, and the exit code.
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    fn failed(message: impl ToString) -> Self {
+        Self { code: 1, message: message.to_string() }
+    }
+
+    fn usage(message: impl ToString) -> Self {
+        Self { code: 2, message: message.to_string() }
+    }
+}
+
+impl From<ManagerError> for Failure {
+    fn from(error: ManagerError) -> Self {
+        use ManagerError as E;
+        match error {
+            E::Config(_)
+            | E::Read { .. }
+            | E::BadFile { .. }
+            | E::OtherLayout { .. }
+            | E::NodeDirMissing { .. }
+            | E::Start { .. } => Self::usage(error),
+            _ => Self::failed(error),
+        }
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let done = match cli.verb {
+        None => run(cli.config.as_deref()).await,
+        Some(Verb::Status(target)) => status(&target).await,
+        Some(Verb::Ring(RingVerb::Show(target))) => ring_show(&target).await,
+        Some(Verb::Ring(RingVerb::Install { target, weights })) => {
+            ring_install(&target, &weights).await
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if !failure.message.is_empty() {
+                eprintln!("admin: {}", failure.message);
+            }
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Starts everything, serves, and stops everything on the first signal.
+async fn run(config: Option<&Path>) -> Result<(), Failure> {
+    let config = load_config(config)?;
+    let stop = CancellationToken::new();
+    watch_signals(&stop).map_err(Failure::failed)?;
+    let (clusters, nodes) = (config.num_clusters, config.nodes_per_cluster);
+    eprintln!("starting {clusters} clusters of {nodes} nodes ...");
+    let manager = match ClusterManager::start_until(config.clone(), stop.cancelled()).await {
+        Err(ManagerError::Interrupted) => {
+            eprintln!("stopped before everything was ready");
+            return Ok(());
+        }
+        started => started?,
+    };
+    let addresses = manager.nodes();
+    let status = cluster_manager::status_of(&addresses).await;
+    text::print(&text::running(&config, &manager, &status));
+    let served = serve(&manager, &stop).await;
+    eprintln!("stopping ... (again to quit at once)");
+    manager.shutdown().await?;
+    eprintln!("stopped; all data is in {}", config.data_dir.display());
+    served
+}
+
+/// Waits for the signal to stop. Single nodes may fail meanwhile: their clusters go on without them.
+async fn serve(manager: &ClusterManager, stop: &CancellationToken) -> Result<(), Failure> {
+    let mut failures = manager.failures();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            failure = failures.next() => match failure {
+                Some(f) => eprintln!("node {} of {} has stopped serving: {}", f.node, f.cluster, f.message),
+                None => return Err(Failure::failed("all nodes have stopped serving")),
+            },
+        }
+    }
+}
+
+/// A file that was named must be there; without one, an absent `Config.toml` means the defaults.
+fn load_config(named: Option<&Path>) -> Result<Config, Failure> {
+    match named {
+        Some(path) => Config::load(path).map_err(Failure::usage),
+        None if Path::new(CONFIG_FILE).exists() => {
+            Config::load(CONFIG_FILE).map_err(Failure::usage)
+        }
+        None => Ok(Config::default()),
+    }
+}
+
+/// The first of SIGINT, SIGTERM and SIGHUP cancels `stop`; the second ends the process at once, which
+/// loses nothing that was acknowledged.
+fn watch_signals(stop: &CancellationToken) -> std::io::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let stop = stop.clone();
+    // Not joined: it lives as long as the process, which is what it may have to end.
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+                _ = hangup.recv() => {}
+            }
+            if stop.is_cancelled() {
+                std::process::exit(EXIT_INTERRUPTED);
+            }
+            stop.cancel();
+        }
+    });
+    Ok(())
+}
+
+async fn status(target: &Target) -> Result<(), Failure> {
+    let clusters = target.clusters().await?;
+    let status = cluster_manager::status_of(&clusters).await;
+    if target.json {
+        text::print_json(&serde_json::json!({ "clusters": status }));
+    } else {
+        text::print(&text::status(&status));
+    }
+    let headless = status.iter().filter(|cluster| cluster.leader.is_none()).count();
+    match headless {
+        0 => Ok(()),
+        1 => Err(Failure::failed("one cluster has no leader")),
+        _ => Err(Failure::failed(format!("{headless} clusters have no leader"))),
+    }
+}
+
+async fn ring_show(target: &Target) -> Result<(), Failure> {
+    let clusters = target.clusters().await?;
+    let status = cluster_manager::status_of(&clusters).await;
+    let seen = || status.iter().flat_map(|c| &c.nodes).filter_map(|node| node.metrics.as_ref());
+    if seen().next().is_none() {
+        return Err(Failure::failed("no node can be reached"));
+    }
+    let ring = match cluster_manager::newest_ring(seen()).await {
+        Some(ring) => ring,
+        None if seen().all(|node| node.epoch.unwrap_or(0) == 0) => {
+            distrib_kv_store::ring::Ring::none()
+        }
+        None => return Err(Failure::failed("the node with the newest ring did not answer")),
+    };
+    if target.json {
+        text::print_json(&ring);
+    } else {
+        text::print(&text::ring(&ring, &status));
+    }
+    Ok(())
+}
+
+async fn ring_install(target: &Target, weights: &[f32]) -> Result<(), Failure> {
+    let clusters = target.clusters().await?;
+    if !weights.is_empty() && weights.len() != clusters.len() {
+        let (given, needed) = (weights.len(), clusters.len());
+        return Err(Failure::usage(format!("{given} weights are given for {needed} clusters")));
+    }
+    let surveys = cluster_manager::survey_all(&clusters).await.map_err(Failure::failed)?;
+    let members = surveys.iter().map(|s| (&s.cluster, s.nodes.as_slice()));
+    let ring = cluster_manager::first_ring(members, weights, &RingConfig::default());
+    let ring = ring.map_err(Failure::failed)?;
+    let installed = cluster_manager::install(&clusters, &surveys, &ring).await;
+    let installed = installed.map_err(Failure::failed)?;
+    if target.json {
+        text::print_json(&serde_json::json!({ "installed": installed, "ring": ring }));
+    } else {
+        text::print(&text::installed(&ring, &installed));
+    }
+    Ok(())
+}
+
+impl Target {
+    /// The clusters' HTTP addresses.
+    async fn clusters(&self) -> Result<Vec<Vec<String>>, Failure> {
+        if self.endpoints.is_empty() {
+            return Ok(cluster_manager::read_nodes_file(&self.nodes_file)?);
+        }
+        Ok(cluster_manager::discover(&self.endpoints).await)
+    }
+}
+
+fn parse_weight(text: &str) -> Result<f32, String> {
+    match text.trim().parse::<f32>() {
+        Ok(weight) if weight.is_finite() && weight > 0.0 => Ok(weight),
+        _ => Err("a weight is a number above 0".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_is_refused_before_anything_happens() {
+        for bad in [
+            vec!["admin", "ring", "install", "--weights", "1,0"],
+            vec!["admin", "ring", "install", "--weights", "1,nan"],
+            vec!["admin", "status", "--nodes-file", "a", "--endpoints", "b"],
+            vec!["admin", "--config", "a", "status"],
+            vec!["admin", "ring"],
+        ] {
+            let error = Cli::try_parse_from(&bad).err();
+            assert_eq!(error.map(|e| e.exit_code()), Some(2), "{bad:?}");
+        }
+    }
+}

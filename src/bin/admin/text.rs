@@ -1,0 +1,205 @@
+//! What `admin` prints: tables for people, and JSON for programs.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use distrib_kv_store::cluster_manager::{ClusterManager, ClusterStatus, NodeStatus};
+use distrib_kv_store::config::Config;
+use distrib_kv_store::metrics::NodeState;
+use distrib_kv_store::ring::Ring;
+use distrib_kv_store::types::ClusterId;
+
+/// Stands where nothing is known.
+const UNKNOWN: &str = "-";
+
+/// Prints to stdout. A reader that went away, such as `head`, is no reason to complain.
+pub fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    // Nobody is left to tell: see above.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Prints one JSON document on one line.
+pub fn print_json(value: &impl serde::Serialize) {
+    let text = serde_json::to_string(value).expect("strings and numbers always serialise");
+    print(&format!("{text}\n"));
+}
+
+/// What runs where, and what to do with it.
+pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatus]) -> String {
+    let role = |cluster: &ClusterId, node: u64| {
+        let cluster = status.iter().find(|c| c.id.as_ref() == Some(cluster));
+        cluster.and_then(|c| c.nodes.iter().find(|n| n.id == Some(node))).map_or(UNKNOWN, role)
+    };
+    let mut rows = vec![header(&["cluster", "node", "role", "http", "peers"])];
+    for (cluster, node) in manager.layout().nodes() {
+        rows.push(vec![
+            cluster.id.to_string(),
+            node.id.to_string(),
+            role(&cluster.id, node.id).to_owned(),
+            node.http.clone(),
+            node.rpc.clone(),
+        ]);
+    }
+    let (clusters, nodes) = (config.num_clusters, config.nodes_per_cluster);
+    let first = manager.layout().nodes().next().map_or(UNKNOWN, |(_, node)| node.http.as_str());
+    let last = manager.layout().nodes().last().map_or(UNKNOWN, |(_, node)| node.http.as_str());
+    let nodes_file = config.nodes_file.display();
+    let flag = match nodes_file.to_string().as_str() {
+        "all_nodes.json" => String::new(),
+        path => format!(" --nodes-file {path}"),
+    };
+    format!(
+        "ready: {clusters} clusters of {nodes} nodes, {}\n\n{}\n\
+         data in {}, addresses in {nodes_file}\n\n\
+         Try it from another terminal; any node takes any key:\n  \
+         curl -X PUT --data-binary 'Hello, ring!' http://{first}/v1/kv/greeting\n  \
+         curl http://{last}/v1/kv/greeting\n  \
+         {} put greeting 'Hello again'{flag}\n  \
+         {} status{flag}\n\n\
+         Stop with Ctrl-C.\n",
+        ring_line(manager.ring()),
+        table(&rows),
+        config.data_dir.display(),
+        sibling("client"),
+        sibling("admin"),
+    )
+}
+
+/// One row for each node.
+pub fn status(clusters: &[ClusterStatus]) -> String {
+    let columns = ["cluster", "node", "role", "term", "applied", "keys", "http", "reachable"];
+    let mut rows = vec![header(&columns)];
+    for cluster in clusters {
+        for node in &cluster.nodes {
+            let metrics = node.metrics.as_ref();
+            rows.push(vec![
+                shown(cluster.id.as_ref()),
+                shown(node.id),
+                role(node).to_owned(),
+                shown(metrics.map(|m| m.term)),
+                shown(metrics.and_then(|m| m.last_applied)),
+                shown(metrics.and_then(|m| m.keys)),
+                node.http.clone(),
+                if node.reachable { "yes" } else { "NO" }.to_owned(),
+            ]);
+        }
+    }
+    table(&rows)
+}
+
+/// The ring, and which clusters do not live by it yet.
+pub fn ring(ring: &Ring, clusters: &[ClusterStatus]) -> String {
+    if ring.epoch == 0 {
+        return "no ring: each cluster owns every key. `admin ring install` gives them one\n"
+            .into();
+    }
+    let total: f32 = ring.clusters.iter().map(|cluster| cluster.weight).sum();
+    let mut rows = vec![header(&["cluster", "weight", "share", "nodes"])];
+    for cluster in &ring.clusters {
+        let nodes: Vec<&str> = cluster.nodes.iter().map(|node| node.http.as_str()).collect();
+        rows.push(vec![
+            cluster.id.to_string(),
+            cluster.weight.to_string(),
+            format!("{:.1} %", 100.0 * cluster.weight / total),
+            nodes.join(" "),
+        ]);
+    }
+    let mut text = format!("{}\n\n{}", ring_line(ring), table(&rows));
+    if let Some(next) = &ring.next {
+        text +=
+            &format!("\nchanging to epoch {} with {} clusters\n", next.epoch, next.clusters.len());
+    }
+    for cluster in clusters {
+        let seen = cluster.nodes.iter().filter_map(|node| node.metrics.as_ref());
+        let epoch = seen.filter_map(|metrics| metrics.epoch).max();
+        if epoch.is_some_and(|epoch| epoch < ring.epoch) {
+            text += &format!("{} lives by epoch {}\n", shown(cluster.id.as_ref()), shown(epoch));
+        }
+    }
+    text
+}
+
+/// What `ring install` did.
+pub fn installed(ring: &Ring, installed: &[ClusterId]) -> String {
+    if installed.is_empty() {
+        return "all clusters live by this ring already; nothing to do\n".into();
+    }
+    let names: Vec<&str> = installed.iter().map(ClusterId::as_str).collect();
+    format!("installed in {}\n{}\n", names.join(", "), ring_line(ring))
+}
+
+fn ring_line(ring: &Ring) -> String {
+    let sequencer = shown(ring.sequencer.as_ref());
+    format!(
+        "ring epoch {}, hash version {}, cached by clients for {} s, sequencer {sequencer}",
+        ring.epoch, ring.hash_version, ring.list_ttl_s
+    )
+}
+
+fn role(node: &NodeStatus) -> &'static str {
+    match node.metrics.as_ref().map(|metrics| metrics.state) {
+        Some(NodeState::Leader) => "leader",
+        Some(NodeState::Follower) => "follower",
+        Some(NodeState::Candidate) => "candidate",
+        Some(NodeState::Learner) => "learner",
+        Some(NodeState::Uninitialized) => "uninitialized",
+        None => UNKNOWN,
+    }
+}
+
+fn shown(value: Option<impl ToString>) -> String {
+    value.map_or(UNKNOWN.to_owned(), |value| value.to_string())
+}
+
+fn header(titles: &[&str]) -> Vec<String> {
+    titles.iter().map(|title| title.to_string()).collect()
+}
+
+/// Lines of left-aligned columns, two spaces apart, without trailing spaces.
+fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column| rows.iter().filter_map(|row| row.get(column)).map(String::len).max();
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// How to call another binary of this build, from the current directory if it is below it.
+fn sibling(name: &str) -> String {
+    let path = std::env::current_exe().ok().map(|exe| exe.with_file_name(name));
+    let Some(path) = path else { return name.to_owned() };
+    let here: PathBuf = std::env::current_dir().unwrap_or_default();
+    path.strip_prefix(&here).unwrap_or(&path).display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_lines_end_without_spaces() {
+        let rows = [header(&["a", "long title", ""]), header(&["wider", "b", ""])];
+        assert_eq!(table(&rows), "a      long title\nwider  b\n");
+    }
+
+    #[test]
+    fn a_silent_node_shows_what_is_unknown() {
+        let node = NodeStatus {
+            id: None,
+            http: "127.0.0.1:1".into(),
+            reachable: false,
+            error: Some("refused".into()),
+            metrics: None,
+        };
+        let text = status(&[ClusterStatus { id: None, leader: None, nodes: vec![node] }]);
+        let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["-", "-", "-", "-", "-", "-", "127.0.0.1:1", "NO"]);
+    }
+}

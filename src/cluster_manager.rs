@@ -1,0 +1,398 @@
+//! Several clusters in one process: start them, form them, give them their ring, stop them.
+//!
+//! This is what `admin` runs and what tests and benches start. The nodes are the same as those of
+//! `raft-kv`; only the process is shared. A start goes through these steps, and each of them is safe
+//! to repeat, so that a start that was killed at any point is completed by the next one:
+//!
+//! ```text
+//! compare   the layout of Config with the one that the data was written with     layout.rs
+//! start     all nodes at once, each in its directory; all or none
+//! record    the layout, now that every node has a directory and an address
+//! form      each cluster: init, learners, membership; clusters in parallel        forming.rs
+//! ring      through each cluster's log, unless it lives by one already            first_ring.rs
+//! wait      until every node is ready and lives by the ring
+//! announce  the nodes file, last: who finds it finds clusters that serve
+//! ```
+//!
+//! Nothing here waits a fixed time: every wait polls a condition and has a deadline. Whatever fails,
+//! all nodes that were started are stopped before the error is returned.
+
+mod files;
+mod first_ring;
+mod forming;
+mod layout;
+mod status;
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures_util::future::{join_all, select_all, try_join_all};
+use futures_util::stream::{FuturesUnordered, Stream};
+use http::{HeaderMap, Method};
+use tokio::time::{Instant, sleep};
+
+pub use files::{read_nodes_file, write_nodes_file};
+pub use first_ring::{InstallError, Survey, first_ring, install, survey, survey_all};
+pub use forming::{ask_all, leader_of};
+pub use layout::{Layout, LayoutCluster, LayoutDifference};
+pub use status::{ClusterStatus, NodeStatus, discover, newest_ring, status_of};
+
+use crate::config::{Config, ConfigError};
+use crate::http_client::{HttpClient, HttpRequest};
+use crate::node::{Node, NodeOptions, StartError, StopError};
+use crate::ring::{Ring, RingNode};
+use crate::types::{ClusterId, NodeId};
+use forming::{FORM_TIMEOUT, METRICS_TIMEOUT, POLL_INTERVAL};
+use layout::Ports;
+
+/// How long the nodes of a formed cluster may take to be ready: an election and a short catch-up.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why clusters could not be started or stopped, or a file of theirs not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManagerError {
+    /// The configuration was refused.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file or directory could not be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{path}: {message}")]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// The data belongs to other clusters than the configuration asks for.
+    #[error(
+        "{path}: the data has another layout: {difference}; nothing was changed. Use the layout of the data, or another `data_dir`"
+    )]
+    OtherLayout {
+        /// The file that says how the data was written.
+        path: PathBuf,
+        /// The first difference.
+        difference: LayoutDifference,
+    },
+    /// A member of a formed cluster has no data any more.
+    #[error(
+        "{path} is missing, but its node is a member of a cluster that was formed: a node that lost its data must not vote again. Put the directory back, or start over with another `data_dir`; nothing was changed"
+    )]
+    NodeDirMissing {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A node did not start.
+    #[error("node {node} of {cluster}: {source}")]
+    Start {
+        /// The cluster.
+        cluster: ClusterId,
+        /// The node.
+        node: NodeId,
+        /// Why.
+        source: StartError,
+    },
+    /// A cluster has a member that the layout does not list.
+    #[error(
+        "{cluster} has the member {node}, which is not one of the nodes to start; start its nodes one by one with `raft-kv` instead"
+    )]
+    Stranger {
+        /// The cluster.
+        cluster: ClusterId,
+        /// The member.
+        node: NodeId,
+    },
+    /// Something did not happen in time.
+    #[error("waited too long for {what}")]
+    Deadline {
+        /// What was waited for, and what stood in the way.
+        what: String,
+    },
+    /// The ring could not be installed.
+    #[error("cannot install the ring: {0}")]
+    Ring(#[from] InstallError),
+    /// The start was called off.
+    #[error("interrupted; all nodes are stopped, and the next start goes on from here")]
+    Interrupted,
+    /// A node did not stop cleanly. The others did, or are listed as well.
+    #[error("{0}")]
+    Stop(String),
+}
+
+/// A node that stopped serving because its storage failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeFailure {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// The node.
+    pub node: NodeId,
+    /// What happened.
+    pub message: String,
+}
+
+/// Running clusters. Stop them with [`ClusterManager::shutdown`]: only that flushes and joins.
+pub struct ClusterManager {
+    layout: Layout,
+    ring: Ring,
+    nodes: Vec<RunningNode>,
+}
+
+struct RunningNode {
+    cluster: ClusterId,
+    id: NodeId,
+    node: Node,
+}
+
+impl ClusterManager {
+    /// Starts what the configuration file describes and returns once all of it serves.
+    pub async fn new(config_path: impl AsRef<Path>) -> Result<Self, ManagerError> {
+        Self::start(Config::load(config_path)?).await
+    }
+
+    /// Starts what `config` describes and returns once all of it serves. Dropping the future leaves
+    /// nodes unjoined; use [`ClusterManager::start_until`] to call a start off.
+    pub async fn start(config: Config) -> Result<Self, ManagerError> {
+        Self::start_until(config, std::future::pending()).await
+    }
+
+    /// Like [`ClusterManager::start`], but stops everything again and returns
+    /// [`ManagerError::Interrupted`] when `stop` completes first.
+    pub async fn start_until(
+        config: Config,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Self, ManagerError> {
+        Self::start_on(config, Ports::Configured, stop).await
+    }
+
+    /// Like [`ClusterManager::start`], on free ports instead of the configured ones, so that any
+    /// number of clusters can run on one machine. A later start on the same data takes the same
+    /// ports again, because the members of a cluster know each other by their addresses.
+    pub async fn start_on_free_ports(config: Config) -> Result<Self, ManagerError> {
+        Self::start_on(config, Ports::Free, std::future::pending()).await
+    }
+
+    async fn start_on(
+        config: Config,
+        ports: Ports,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Self, ManagerError> {
+        let layout = Layout::wanted(&config, ports).settle(&config.data_dir, ports)?;
+        let nodes = start_nodes(&config, &layout).await?;
+        let mut manager =
+            Self { layout: layout.with_addresses(addresses(&nodes)), ring: Ring::none(), nodes };
+        let outcome = tokio::select! {
+            outcome = manager.make_ready(&config) => outcome,
+            () = stop => Err(ManagerError::Interrupted),
+        };
+        match outcome {
+            Ok(ring) => {
+                manager.ring = ring;
+                Ok(manager)
+            }
+            Err(error) => {
+                if let Err(second) = manager.shutdown().await {
+                    tracing::error!(error = %second, "stopping after a failed start");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn make_ready(&self, config: &Config) -> Result<Ring, ManagerError> {
+        let membership = self.layout.membership();
+        self.layout.record(&config.data_dir)?;
+        try_join_all(self.layout.clusters.iter().map(|c| forming::form(c, membership))).await?;
+        self.layout.clone().formed().record(&config.data_dir)?;
+        let ring = self.settle_ring(config).await?;
+        try_join_all(self.layout.nodes().map(|(c, n)| wait_ready(&c.id, n, &ring))).await?;
+        write_nodes_file(&config.nodes_file, &self.nodes())?;
+        Ok(ring)
+    }
+
+    /// Installs the first ring where there is none, and returns the ring in force. One that was
+    /// installed before stands, whatever weights the configuration has by now: they are the first
+    /// ring's, and a change of weights moves keys.
+    async fn settle_ring(&self, config: &Config) -> Result<Ring, ManagerError> {
+        let clusters = self.nodes();
+        let deadline = Instant::now() + FORM_TIMEOUT;
+        let surveys = loop {
+            match survey_all(&clusters).await {
+                Ok(surveys) => break surveys,
+                // An election may run: the clusters are formed, so it ends.
+                Err(InstallError::NoLeader(_) | InstallError::Unreachable(_))
+                    if Instant::now() < deadline =>
+                {
+                    sleep(POLL_INTERVAL).await
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        let ring = self.choose_ring(&surveys, config)?;
+        if ring.epoch == 1 {
+            install(&clusters, &surveys, &ring).await?;
+        }
+        Ok(ring)
+    }
+
+    fn choose_ring(&self, surveys: &[Survey], config: &Config) -> Result<Ring, InstallError> {
+        let members = self.layout.clusters.iter().map(|c| (&c.id, c.nodes.as_slice()));
+        let first = first_ring(members, &config.weights, &config.ring)?;
+        let newest = surveys.iter().map(|s| &s.ring).max_by_key(|ring| ring.epoch);
+        let Some(stored) = newest.filter(|ring| ring.epoch > 0) else {
+            return Ok(first);
+        };
+        if stored.epoch == 1 && *stored != first {
+            tracing::warn!(
+                "the clusters keep the ring that they have; [ring] and `weights` are for the first one"
+            );
+        }
+        match surveys.iter().find(|s| s.ring.epoch == 0) {
+            Some(left_out) if stored.epoch > 1 => Err(InstallError::Refused {
+                cluster: left_out.cluster.clone(),
+                message: format!(
+                    "it has no ring, but the ring has moved on to epoch {}",
+                    stored.epoch
+                ),
+                installed: Vec::new(),
+            }),
+            _ => Ok(stored.clone()),
+        }
+    }
+
+    /// The nodes' HTTP addresses, cluster by cluster.
+    pub fn nodes(&self) -> Vec<Vec<String>> {
+        self.layout.http_addresses()
+    }
+
+    /// What runs, and where it listens.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The newest ring that the clusters lived by when the start was complete.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Returns when the storage of a node has failed, and says which and why. The other nodes go on.
+    /// Safe to cancel.
+    pub async fn failed(&self) -> NodeFailure {
+        let watched = self.nodes.iter().map(|running| Box::pin(running.failed()));
+        select_all(watched).await.0
+    }
+
+    /// The failures of all nodes, each as it happens; ends when all have failed.
+    pub fn failures(&self) -> impl Stream<Item = NodeFailure> + Unpin {
+        let watched = self.nodes.iter().map(|running| Box::pin(running.failed()));
+        watched.collect::<FuturesUnordered<_>>()
+    }
+
+    /// Stops all nodes at once and returns when all have stopped, whatever one of them reports.
+    pub async fn shutdown(self) -> Result<(), ManagerError> {
+        stop_nodes(self.nodes).await
+    }
+}
+
+impl RunningNode {
+    async fn failed(&self) -> NodeFailure {
+        let message = self.node.failed().await;
+        NodeFailure { cluster: self.cluster.clone(), node: self.id, message }
+    }
+}
+
+/// Starts all nodes, or none: if one cannot start, the others are stopped again.
+async fn start_nodes(config: &Config, layout: &Layout) -> Result<Vec<RunningNode>, ManagerError> {
+    let starts = layout.nodes().map(|(cluster, node)| start_node(config, &cluster.id, node));
+    let (started, failed): (Vec<_>, Vec<_>) =
+        join_all(starts).await.into_iter().partition(Result::is_ok);
+    let started = started.into_iter().filter_map(Result::ok).collect();
+    match failed.into_iter().find_map(Result::err) {
+        None => Ok(started),
+        Some(error) => {
+            if let Err(second) = stop_nodes(started).await {
+                tracing::error!(error = %second, "stopping after a failed start");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn start_node(
+    config: &Config,
+    cluster: &ClusterId,
+    node: &RingNode,
+) -> Result<RunningNode, ManagerError> {
+    let options = NodeOptions {
+        id: node.id,
+        cluster: cluster.clone(),
+        http_addr: node.http.clone(),
+        rpc_addr: node.rpc.clone(),
+        data_dir: layout::node_dir(&config.data_dir, cluster, node),
+        config: config.clone(),
+    };
+    let (cluster, id) = (cluster.clone(), node.id);
+    match Node::start(options).await {
+        Ok(node) => Ok(RunningNode { cluster, id, node }),
+        Err(source) => Err(ManagerError::Start { cluster, node: id, source }),
+    }
+}
+
+async fn stop_nodes(nodes: Vec<RunningNode>) -> Result<(), ManagerError> {
+    let stop = |running: RunningNode| async move {
+        let RunningNode { cluster, id, node } = running;
+        node.shutdown().await.map_err(|error: StopError| format!("node {id} of {cluster}: {error}"))
+    };
+    let failures: Vec<String> =
+        join_all(nodes.into_iter().map(stop)).await.into_iter().filter_map(Result::err).collect();
+    if failures.is_empty() { Ok(()) } else { Err(ManagerError::Stop(failures.join("; "))) }
+}
+
+/// Where the nodes listen, in their order. Differs from the layout where that says port 0.
+fn addresses(nodes: &[RunningNode]) -> impl Iterator<Item = (String, String)> {
+    nodes.iter().map(|n| (n.node.http_addr().to_string(), n.node.rpc_addr().to_string()))
+}
+
+/// Waits until a node says that it is ready and lives by a ring at least as new as `ring`.
+async fn wait_ready(cluster: &ClusterId, node: &RingNode, ring: &Ring) -> Result<(), ManagerError> {
+    let deadline = Instant::now() + READY_TIMEOUT;
+    let client = HttpClient::new();
+    let address = std::slice::from_ref(&node.http);
+    while !is_ready(&client, &node.http).await
+        || !ask_all(address).await.iter().flatten().any(|m| m.epoch >= Some(ring.epoch))
+    {
+        if Instant::now() >= deadline {
+            let what = format!("{cluster}: node {} at {} to be ready", node.id, node.http);
+            return Err(ManagerError::Deadline { what });
+        }
+        sleep(POLL_INTERVAL).await;
+    }
+    Ok(())
+}
+
+async fn is_ready(client: &HttpClient, address: &str) -> bool {
+    let request = HttpRequest {
+        method: Method::GET,
+        address: address.to_owned(),
+        path_and_query: "/readyz".into(),
+        headers: HeaderMap::new(),
+        body: bytes::Bytes::new(),
+    };
+    let answer = client.send(request, Instant::now() + METRICS_TIMEOUT).await;
+    answer.is_ok_and(|answer| answer.status.is_success())
+}

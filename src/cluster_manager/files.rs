@@ -1,0 +1,100 @@
+//! The small JSON files that belong to a set of clusters: the nodes file and the layout.
+//!
+//! Written to a temporary name beside the target, fsynced, then renamed over it: a reader, and a
+//! crash, see the old file or the new one, never half of one.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::ManagerError;
+
+/// Replaces `path` by `value` as JSON, atomically and durably. Creates the directory it is in.
+pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ManagerError> {
+    let failed = |source| ManagerError::Write { path: path.into(), source };
+    let mut text = serde_json::to_string(value).expect("strings and numbers always serialise");
+    text.push('\n');
+    let parent = directory_of(path);
+    fs::create_dir_all(&parent).map_err(failed)?;
+    // The process id keeps two processes that write the same file out of each other's way.
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = PathBuf::from(name);
+    let replaced = replace(&temporary, path, text.as_bytes());
+    if replaced.is_err() {
+        // Best effort: the error that is reported is the one that matters.
+        let _ = fs::remove_file(&temporary);
+    }
+    replaced.map_err(failed)?;
+    // The rename itself is durable only once the directory is.
+    File::open(&parent).and_then(|directory| directory.sync_all()).map_err(failed)
+}
+
+fn replace(temporary: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(temporary, path)
+}
+
+/// The text of a file, `None` when there is none.
+pub(super) fn read_if_there(path: &Path) -> Result<Option<String>, ManagerError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ManagerError::Read { path: path.into(), source }),
+    }
+}
+
+/// Writes the nodes file: a JSON list of clusters, each a list of its nodes' HTTP addresses.
+pub fn write_nodes_file(path: &Path, clusters: &[Vec<String>]) -> Result<(), ManagerError> {
+    write_json(path, &clusters)
+}
+
+/// Reads the nodes file. An empty list, or a cluster without nodes, is an error: it names nobody.
+pub fn read_nodes_file(path: &Path) -> Result<Vec<Vec<String>>, ManagerError> {
+    let text = fs::read_to_string(path)
+        .map_err(|source| ManagerError::Read { path: path.into(), source })?;
+    let bad = |message: String| ManagerError::BadFile { path: path.into(), message };
+    let clusters: Vec<Vec<String>> =
+        serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    if clusters.is_empty() || clusters.iter().any(Vec::is_empty) {
+        return Err(bad("it must list at least one cluster, and no cluster without nodes".into()));
+    }
+    Ok(clusters)
+}
+
+fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.into(),
+        _ => PathBuf::from("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nodes_file_comes_back_as_written_and_leaves_no_temporary() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/nodes.json");
+        let clusters = vec![vec!["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()]];
+        write_nodes_file(&path, &[vec!["127.0.0.1:9".to_owned()]]).unwrap();
+        write_nodes_file(&path, &clusters).unwrap();
+        assert_eq!(read_nodes_file(&path).unwrap(), clusters);
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_nodes_file_that_names_nobody_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nodes.json");
+        for text in ["", "[]", "[[]]", r#"["127.0.0.1:1"]"#, r#"[["127.0.0.1:1"],[]]"#] {
+            fs::write(&path, text).unwrap();
+            assert!(matches!(read_nodes_file(&path), Err(ManagerError::BadFile { .. })), "{text}");
+        }
+    }
+}
