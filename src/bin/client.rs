@@ -1,0 +1,281 @@
+//! `client`: reads and writes a running store from the command line.
+//!
+//! Flags in, one call of [`KVClient`], and an exit code that a script can act on. What was asked for
+//! goes to stdout, raw and alone; everything else is one line on stderr.
+#![deny(missing_docs, unsafe_code)]
+#![warn(clippy::unwrap_used)]
+
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clap::{Parser, Subcommand};
+use distrib_kv_store::client_error::ClientError;
+use distrib_kv_store::kvclient::{Consistency, KVClient};
+use distrib_kv_store::network::error::Outcome;
+use distrib_kv_store::types::{Condition, Revision};
+use tokio::time::Instant;
+
+/// Where `admin` leaves the addresses, unless told otherwise.
+const NODES_FILE_DEFAULT: &str = "all_nodes.json";
+
+/// Used when neither `--endpoints` nor `--nodes-file` is given.
+const ENDPOINTS_VARIABLE: &str = "KV_ENDPOINTS";
+
+/// The largest value read from stdin: the largest that a store can be configured to take.
+const STDIN_BYTES_MAX: u64 = 64 << 20;
+
+/// How long the demo waits for a follower to have what was just written. It usually takes one
+/// heartbeat.
+const DEMO_STALE_WAIT: Duration = Duration::from_secs(2);
+
+/// The pause between two looks at the follower.
+const DEMO_STALE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Reads and writes a running store. Without a command: a short demo.
+#[derive(Debug, Parser)]
+#[command(
+    name = "client",
+    version,
+    after_help = "Exit codes: 0 done, 1 error, 2 usage, 3 not found, 4 condition failed, \
+                  5 outcome unknown (the write may or may not take effect)."
+)]
+struct Cli {
+    /// The clusters' addresses [default: all_nodes.json]
+    #[arg(long, global = true, value_name = "FILE")]
+    nodes_file: Option<PathBuf>,
+    /// Addresses of some nodes instead of a file [env: KV_ENDPOINTS]
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST:PORT,...",
+        value_delimiter = ',',
+        conflicts_with = "nodes_file"
+    )]
+    endpoints: Vec<String>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Write the raw value of a key to stdout.
+    Get {
+        /// The key.
+        key: String,
+        /// Ask any node; the value may be old.
+        #[arg(long)]
+        stale: bool,
+    },
+    /// Store a value and print its revision.
+    Put {
+        /// The key.
+        key: String,
+        /// The value; `-` reads it from stdin.
+        value: String,
+        /// Only if the key is at this revision.
+        #[arg(long, value_name = "REVISION", conflicts_with = "if_absent")]
+        if_match: Option<Revision>,
+        /// Only if the key does not exist.
+        #[arg(long)]
+        if_absent: bool,
+    },
+    /// Remove a key and print the revision. Exit 3 when there was nothing to remove.
+    Del {
+        /// The key.
+        key: String,
+        /// Only if the key is at this revision.
+        #[arg(long, value_name = "REVISION")]
+        if_match: Option<Revision>,
+    },
+    /// Print for each key the cluster that owns it and its nodes.
+    Route {
+        /// The keys.
+        #[arg(required = true)]
+        keys: Vec<String>,
+    },
+}
+
+/// What ends the program with something other than 0.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Client(#[from] ClientError),
+    #[error("cannot read the value from stdin: {0}")]
+    Stdin(io::Error),
+    #[error("the value on stdin is larger than {STDIN_BYTES_MAX} bytes")]
+    StdinTooLarge,
+    #[error("cannot write to stdout: {0}")]
+    Stdout(io::Error),
+    #[error("not found")]
+    NotFound,
+}
+
+impl Failure {
+    fn exit_code(&self) -> ExitCode {
+        let code = match self {
+            Self::NotFound => 3,
+            Self::Client(ClientError::ConditionFailed { .. }) => 4,
+            Self::Client(error) if error.outcome() == Outcome::Unknown => 5,
+            _ => 1,
+        };
+        ExitCode::from(code)
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli).await {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads has seen enough, as in `client get key | head -c 1`.
+        Err(Failure::Stdout(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            let line = failure.to_string().replace(['\n', '\r'], " ");
+            // Without stderr there is nobody left to tell; the exit code still does.
+            let _ = writeln!(io::stderr(), "client: {line}");
+            failure.exit_code()
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Failure> {
+    let client = connect(cli.nodes_file, cli.endpoints);
+    match cli.command {
+        None => demo(&client.await?).await,
+        Some(Command::Get { key, stale }) => get(&client.await?, key, stale).await,
+        Some(Command::Put { key, value, if_match, if_absent }) => {
+            // Before connecting: a value that cannot be read needs no cluster.
+            let value = value_or_stdin(value)?;
+            put(&client.await?, key, value, condition(if_match, if_absent)).await
+        }
+        Some(Command::Del { key, if_match }) => {
+            del(&client.await?, key, condition(if_match, false)).await
+        }
+        Some(Command::Route { keys }) => route(&client.await?, keys).await,
+    }
+}
+
+/// What the command line names goes before the environment, and that before the default file.
+async fn connect(
+    nodes_file: Option<PathBuf>,
+    endpoints: Vec<String>,
+) -> Result<KVClient, ClientError> {
+    if !endpoints.is_empty() {
+        return KVClient::from_endpoints(endpoints).await;
+    }
+    if let Some(path) = nodes_file {
+        return KVClient::new(path).await;
+    }
+    match std::env::var(ENDPOINTS_VARIABLE) {
+        Ok(list) if !list.trim().is_empty() => {
+            let nodes: Vec<String> = list.split(',').map(|node| node.trim().to_owned()).collect();
+            KVClient::from_endpoints(nodes).await
+        }
+        _ => KVClient::new(NODES_FILE_DEFAULT).await,
+    }
+}
+
+async fn get(client: &KVClient, key: String, stale: bool) -> Result<(), Failure> {
+    let consistency = if stale { Consistency::Stale } else { Consistency::Linearizable };
+    let record = client.get(key, consistency).await?.ok_or(Failure::NotFound)?;
+    print(&record.value)
+}
+
+async fn put(
+    client: &KVClient,
+    key: String,
+    value: Vec<u8>,
+    condition: Condition,
+) -> Result<(), Failure> {
+    let revision = client.write_if(key, value, condition).await?;
+    print(format!("{revision}\n").as_bytes())
+}
+
+async fn del(client: &KVClient, key: String, condition: Condition) -> Result<(), Failure> {
+    let done = client.delete_if(key, condition).await?;
+    if !done.deleted {
+        return Err(Failure::NotFound);
+    }
+    print(format!("{}\n", done.revision).as_bytes())
+}
+
+async fn route(client: &KVClient, keys: Vec<String>) -> Result<(), Failure> {
+    for key in keys {
+        let (cluster, nodes) = client.route(&key).await?;
+        print(format!("{key}\t{cluster}\t{}\n", nodes.join(",")).as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Writes three keys, then reads each in both modes.
+async fn demo(client: &KVClient) -> Result<(), Failure> {
+    let pairs = [("apple", "green"), ("banana", "yellow"), ("cherry", "red")];
+    print(format!("ring of epoch {}\n\n", client.ring().epoch).as_bytes())?;
+    for (key, value) in pairs {
+        let revision = client.write(key, value).await?;
+        let (cluster, _) = client.route(key).await?;
+        let line = format!("write  {key:<8} {value:<8} revision {revision:<8} cluster {cluster}\n");
+        print(line.as_bytes())?;
+    }
+    print(b"\n")?;
+    for (key, _) in pairs {
+        let newest = client.consistent_read(key).await?;
+        let line = format!("read   {key:<8} {:<8} linearizable\n", shown(&newest));
+        print(line.as_bytes())?;
+        let stale = stale_read_like(client, key, &newest).await?;
+        let line = format!("read   {key:<8} {:<8} stale (any node)\n", shown(&stale));
+        print(line.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// A stale read may come from a follower that is a moment behind: looks again for a while.
+async fn stale_read_like(
+    client: &KVClient,
+    key: &str,
+    newest: &Option<Bytes>,
+) -> Result<Option<Bytes>, ClientError> {
+    let deadline = Instant::now() + DEMO_STALE_WAIT;
+    loop {
+        let value = client.read(key).await?;
+        if value == *newest || Instant::now() > deadline {
+            return Ok(value);
+        }
+        tokio::time::sleep(DEMO_STALE_PAUSE).await;
+    }
+}
+
+fn shown(value: &Option<Bytes>) -> String {
+    value.as_ref().map_or("(absent)".to_owned(), |v| String::from_utf8_lossy(v).into_owned())
+}
+
+fn condition(if_match: Option<Revision>, if_absent: bool) -> Condition {
+    match (if_match, if_absent) {
+        (Some(revision), _) => Condition::Revision(revision),
+        (None, true) => Condition::Absent,
+        (None, false) => Condition::Always,
+    }
+}
+
+fn value_or_stdin(value: String) -> Result<Vec<u8>, Failure> {
+    if value != "-" {
+        return Ok(value.into_bytes());
+    }
+    let mut bytes = Vec::new();
+    let mut stdin = io::stdin().lock().take(STDIN_BYTES_MAX + 1);
+    stdin.read_to_end(&mut bytes).map_err(Failure::Stdin)?;
+    if bytes.len() as u64 > STDIN_BYTES_MAX {
+        return Err(Failure::StdinTooLarge);
+    }
+    Ok(bytes)
+}
+
+fn print(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(Failure::Stdout)
+}

@@ -1,0 +1,205 @@
+//! `KVClient`: the client of the whole store.
+//!
+//! It fetches the ring from any node, sends each key to the cluster that CARP says owns it, and
+//! leaves the way to that cluster's leader to [`RaftNode`](crate::raft_node::RaftNode). Its ring may
+//! be old: servers check ownership again, and one that does not own the key names the owner and its
+//! ring's epoch. Then the client gets the newer ring, once for all calls that wait for it, and goes
+//! on there; nothing was applied, so this is safe for writes too. A key that is being handed over is
+//! waited for.
+//!
+//! Without a ring there must be one cluster, which gets everything.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::raft_node::pace::{Backoff, Budget};
+use crate::raft_node::{Answer, Call, TIMEOUT_DEFAULT};
+use crate::ring::{Ring, RingCluster};
+use crate::types::{ClusterId, Condition, Epoch, Record, Revision};
+
+pub use crate::client_error::ClientError;
+pub use crate::raft_node::{Consistency, Deleted};
+
+mod endpoints;
+mod refresh;
+mod routes;
+
+pub use endpoints::Endpoints;
+use refresh::Rings;
+use routes::Target;
+
+/// How often one operation follows clusters that name another owner. A change of the ring moves a
+/// key once, and its two clusters may disagree for moments only; more means that something is wrong.
+const REDIRECTS_MAX: u32 = 8;
+
+/// How many of them are followed at once: an old ring's, and that of a ring changed meanwhile.
+const REDIRECTS_AT_ONCE: u32 = 2;
+
+/// The client of the whole store. Cloning shares connections and the ring; it is meant to be shared
+/// by thousands of tasks.
+///
+/// Every operation gives up at its deadline, 10 s unless set. Dropping the future of a write leaves
+/// its outcome unknown.
+#[derive(Clone)]
+pub struct KVClient {
+    rings: Arc<Rings>,
+    timeout: Duration,
+}
+
+impl fmt::Debug for KVClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let epoch = self.rings.routes().epoch();
+        f.debug_struct("KVClient").field("epoch", &epoch).finish_non_exhaustive()
+    }
+}
+
+impl KVClient {
+    /// A client of the clusters in a nodes file (`all_nodes.json`), with their ring.
+    pub async fn new(nodes_file: impl AsRef<Path>) -> Result<Self, ClientError> {
+        Self::from_endpoints(Endpoints::from_file(nodes_file.as_ref()).await?).await
+    }
+
+    /// A client of the clusters that these nodes belong to: one list for each cluster, or one list
+    /// of nodes of any clusters.
+    pub async fn from_endpoints(endpoints: impl Into<Endpoints>) -> Result<Self, ClientError> {
+        let rings = Rings::find(endpoints.into(), TIMEOUT_DEFAULT).await?;
+        Ok(Self { rings, timeout: TIMEOUT_DEFAULT })
+    }
+
+    /// The same client with another deadline for each operation.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Stores `value` under `key` and returns the revision.
+    pub async fn write(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+    ) -> Result<Revision, ClientError> {
+        self.write_if(key, value, Condition::Always).await
+    }
+
+    /// Stores `value` under `key` if `condition` holds, else [`ClientError::ConditionFailed`].
+    pub async fn write_if(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        condition: Condition,
+    ) -> Result<Revision, ClientError> {
+        let key = key.as_ref();
+        self.run(key, Call::put(key, value.as_ref(), condition)).await?.written()
+    }
+
+    /// Removes `key`. That there was nothing to remove is no error.
+    pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<Deleted, ClientError> {
+        self.delete_if(key, Condition::Always).await
+    }
+
+    /// Removes `key` if `condition` holds, else [`ClientError::ConditionFailed`]. The server refuses
+    /// [`Condition::Absent`], under which there is never anything to do.
+    pub async fn delete_if(
+        &self,
+        key: impl AsRef<[u8]>,
+        condition: Condition,
+    ) -> Result<Deleted, ClientError> {
+        let key = key.as_ref();
+        self.run(key, Call::delete(key, condition)).await?.deleted()
+    }
+
+    /// Reads from any node of the owning cluster. The value may be old; `None` when the key is
+    /// absent there.
+    pub async fn read(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>, ClientError> {
+        Ok(self.get(key, Consistency::Stale).await?.map(|record| record.value))
+    }
+
+    /// Reads what the last acknowledged write left (linearizable); `None` when the key is absent.
+    pub async fn consistent_read(
+        &self,
+        key: impl AsRef<[u8]>,
+    ) -> Result<Option<Bytes>, ClientError> {
+        Ok(self.get(key, Consistency::Linearizable).await?.map(|record| record.value))
+    }
+
+    /// Reads a value together with its revision.
+    pub async fn get(
+        &self,
+        key: impl AsRef<[u8]>,
+        consistency: Consistency,
+    ) -> Result<Option<Record>, ClientError> {
+        let key = key.as_ref();
+        self.run(key, Call::get(key, consistency)).await?.record()
+    }
+
+    /// The cluster that owns `key` by the ring in hand; `None` without a ring. Asks nobody.
+    pub fn owner(&self, key: impl AsRef<[u8]>) -> Option<RingCluster> {
+        self.rings.routes().owner(key.as_ref()).cloned()
+    }
+
+    /// The id of the cluster that `key` is sent to, and the addresses of its nodes. Without a ring
+    /// it asks that one cluster for its id.
+    pub async fn route(
+        &self,
+        key: impl AsRef<[u8]>,
+    ) -> Result<(ClusterId, Vec<String>), ClientError> {
+        let target = self.rings.routes().target(key.as_ref());
+        let nodes = target.client.nodes();
+        match target.id {
+            Some(id) => Ok((id, nodes)),
+            None => Ok((target.client.with_timeout(self.timeout).metrics().await?.cluster, nodes)),
+        }
+    }
+
+    /// The ring in hand; of epoch 0 when there is none.
+    pub fn ring(&self) -> Ring {
+        self.rings.routes().ring().clone()
+    }
+
+    /// Sends the call to the cluster that owns the key, and from there to whom that names.
+    async fn run(&self, key: &[u8], call: Call) -> Result<Answer, ClientError> {
+        let budget = Budget::new(self.timeout);
+        self.rings.refresh_if_due(budget).await;
+        let mut target = self.rings.routes().target(key);
+        let mut backoff = Backoff::new();
+        let mut redirects = 0;
+        loop {
+            let (address, owner, epoch) = match target.client.execute(&call, budget).await {
+                Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
+                other => return other,
+            };
+            redirects += 1;
+            if redirects > REDIRECTS_MAX {
+                let last = owner.map_or(address, |owner| format!("cluster {}", owner.id));
+                return Err(ClientError::TooManyRedirects { count: redirects, last });
+            }
+            if redirects > REDIRECTS_AT_ONCE {
+                tokio::time::sleep(backoff.pause().min(budget.left())).await;
+            }
+            self.rings.refresh_to(epoch, &address, budget).await;
+            target = self.next_target(key, &target, owner.as_deref(), epoch);
+        }
+    }
+
+    /// Where to go after `refused` said, by its ring of `epoch`, that `named` owns the key.
+    fn next_target(
+        &self,
+        key: &[u8],
+        refused: &Target,
+        named: Option<&RingCluster>,
+        epoch: Epoch,
+    ) -> Target {
+        let routes = self.rings.routes();
+        let by_ring = routes.target(key);
+        let ring_knows_better = routes.epoch() >= epoch && by_ring.id != refused.id;
+        match named {
+            Some(owner) if !ring_knows_better => routes.target_named(owner, &self.rings.http),
+            _ => by_ring,
+        }
+    }
+}

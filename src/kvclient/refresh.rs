@@ -1,0 +1,285 @@
+//! Getting the ring: the first one, and newer ones, at most one request at a time however many calls
+//! wait for it.
+//!
+//! Only a higher epoch replaces the ring in hand. An equal one confirms it; a lower one comes from a
+//! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
+//! servers check ownership again and name the owner, so an old ring costs a detour at most.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared, WeakShared};
+use tokio::time::Instant;
+
+use crate::client_error::ClientError;
+use crate::http_client::HttpClient;
+use crate::raft_node::RaftNode;
+use crate::raft_node::pace::Budget;
+use crate::ring::Ring;
+use crate::types::Epoch;
+
+use super::endpoints::Endpoints;
+use super::routes::Routes;
+
+/// How long one cluster may take to tell its ring: with one node paused, another is asked in time.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How many clusters are asked in one refresh. All of them say the same except during a change, when
+/// the first few are enough to find one that has it.
+const CLUSTERS_ASKED_MAX: usize = 8;
+
+/// The pause between refreshes that calls ask for because a node named a newer ring. It bounds what
+/// a cluster is asked when nobody has that ring to give.
+const REFRESH_PAUSE: Duration = Duration::from_millis(100);
+
+/// When to try again after the ring could not be confirmed at the end of its time.
+const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// The shortest time a ring is used before it is confirmed, whatever the ring says.
+const TTL_MIN: Duration = Duration::from_secs(1);
+
+type Flight = Shared<BoxFuture<'static, ()>>;
+
+/// The ring in hand and what it takes to get a newer one.
+pub(super) struct Rings {
+    pub(super) http: HttpClient,
+    seeds: Endpoints,
+    routes: ArcSwap<Routes>,
+    /// The refresh under way. Weak: it belongs to the calls that wait for it, and ends with the last.
+    flight: Mutex<Option<WeakShared<BoxFuture<'static, ()>>>>,
+    clock: Clock,
+    /// When the ring's time is over.
+    due_ms: AtomicU64,
+    /// Before this no refresh starts.
+    not_before_ms: AtomicU64,
+}
+
+/// Milliseconds since this client was made: instants that fit an atomic.
+struct Clock(Instant);
+
+impl Clock {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn in_ms(&self, wait: Duration) -> u64 {
+        self.now_ms().saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+impl Rings {
+    /// Gets the first ring from whichever node answers.
+    pub(super) async fn find(
+        seeds: Endpoints,
+        timeout: Duration,
+    ) -> Result<Arc<Self>, ClientError> {
+        let http = HttpClient::new();
+        let routes = first_routes(&seeds, &http, Budget::new(timeout)).await?;
+        let rings = Self {
+            http,
+            seeds,
+            routes: ArcSwap::from_pointee(routes),
+            flight: Mutex::new(None),
+            clock: Clock(Instant::now()),
+            due_ms: AtomicU64::new(0),
+            not_before_ms: AtomicU64::new(0),
+        };
+        rings.renew();
+        Ok(Arc::new(rings))
+    }
+
+    pub(super) fn routes(&self) -> Arc<Routes> {
+        self.routes.load_full()
+    }
+
+    /// Confirms the ring when its time is over. One call does so; others go on with what there is.
+    pub(super) async fn refresh_if_due(self: &Arc<Self>, budget: Budget) {
+        let due = self.due_ms.load(Ordering::Relaxed);
+        if self.clock.now_ms() < due {
+            return;
+        }
+        let later = self.clock.in_ms(CONFIRM_AGAIN_AFTER);
+        let mine = self.due_ms.compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed);
+        if mine.is_ok() {
+            let flight = self.join_flight(self.routes().epoch(), None);
+            within(budget, flight).await;
+        }
+    }
+
+    /// Tries to get a ring of at least this epoch, which the node at `address` lives by.
+    pub(super) async fn refresh_to(self: &Arc<Self>, epoch: Epoch, address: &str, budget: Budget) {
+        if self.routes.load().epoch() >= epoch {
+            return;
+        }
+        within(budget, self.join_flight(epoch, Some(address.to_owned()))).await;
+    }
+
+    /// The refresh under way, or a new one; `None` when the last one ended just now.
+    fn join_flight(self: &Arc<Self>, epoch: Epoch, address: Option<String>) -> Option<Flight> {
+        let mut slot = self.flight.lock().unwrap_or_else(PoisonError::into_inner);
+        let under_way = slot.as_ref().and_then(WeakShared::upgrade);
+        if let Some(flight) = under_way.filter(|flight| flight.peek().is_none()) {
+            return Some(flight);
+        }
+        if self.clock.now_ms() < self.not_before_ms.load(Ordering::Relaxed) {
+            return None;
+        }
+        let rings = self.clone();
+        let flight = async move { rings.refresh(epoch, address).await }.boxed().shared();
+        *slot = flight.downgrade();
+        Some(flight)
+    }
+
+    async fn refresh(&self, epoch: Epoch, address: Option<String>) {
+        let mut clients = self.routes().clients();
+        let start = rand::random_range(0..clients.len().max(1));
+        clients.rotate_left(start);
+        clients.truncate(CLUSTERS_ASKED_MAX);
+        // The seeds last: all nodes of the ring in hand may have been replaced meanwhile.
+        let seeds = self.seeds.groups().into_iter().take(CLUSTERS_ASKED_MAX);
+        clients.extend(seeds.map(|nodes| RaftNode::with_http(nodes, self.http.clone())));
+        let named = address.zip(clients.first().cloned());
+        let mut found = false;
+        if let Some((address, client)) = named {
+            let ring = client.with_timeout(ASK_TIMEOUT).hash_ring_of(&address).await;
+            found = self.take(ring, epoch);
+        }
+        for client in clients {
+            if found {
+                break;
+            }
+            let ring = client.with_timeout(ASK_TIMEOUT).get_hash_ring().await;
+            found = self.take(ring, epoch);
+        }
+        self.not_before_ms.store(self.clock.in_ms(REFRESH_PAUSE), Ordering::Relaxed);
+        if found {
+            self.renew();
+        } else {
+            tracing::debug!(epoch, "no node told a ring of this epoch");
+        }
+    }
+
+    /// Takes a ring if it is newer. Says whether the ring in hand is of the wanted epoch then, and
+    /// this answer is not from before it.
+    fn take(&self, answer: Result<Ring, ClientError>, wanted: Epoch) -> bool {
+        let ring = match answer {
+            Ok(ring) => ring,
+            Err(error) => {
+                tracing::debug!(%error, "could not get the ring");
+                return false;
+            }
+        };
+        let epoch = ring.epoch;
+        let current = self.routes();
+        if epoch > current.epoch() {
+            match Routes::of_ring(ring, Some(&current), &self.http) {
+                Ok(routes) => self.replace(Arc::new(routes)),
+                Err(error) => {
+                    tracing::warn!(epoch, %error, "a node told a ring that cannot be used");
+                    return false;
+                }
+            }
+        }
+        epoch >= wanted.max(current.epoch())
+    }
+
+    fn replace(&self, routes: Arc<Routes>) {
+        self.routes.rcu(|current| {
+            let newer = routes.epoch() > current.epoch();
+            if newer { routes.clone() } else { current.clone() }
+        });
+    }
+
+    fn renew(&self) {
+        let ttl = Duration::from_secs(self.routes.load().ring().list_ttl_s).max(TTL_MIN);
+        self.due_ms.store(self.clock.in_ms(ttl), Ordering::Relaxed);
+    }
+}
+
+async fn within(budget: Budget, flight: Option<Flight>) {
+    if let Some(flight) = flight {
+        // Out of time is the caller's own concern: its next attempt finds that out.
+        let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
+    }
+}
+
+/// The routes to begin with: those of the first ring that any node has.
+async fn first_routes(
+    seeds: &Endpoints,
+    http: &HttpClient,
+    budget: Budget,
+) -> Result<Routes, ClientError> {
+    seeds.check().map_err(ClientError::Endpoints)?;
+    let groups = seeds.groups();
+    let mut errors = Vec::new();
+    let mut answered = false;
+    for nodes in &groups {
+        let client = RaftNode::with_http(nodes.clone(), http.clone());
+        match client.with_timeout(ASK_TIMEOUT.min(budget.left())).get_hash_ring().await {
+            Ok(ring) if ring.epoch > 0 => return checked_routes(ring, http),
+            Ok(_) => answered = true,
+            Err(error) => errors.push(error),
+        }
+    }
+    if !answered {
+        return Err(none_answered(errors));
+    }
+    match seeds {
+        Endpoints::Clusters(clusters) => match clusters.as_slice() {
+            [nodes] => Ok(sole(nodes, http)),
+            _ => Err(ClientError::NoRing { clusters: clusters.len() }),
+        },
+        Endpoints::Flat(nodes) => routes_of_flat(nodes, http, budget).await,
+    }
+}
+
+/// The routes of a list of addresses, one of which has no ring: if all belong to the same cluster,
+/// that one is all there is; if not, another of them may have a ring.
+async fn routes_of_flat(
+    nodes: &[String],
+    http: &HttpClient,
+    budget: Budget,
+) -> Result<Routes, ClientError> {
+    let client = RaftNode::with_http(nodes.to_vec(), http.clone());
+    let mut clusters = BTreeSet::new();
+    for address in nodes {
+        let client = client.clone().with_timeout(ASK_TIMEOUT.min(budget.left()));
+        // Who does not answer cannot contradict; the others decide.
+        if let Ok(metrics) = client.metrics_of(address).await
+            && clusters.insert(metrics.cluster)
+            && let Ok(ring) = client.hash_ring_of(address).await
+            && ring.epoch > 0
+        {
+            return checked_routes(ring, http);
+        }
+    }
+    match clusters.len() {
+        0 | 1 => Ok(sole(nodes, http)),
+        clusters => Err(ClientError::NoRing { clusters }),
+    }
+}
+
+fn sole(nodes: &[String], http: &HttpClient) -> Routes {
+    Routes::without_ring(RaftNode::with_http(nodes.to_vec(), http.clone()))
+}
+
+fn checked_routes(ring: Ring, http: &HttpClient) -> Result<Routes, ClientError> {
+    Routes::of_ring(ring, None, http).map_err(ClientError::Ring)
+}
+
+/// One error for all: the list of who was tried when nobody could be reached, else the first that
+/// says more.
+fn none_answered(errors: Vec<ClientError>) -> ClientError {
+    let mut all_tried = Vec::new();
+    for error in errors {
+        match error {
+            ClientError::Unreachable { tried } => all_tried.extend(tried),
+            other => return other,
+        }
+    }
+    ClientError::Unreachable { tried: all_tried }
+}

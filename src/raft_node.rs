@@ -1,0 +1,321 @@
+//! `RaftNode`: the client of one cluster.
+//!
+//! It knows the HTTP addresses of a cluster's nodes, finds the leader among them and follows it, and
+//! keeps on trying within a deadline when nodes are down, paused or electing. What it never does is
+//! send a write a second time once it may have arrived: until writes carry an idempotency key, the
+//! caller alone can know whether a second one would do harm. Such a write fails with the outcome
+//! `Unknown`. Reads are repeated freely.
+//!
+//! Ownership is not its business: when the cluster says that another one owns the key, that is the
+//! error [`ClientError::WrongCluster`], which [`KVClient`](crate::kvclient::KVClient) follows.
+//!
+//! How it works: a [`Call`] says what to send, [`verdict`] what an answer means, [`journey`] when to
+//! pause and when to give up, [`view`] whom to ask next. This file holds the loop that joins them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::client_error::ClientError;
+use crate::http_client::{HttpClient, HttpResponse, SendError};
+use crate::metrics::NodeMetrics;
+use crate::network::error::Outcome;
+use crate::ring::Ring;
+use crate::types::{Condition, NodeId, Record, Revision};
+
+mod call;
+mod journey;
+pub(crate) mod pace;
+mod verdict;
+mod view;
+
+pub(crate) use call::{Answer, Call};
+pub use call::{Consistency, Deleted};
+use journey::Journey;
+use pace::Budget;
+use verdict::{Reason, Verdict, judge};
+use view::View;
+
+/// How long an operation may take with all its attempts, unless set: as long as a node's own
+/// deadline for a request.
+pub(crate) const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+
+/// How long a node may leave a call unanswered before later calls ask others first: above an
+/// election, so that the others know the new leader by then if this one is gone.
+const SLOW_AFTER: Duration = Duration::from_secs(1);
+
+/// How long a node that did not answer is asked last. Long enough that a paused node costs few calls
+/// their first attempt, short enough that a returned one is used again soon.
+const SUSPECT_FOR: Duration = Duration::from_secs(5);
+
+/// The client of one cluster. Cloning shares connections and what is known about the nodes; it is
+/// meant to be shared by thousands of tasks.
+///
+/// Every method gives up at the deadline. Dropping the future of a write leaves its outcome unknown.
+#[derive(Debug, Clone)]
+pub struct RaftNode {
+    shared: Arc<Shared>,
+    timeout: Duration,
+}
+
+#[derive(Debug)]
+struct Shared {
+    http: HttpClient,
+    view: ArcSwap<View>,
+    /// Counts the calls that any node can serve, so that they are spread over all.
+    turn: AtomicUsize,
+}
+
+impl RaftNode {
+    /// A client of the cluster whose nodes serve HTTP at these addresses (`HOST:PORT`). Some of them
+    /// are enough: others are learned when they lead. Connects to nobody yet.
+    pub fn new(nodes: Vec<String>) -> Self {
+        Self::with_http(nodes, HttpClient::new())
+    }
+
+    pub(crate) fn with_http(nodes: Vec<String>, http: HttpClient) -> Self {
+        let view = ArcSwap::from_pointee(View::new(nodes));
+        let shared = Arc::new(Shared { http, view, turn: AtomicUsize::new(0) });
+        Self { shared, timeout: TIMEOUT_DEFAULT }
+    }
+
+    /// The same client with another deadline for each operation (10 s unless set).
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The addresses known at the moment: the given ones, then learned ones.
+    pub fn nodes(&self) -> Vec<String> {
+        self.shared.view.load().nodes().to_vec()
+    }
+
+    /// Stores `value` under `key` and returns the revision.
+    pub async fn write(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+    ) -> Result<Revision, ClientError> {
+        self.write_if(key, value, Condition::Always).await
+    }
+
+    /// Stores `value` under `key` if `condition` holds, else [`ClientError::ConditionFailed`].
+    pub async fn write_if(
+        &self,
+        key: impl AsRef<[u8]>,
+        value: impl AsRef<[u8]>,
+        condition: Condition,
+    ) -> Result<Revision, ClientError> {
+        self.run(&Call::put(key.as_ref(), value.as_ref(), condition)).await?.written()
+    }
+
+    /// Removes `key`. That there was nothing to remove is no error.
+    pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<Deleted, ClientError> {
+        self.delete_if(key, Condition::Always).await
+    }
+
+    /// Removes `key` if `condition` holds, else [`ClientError::ConditionFailed`]. The server refuses
+    /// [`Condition::Absent`], under which there is never anything to do.
+    pub async fn delete_if(
+        &self,
+        key: impl AsRef<[u8]>,
+        condition: Condition,
+    ) -> Result<Deleted, ClientError> {
+        self.run(&Call::delete(key.as_ref(), condition)).await?.deleted()
+    }
+
+    /// Reads from any node. The value may be old; `None` when the key is absent there.
+    pub async fn read(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>, ClientError> {
+        Ok(self.get(key, Consistency::Stale).await?.map(|record| record.value))
+    }
+
+    /// Reads what the last acknowledged write left (linearizable); `None` when the key is absent.
+    pub async fn consistent_read(
+        &self,
+        key: impl AsRef<[u8]>,
+    ) -> Result<Option<Bytes>, ClientError> {
+        Ok(self.get(key, Consistency::Linearizable).await?.map(|record| record.value))
+    }
+
+    /// Reads a value together with its revision.
+    pub async fn get(
+        &self,
+        key: impl AsRef<[u8]>,
+        consistency: Consistency,
+    ) -> Result<Option<Record>, ClientError> {
+        self.run(&Call::get(key.as_ref(), consistency)).await?.record()
+    }
+
+    /// Forms a cluster of one out of the first address given to [`Self::new`], and of that one only:
+    /// trying the next node after a failure could form a second cluster.
+    pub async fn init(&self) -> Result<(), ClientError> {
+        let Some(first) = self.shared.view.load().nodes().first().cloned() else {
+            return Err(no_nodes());
+        };
+        self.ask_one(&Call::manage("/cluster/init", b"{}".to_vec()), first).await?;
+        Ok(())
+    }
+
+    /// Adds a node that follows without a vote; returns once that is committed. Again changes
+    /// nothing.
+    pub async fn add_learner(&self, id: NodeId, http: &str, rpc: &str) -> Result<(), ClientError> {
+        self.manage("/cluster/add-learner", &(id, http, rpc)).await
+    }
+
+    /// Makes exactly these nodes the voters; returns when they have caught up and it is committed.
+    pub async fn change_membership(&self, voters: &[NodeId]) -> Result<(), ClientError> {
+        let voters: BTreeSet<_> = voters.iter().collect();
+        self.manage("/cluster/change-membership", &voters).await
+    }
+
+    /// What any reachable node says about itself.
+    pub async fn metrics(&self) -> Result<NodeMetrics, ClientError> {
+        self.run(&Call::inspect("/cluster/metrics")).await?.json()
+    }
+
+    /// What the node at this address says about itself. Asks nobody else.
+    pub async fn metrics_of(&self, address: &str) -> Result<NodeMetrics, ClientError> {
+        self.ask_one(&Call::inspect("/cluster/metrics"), address.to_owned()).await?.json()
+    }
+
+    /// The ring that any reachable node lives by; of epoch 0 when it has none.
+    pub async fn get_hash_ring(&self) -> Result<Ring, ClientError> {
+        self.run(&Call::inspect("/v1/ring")).await?.json()
+    }
+
+    /// The ring that the node at this address lives by. Asks nobody else.
+    pub async fn hash_ring_of(&self, address: &str) -> Result<Ring, ClientError> {
+        self.ask_one(&Call::inspect("/v1/ring"), address.to_owned()).await?.json()
+    }
+
+    /// Gives a cluster that has no ring its first one. The same ring again changes nothing; any
+    /// other is refused with the code `CONFLICT`.
+    pub async fn update_hash_ring(&self, ring: &Ring) -> Result<(), ClientError> {
+        self.manage("/cluster/update-hash-ring", ring).await
+    }
+
+    async fn manage(&self, path: &str, body: &impl serde::Serialize) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(body).expect("ids, addresses and rings are always JSON");
+        self.run(&Call::manage(path, body)).await?;
+        Ok(())
+    }
+
+    async fn run(&self, call: &Call) -> Result<Answer, ClientError> {
+        self.execute(call, Budget::new(self.timeout)).await
+    }
+
+    /// One attempt at one node.
+    async fn ask_one(&self, call: &Call, address: String) -> Result<Answer, ClientError> {
+        let result = self.attempt(call, &address, Budget::new(self.timeout)).await;
+        match judge(call.kind, &address, result) {
+            Verdict::Answer(response) => Ok(Answer { kind: call.kind, address, response }),
+            Verdict::Fail(error) | Verdict::Elsewhere(Reason::Declined(error)) => Err(error),
+            Verdict::Redirect(last) => Err(ClientError::TooManyRedirects { count: 1, last }),
+            Verdict::Elsewhere(Reason::Refused(error)) => {
+                Err(ClientError::Unreachable { tried: vec![error.to_string()] })
+            }
+            Verdict::Elsewhere(Reason::Silent(message)) => {
+                if call.kind.outcome_when_in_doubt() == Outcome::Unknown {
+                    return Err(ClientError::AnswerLost { message });
+                }
+                Err(ClientError::Timeout { waited: self.timeout, last: message })
+            }
+        }
+    }
+
+    /// Carries a call to the node that serves it, through redirects, elections and dead nodes.
+    pub(crate) async fn execute(&self, call: &Call, budget: Budget) -> Result<Answer, ClientError> {
+        let mut journey = Journey::new(call.kind, budget);
+        let mut address = self.first_for(call).ok_or_else(no_nodes)?;
+        loop {
+            journey.check_time()?;
+            let result = self.attempt(call, &address, budget).await;
+            let (pause, next) = match judge(call.kind, &address, result) {
+                Verdict::Answer(response) => {
+                    self.trust(&address, call.kind.needs_leader());
+                    return Ok(Answer { kind: call.kind, address, response });
+                }
+                Verdict::Fail(error) => {
+                    if matches!(error, ClientError::AnswerLost { .. }) {
+                        self.suspect(&address);
+                    }
+                    return Err(error);
+                }
+                Verdict::Redirect(leader) => {
+                    self.change_view(|view| view.led_by(&leader));
+                    (journey.redirected(&address, &leader)?, leader)
+                }
+                Verdict::Elsewhere(reason) => {
+                    let next = self.move_on(&address, &reason).ok_or_else(no_nodes)?;
+                    let nodes = self.shared.view.load().nodes().len();
+                    (journey.failed(&address, reason, nodes)?, next)
+                }
+            };
+            tokio::time::sleep(pause).await;
+            address = next;
+        }
+    }
+
+    /// Sends once. While a node keeps it waiting, later calls are already told to ask others first:
+    /// otherwise a paused leader would swallow every write until the first one's deadline.
+    async fn attempt(
+        &self,
+        call: &Call,
+        address: &str,
+        budget: Budget,
+    ) -> Result<HttpResponse, SendError> {
+        let deadline = Instant::now() + call.kind.attempt_timeout(budget.left());
+        let sending = self.shared.http.send(call.request_to(address), deadline);
+        tokio::pin!(sending);
+        match tokio::time::timeout(SLOW_AFTER, &mut sending).await {
+            Ok(result) => result,
+            Err(_) => {
+                self.suspect(address);
+                sending.await
+            }
+        }
+    }
+
+    fn first_for(&self, call: &Call) -> Option<String> {
+        let view = self.shared.view.load();
+        if let Some(leader) = view.leader().filter(|_| call.kind.needs_leader()) {
+            return Some(leader.to_owned());
+        }
+        let turn = self.shared.turn.fetch_add(1, Ordering::Relaxed);
+        view.at_turn(turn, Instant::now()).map(str::to_owned)
+    }
+
+    /// Remembers why `address` did not serve the call, and returns whom to ask instead.
+    fn move_on(&self, address: &str, reason: &Reason) -> Option<String> {
+        match reason {
+            Reason::Refused(_) | Reason::Silent(_) => self.suspect(address),
+            Reason::Declined(_) => self.change_view(|view| view.not_led_by(address)),
+        }
+        self.shared.view.load().after(address, Instant::now()).map(str::to_owned)
+    }
+
+    fn trust(&self, address: &str, leads: bool) {
+        if !self.shared.view.load().trusts(address, leads) {
+            self.change_view(|view| view.trusting(address, leads));
+        }
+    }
+
+    fn suspect(&self, address: &str) {
+        let now = Instant::now();
+        self.change_view(|view| view.suspecting(address, now, now + SUSPECT_FOR));
+    }
+
+    fn change_view(&self, change: impl Fn(&View) -> View) {
+        self.shared.view.rcu(|view| change(view));
+    }
+}
+
+fn no_nodes() -> ClientError {
+    ClientError::Endpoints("the list of nodes is empty".to_owned())
+}

@@ -1,0 +1,198 @@
+//! One call's way from node to node: what was met so far, and what that means for the next step.
+//!
+//! Pure but for the clock: it decides how long to pause and when to give up; the loop in
+//! [`RaftNode`](super::RaftNode) sends and sleeps.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::client_error::ClientError;
+use crate::network::error::Outcome;
+
+use super::call::Kind;
+use super::pace::{Backoff, Budget};
+use super::verdict::Reason;
+
+/// How often in a row one node may name another the leader. Nodes agree within an election, and
+/// redirects are made with pauses from the second on, so that this many take longer than one.
+const REDIRECTS_MAX: u32 = 12;
+
+/// How often in a row a redirect is followed at once: a follower's word, and that of one whose
+/// leader has just changed.
+const REDIRECTS_AT_ONCE: u32 = 2;
+
+/// How many rounds of refused connections to all nodes mean that the cluster is not there. With the
+/// pauses between them about a second: enough for a node that is being restarted, short enough for
+/// who has a wrong address.
+const ROUNDS_REFUSED_MAX: u32 = 6;
+
+#[derive(Debug)]
+pub(super) struct Journey {
+    kind: Kind,
+    budget: Budget,
+    /// An attempt of a call that changes something, and that may repeat, may have arrived: giving up
+    /// must not claim that nothing was done.
+    doubt: Option<String>,
+    backoff: Backoff,
+    redirects_in_row: u32,
+    /// Since the last answer of any node: who refused a connection, and how.
+    refused: Vec<(String, String)>,
+    refused_in_round: usize,
+    rounds_refused: u32,
+    /// Who said last that it is not initialised, without another answer in between.
+    uninitialized: Vec<String>,
+    last: String,
+}
+
+impl Journey {
+    pub(super) fn new(kind: Kind, budget: Budget) -> Self {
+        Self {
+            kind,
+            budget,
+            doubt: None,
+            backoff: Backoff::new(),
+            redirects_in_row: 0,
+            refused: Vec::new(),
+            refused_in_round: 0,
+            rounds_refused: 0,
+            uninitialized: Vec::new(),
+            last: "there was no time for an attempt".to_owned(),
+        }
+    }
+
+    /// Whether there is time for one more attempt.
+    pub(super) fn check_time(&self) -> Result<(), ClientError> {
+        self.in_time(Duration::ZERO).map(drop)
+    }
+
+    /// `from` named `leader`. Says how long to pause before asking it.
+    pub(super) fn redirected(&mut self, from: &str, leader: &str) -> Result<Duration, ClientError> {
+        let was_refused = self.refused.iter().any(|(address, _)| address == leader);
+        self.refused_in_round = 0;
+        self.rounds_refused = 0;
+        self.uninitialized.clear();
+        self.last = format!("{from} says that {leader} leads");
+        self.redirects_in_row += 1;
+        if self.redirects_in_row > REDIRECTS_MAX {
+            let (count, last) = (self.redirects_in_row, leader.to_owned());
+            return Err(self.give_up(ClientError::TooManyRedirects { count, last }));
+        }
+        // One that names itself, or a node that is down, has not noticed the change yet.
+        if self.redirects_in_row > REDIRECTS_AT_ONCE || from == leader || was_refused {
+            return self.pause();
+        }
+        Ok(Duration::ZERO)
+    }
+
+    /// `address` did not serve the call, one of `nodes`. Says how long to pause before the next.
+    pub(super) fn failed(
+        &mut self,
+        address: &str,
+        reason: Reason,
+        nodes: usize,
+    ) -> Result<Duration, ClientError> {
+        self.redirects_in_row = 0;
+        match reason {
+            Reason::Refused(error) => self.refused(address, error.to_string(), nodes),
+            Reason::Silent(message) => {
+                self.answered();
+                self.doubt_if_changing(&message);
+                self.last = message;
+                self.pause()
+            }
+            Reason::Declined(error) => self.declined(address, error, nodes),
+        }
+    }
+
+    fn refused(
+        &mut self,
+        address: &str,
+        message: String,
+        nodes: usize,
+    ) -> Result<Duration, ClientError> {
+        self.refused.retain(|(known, _)| known != address);
+        self.refused.push((address.to_owned(), message.clone()));
+        self.last = message;
+        self.refused_in_round += 1;
+        if self.refused_in_round < nodes {
+            return self.in_time(Duration::ZERO);
+        }
+        self.refused_in_round = 0;
+        self.rounds_refused += 1;
+        if self.rounds_refused >= ROUNDS_REFUSED_MAX {
+            return Err(self.give_up(self.unreachable()));
+        }
+        self.pause()
+    }
+
+    fn declined(
+        &mut self,
+        address: &str,
+        error: ClientError,
+        nodes: usize,
+    ) -> Result<Duration, ClientError> {
+        let fresh = matches!(&error, ClientError::Server { code, .. } if code == "NOT_INITIALIZED");
+        let mut uninitialized = std::mem::take(&mut self.uninitialized);
+        self.answered();
+        self.last = error.to_string();
+        if error.outcome() == Outcome::Unknown {
+            self.doubt_if_changing(&error.to_string());
+        }
+        if fresh {
+            if !uninitialized.iter().any(|known| known == address) {
+                uninitialized.push(address.to_owned());
+            }
+            self.uninitialized = uninitialized;
+            // A cluster none of whose nodes belongs to one does not form itself by waiting.
+            if self.uninitialized.len() >= nodes {
+                return Err(error);
+            }
+        }
+        self.pause()
+    }
+
+    fn answered(&mut self) {
+        self.refused.clear();
+        self.refused_in_round = 0;
+        self.rounds_refused = 0;
+        self.uninitialized.clear();
+    }
+
+    fn pause(&mut self) -> Result<Duration, ClientError> {
+        let pause = self.backoff.pause();
+        self.in_time(pause)
+    }
+
+    /// `pause`, unless there would be no time left after it.
+    fn in_time(&self, pause: Duration) -> Result<Duration, ClientError> {
+        if Instant::now() + pause < self.budget.deadline() {
+            return Ok(pause);
+        }
+        let error = if self.rounds_refused > 0 { self.unreachable() } else { self.timed_out() };
+        Err(self.give_up(error))
+    }
+
+    fn doubt_if_changing(&mut self, message: &str) {
+        if self.kind.outcome_when_in_doubt() == Outcome::Unknown {
+            self.doubt = Some(message.to_owned());
+        }
+    }
+
+    fn give_up(&self, error: ClientError) -> ClientError {
+        match &self.doubt {
+            Some(message) => ClientError::AnswerLost { message: message.clone() },
+            None => error,
+        }
+    }
+
+    fn unreachable(&self) -> ClientError {
+        ClientError::Unreachable {
+            tried: self.refused.iter().map(|(_, text)| text.clone()).collect(),
+        }
+    }
+
+    fn timed_out(&self) -> ClientError {
+        ClientError::Timeout { waited: self.budget.elapsed(), last: self.last.clone() }
+    }
+}

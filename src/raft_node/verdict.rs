@@ -1,0 +1,163 @@
+//! What to do about the result of one attempt: a pure function of the call's kind and the result.
+//!
+//! The rule that matters: once a write may have arrived, it goes to no other node. So every branch
+//! that leads elsewhere either knows that nothing was applied, or belongs to a call that may repeat.
+
+use http::{StatusCode, header};
+
+use crate::client_error::ClientError;
+use crate::http_client::{HttpResponse, SendError};
+use crate::network::error::{ErrorBody, ErrorDetail, Outcome};
+
+use super::call::{Kind, parse_etag};
+
+/// What one attempt came to.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// Served.
+    Answer(HttpResponse),
+    /// The node at this address leads.
+    Redirect(String),
+    /// Another node may do better.
+    Elsewhere(Reason),
+    /// No node will do better, or none may be asked any more.
+    Fail(ClientError),
+}
+
+/// Why another node is asked.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Reason {
+    /// There was no connection.
+    Refused(SendError),
+    /// There was no answer, or a senseless one.
+    Silent(String),
+    /// The node said that it cannot at the moment; nothing was applied.
+    Declined(ClientError),
+}
+
+pub(super) fn judge(kind: Kind, address: &str, result: Result<HttpResponse, SendError>) -> Verdict {
+    match result {
+        Ok(response) if response.status.is_success() => Verdict::Answer(response),
+        Ok(response) => judge_error(kind, address, response),
+        Err(error) if !error.may_have_arrived() => Verdict::Elsewhere(Reason::Refused(error)),
+        Err(error) if kind.may_repeat() => Verdict::Elsewhere(Reason::Silent(error.to_string())),
+        Err(error) => Verdict::Fail(ClientError::AnswerLost { message: error.to_string() }),
+    }
+}
+
+fn judge_error(kind: Kind, address: &str, response: HttpResponse) -> Verdict {
+    let status = response.status;
+    let Ok(ErrorBody { error: detail }) = serde_json::from_slice(&response.body) else {
+        return judge_garbled(kind, address, status);
+    };
+    match status {
+        StatusCode::NOT_FOUND if kind.reads_key() && detail.code == "NOT_FOUND" => {
+            Verdict::Answer(response)
+        }
+        StatusCode::PRECONDITION_FAILED => judge_condition(kind, address, &response),
+        StatusCode::MISDIRECTED_REQUEST => Verdict::Fail(ClientError::WrongCluster {
+            address: address.to_owned(),
+            owner: detail.owner.map(Box::new),
+            epoch: detail.epoch.unwrap_or(0),
+        }),
+        StatusCode::TEMPORARY_REDIRECT => match detail.leader {
+            Some(leader) => Verdict::Redirect(leader.http),
+            None => Verdict::Elsewhere(Reason::Declined(server_error(address, status, detail))),
+        },
+        _ if may_pass(status) && (kind.may_repeat() || detail.outcome == Outcome::NotApplied) => {
+            Verdict::Elsewhere(Reason::Declined(server_error(address, status, detail)))
+        }
+        _ => Verdict::Fail(server_error(address, status, detail)),
+    }
+}
+
+/// Whether another node, or the same one later, may answer better.
+fn may_pass(status: StatusCode) -> bool {
+    status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
+}
+
+fn judge_condition(kind: Kind, address: &str, response: &HttpResponse) -> Verdict {
+    let current = match response.headers.get(header::ETAG) {
+        None => None,
+        Some(tag) => match parse_etag(tag) {
+            Some(revision) => Some(revision),
+            None => return judge_garbled(kind, address, response.status),
+        },
+    };
+    Verdict::Fail(ClientError::ConditionFailed { current })
+}
+
+fn judge_garbled(kind: Kind, address: &str, status: StatusCode) -> Verdict {
+    let outcome = kind.outcome_when_in_doubt();
+    let message = format!("status {status} with a body that is not this store's");
+    let error = ClientError::Garbled { address: address.to_owned(), message, outcome };
+    if kind.may_repeat() && may_pass(status) {
+        return Verdict::Elsewhere(Reason::Silent(error.to_string()));
+    }
+    Verdict::Fail(error)
+}
+
+fn server_error(address: &str, status: StatusCode, detail: ErrorDetail) -> ClientError {
+    let ErrorDetail { code, message, outcome, .. } = detail;
+    let (address, status) = (address.to_owned(), status.as_u16());
+    ClientError::Server { address, status, code, message, outcome }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http::HeaderMap;
+
+    use super::*;
+
+    fn answer(status: u16, body: &str) -> Result<HttpResponse, SendError> {
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let status = StatusCode::from_u16(status).unwrap();
+        Ok(HttpResponse { status, headers: HeaderMap::new(), body })
+    }
+
+    fn error(code: &str, outcome: &str) -> String {
+        format!(r#"{{"error":{{"code":"{code}","message":"m","outcome":"{outcome}"}}}}"#)
+    }
+
+    fn word(verdict: Verdict) -> &'static str {
+        match verdict {
+            Verdict::Answer(_) => "answer",
+            Verdict::Redirect(_) => "redirect",
+            Verdict::Elsewhere(_) => "elsewhere",
+            Verdict::Fail(error) if error.outcome() == Outcome::Unknown => "unknown",
+            Verdict::Fail(_) => "fail",
+        }
+    }
+
+    #[test]
+    fn a_write_goes_elsewhere_only_when_nothing_was_applied() {
+        let not_sent = SendError::NotSent { address: "a".into(), message: "m".into() };
+        let maybe_sent = SendError::MaybeSent { address: "a".into(), message: "m".into() };
+        let timed_out = SendError::TimedOut { address: "a".into() };
+        for (result, write, read) in [
+            (Err(not_sent), "elsewhere", "elsewhere"),
+            (Err(maybe_sent), "unknown", "elsewhere"),
+            (Err(timed_out), "unknown", "elsewhere"),
+            (answer(200, "{}"), "answer", "answer"),
+            (answer(503, &error("NO_LEADER", "not_applied")), "elsewhere", "elsewhere"),
+            (answer(503, &error("NO_LEADER", "unknown")), "unknown", "elsewhere"),
+            (answer(504, &error("TIMEOUT", "unknown")), "unknown", "elsewhere"),
+            (answer(504, &error("TIMEOUT", "not_applied")), "elsewhere", "elsewhere"),
+            (answer(500, &error("STORAGE", "unknown")), "unknown", "elsewhere"),
+            (answer(502, "<html>"), "unknown", "elsewhere"),
+            (answer(400, "<html>"), "unknown", "fail"),
+            (answer(400, &error("BAD_REQUEST", "not_applied")), "fail", "fail"),
+            (answer(404, &error("NOT_FOUND", "not_applied")), "fail", "answer"),
+            (answer(404, "no such page"), "unknown", "fail"),
+            (answer(412, &error("CONDITION_FAILED", "not_applied")), "fail", "fail"),
+            (answer(421, &error("WRONG_CLUSTER", "not_applied")), "fail", "fail"),
+            (answer(501, &error("NOT_IMPLEMENTED", "not_applied")), "fail", "fail"),
+            (answer(307, &error("NOT_LEADER", "not_applied")), "elsewhere", "elsewhere"),
+        ] {
+            let told = format!("{result:?}");
+            assert_eq!(word(judge(Kind::Write, "a", result.clone())), write, "write: {told}");
+            assert_eq!(word(judge(Kind::LeaderRead, "a", result)), read, "read: {told}");
+        }
+    }
+}

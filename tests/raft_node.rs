@@ -1,0 +1,287 @@
+//! `RaftNode` reaches the leader through every fault that leaves one, and never sends a write twice.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use distrib_kv_store::client_error::ClientError;
+use distrib_kv_store::network::error::Outcome;
+use distrib_kv_store::raft_node::{Deleted, RaftNode};
+use distrib_kv_store::types::Condition;
+use serde_json::json;
+
+mod fake_node;
+use fake_node::{FakeNode, Reply, absent, error, not_leader, refusing, start, written};
+
+const KV: &str = "/v1/kv/";
+
+fn client_of(nodes: &[&FakeNode]) -> RaftNode {
+    RaftNode::new(nodes.iter().map(|node| node.address.clone()).collect())
+}
+
+/// A script that answers the first `times` requests with `first`, then with `then`.
+fn at_first(
+    times: usize,
+    first: Reply,
+    then: Reply,
+) -> impl Fn(&fake_node::Seen) -> Reply + Send + Sync {
+    let count = AtomicUsize::new(0);
+    move |_| {
+        let early = count.fetch_add(1, Ordering::SeqCst) < times;
+        if early { first.clone() } else { then.clone() }
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_is_followed_and_the_leader_remembered() {
+    let leader = start(|_| written(7));
+    let address = leader.address.clone();
+    let follower = start(move |_| not_leader(&address));
+    // The leader is not in the list: it is learned.
+    let client = client_of(&[&follower]);
+    assert_eq!(client.write("k", "v").await.unwrap(), 7);
+    assert_eq!(client.write("k", "v").await.unwrap(), 7);
+    assert_eq!((follower.seen(KV).len(), leader.seen(KV).len()), (1, 2));
+    assert!(client.nodes().contains(&leader.address));
+    assert_eq!(leader.seen(KV)[0].headers["kv-routing"], "direct");
+}
+
+#[tokio::test]
+async fn keys_and_values_arrive_byte_for_byte() {
+    let node = start(|_| written(1));
+    let client = client_of(&[&node]);
+    client.write([0xff, b'/', b'.', b'.', 0, b'%'], [0u8, 0xfe]).await.unwrap();
+    client.write("..", "").await.unwrap();
+    let seen = node.seen(KV);
+    assert_eq!(seen[0].path, "/v1/kv/%FF%2F%2E%2E%00%25");
+    assert_eq!(seen[0].body, Bytes::from_static(&[0, 0xfe]));
+    assert_eq!(seen[1].path, "/v1/kv/%2E%2E");
+}
+
+#[tokio::test]
+async fn a_node_that_is_down_is_passed_by() {
+    let node = start(|_| written(3));
+    let client = RaftNode::new(vec![refusing(), node.address.clone(), refusing()]);
+    for _ in 0..3 {
+        assert_eq!(client.write("k", "v").await.unwrap(), 3);
+    }
+    assert_eq!(node.seen(KV).len(), 3);
+}
+
+#[tokio::test]
+async fn a_cluster_that_is_down_is_reported_soon_with_all_that_was_tried() {
+    let nodes = vec![refusing(), refusing()];
+    let begun = Instant::now();
+    let error = RaftNode::new(nodes.clone()).write("k", "v").await.unwrap_err();
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert_eq!(error.outcome(), Outcome::NotApplied);
+    assert!(error.is_retryable());
+    let ClientError::Unreachable { tried } = error else { panic!("{error}") };
+    assert!(nodes.iter().all(|node| tried.iter().any(|text| text.contains(node))), "{tried:?}");
+}
+
+#[tokio::test]
+async fn a_write_that_may_have_arrived_is_never_sent_again() {
+    for reply in [
+        Reply::Close,
+        Reply::Hang,
+        Reply::Text(502, "<html>"),
+        error(503, "NO_LEADER", "unknown"),
+        error(504, "TIMEOUT", "unknown"),
+        error(500, "STORAGE", "unknown"),
+    ] {
+        let told = format!("{reply:?}");
+        let again = reply.clone();
+        let (a, b) = (start(move |_| reply.clone()), start(move |_| again.clone()));
+        let client = client_of(&[&a, &b]).with_timeout(Duration::from_millis(300));
+        let error = client.write("k", "v").await.unwrap_err();
+        assert_eq!(error.outcome(), Outcome::Unknown, "{told}: {error}");
+        assert!(!error.is_retryable(), "{told}");
+        assert_eq!(a.seen(KV).len() + b.seen(KV).len(), 1, "{told}");
+    }
+}
+
+#[tokio::test]
+async fn a_read_is_repeated_at_another_node() {
+    for reply in [Reply::Close, Reply::Hang, error(500, "STORAGE", "not_applied")] {
+        let told = format!("{reply:?}");
+        let bad = start(move |_| reply.clone());
+        let good = start(|_| Reply::Value(5, Bytes::from_static(b"v")));
+        for _ in 0..2 {
+            // A fresh client each time, and the bad node first.
+            let client = client_of(&[&bad, &good]).with_timeout(Duration::from_millis(1500));
+            let value = client.consistent_read("k").await.unwrap();
+            assert_eq!(value, Some(Bytes::from_static(b"v")), "{told}");
+            assert_eq!(client.read("k").await.unwrap(), value, "{told}");
+        }
+        assert!(!bad.seen(KV).is_empty(), "{told}: the bad node was asked");
+    }
+}
+
+#[tokio::test]
+async fn pauses_of_the_cluster_are_waited_out_with_growing_pauses() {
+    for code in ["NO_LEADER", "FROZEN", "OVERLOADED"] {
+        let node = start(at_first(5, error(503, code, "not_applied"), written(9)));
+        let begun = Instant::now();
+        assert_eq!(client_of(&[&node]).write("k", "v").await.unwrap(), 9, "{code}");
+        assert_eq!(node.seen(KV).len(), 6, "{code}");
+        // Halves of 20, 40, 80, 160 and 320 ms.
+        assert!(begun.elapsed() >= Duration::from_millis(310), "{code}: {:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn a_pause_beyond_the_deadline_ends_with_nothing_done() {
+    let node = start(|_| error(503, "FROZEN", "not_applied"));
+    let client = client_of(&[&node]).with_timeout(Duration::from_millis(200));
+    let error = client.write("k", "v").await.unwrap_err();
+    assert!(
+        matches!(&error, ClientError::Timeout { last, .. } if last.contains("FROZEN")),
+        "{error}"
+    );
+    assert_eq!(error.outcome(), Outcome::NotApplied);
+}
+
+#[tokio::test]
+async fn a_paused_leader_costs_one_write_and_no_more() {
+    let paused = start(|_| Reply::Hang);
+    let next = start(|_| written(4));
+    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_millis(1200));
+    assert_eq!(client.write("k", "v").await.unwrap_err().outcome(), Outcome::Unknown);
+    for _ in 0..10 {
+        assert_eq!(client.write("k", "v").await.unwrap(), 4);
+        assert!(client.read("k").await.is_err(), "the script has no values");
+    }
+    assert_eq!(paused.seen(KV).len(), 1);
+}
+
+#[tokio::test]
+async fn writes_go_elsewhere_while_the_leader_keeps_one_waiting() {
+    let paused = start(|_| Reply::Hang);
+    let next = start(|_| written(4));
+    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_secs(5));
+    let stuck = tokio::spawn({
+        let client = client.clone();
+        async move { client.write("stuck", "v").await }
+    });
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let quick = client.clone().with_timeout(Duration::from_millis(100));
+    while !(paused.seen("/v1/kv/stuck").len() == 1 && quick.write("k", "v").await.is_ok()) {
+        assert!(Instant::now() < deadline, "no write came through");
+        tokio::task::yield_now().await;
+    }
+    assert!(!stuck.is_finished());
+    stuck.abort();
+}
+
+#[tokio::test]
+async fn nodes_that_name_each_other_end_with_an_error() {
+    let (a, b) = (fake_node::bind(), fake_node::bind());
+    let (to_a, to_b) = (a.address.clone(), b.address.clone());
+    let (a, b) = (a.serve(move |_| not_leader(&to_b)), b.serve(move |_| not_leader(&to_a)));
+    let error = client_of(&[&a, &b]).write("k", "v").await.unwrap_err();
+    assert!(matches!(error, ClientError::TooManyRedirects { .. }), "{error}");
+    assert_eq!(error.outcome(), Outcome::NotApplied);
+    assert!(a.seen(KV).len() + b.seen(KV).len() < 20);
+}
+
+#[tokio::test]
+async fn a_dead_leader_is_not_hammered_until_its_followers_notice() {
+    let dead = refusing();
+    let new = start(|_| written(2));
+    let (stale, address) = (dead.clone(), new.address.clone());
+    let follower = start(at_first(4, not_leader(&stale), not_leader(&address)));
+    let client = RaftNode::new(vec![follower.address.clone(), dead]);
+    let begun = Instant::now();
+    assert_eq!(client.write("k", "v").await.unwrap(), 2);
+    assert!(begun.elapsed() >= Duration::from_millis(70), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_cluster_that_was_never_formed_is_reported_at_once() {
+    let script = |_: &fake_node::Seen| error(503, "NOT_INITIALIZED", "not_applied");
+    let (a, b) = (start(script), start(script));
+    let error = client_of(&[&a, &b]).read("k").await.unwrap_err();
+    let told = error.to_string();
+    assert!(
+        matches!(error, ClientError::Server { code, .. } if code == "NOT_INITIALIZED"),
+        "{told}"
+    );
+    assert_eq!(a.seen(KV).len() + b.seen(KV).len(), 2);
+}
+
+#[tokio::test]
+async fn an_empty_value_an_absent_key_and_a_failed_condition_are_three_things() {
+    let empty = start(|_| Reply::Value(1, Bytes::new()));
+    assert_eq!(client_of(&[&empty]).read("k").await.unwrap(), Some(Bytes::new()));
+    let none = start(|_| absent());
+    assert_eq!(client_of(&[&none]).consistent_read("k").await.unwrap(), None);
+    let changed = start(|_| Reply::Condition(Some(8)));
+    let error =
+        client_of(&[&changed]).write_if("k", "v", Condition::Revision(7)).await.unwrap_err();
+    assert_eq!(error, ClientError::ConditionFailed { current: Some(8) });
+    assert_eq!(changed.seen(KV)[0].headers["if-match"], "\"7\"");
+    let gone = start(|_| Reply::Condition(None));
+    let error = client_of(&[&gone]).delete_if("k", Condition::Revision(7)).await.unwrap_err();
+    assert_eq!(error, ClientError::ConditionFailed { current: None });
+}
+
+#[tokio::test]
+async fn what_is_not_a_node_is_told_apart_from_an_absent_key() {
+    let stranger = start(|_| Reply::Text(404, "no such page"));
+    let error = client_of(&[&stranger]).read("k").await.unwrap_err();
+    assert!(matches!(error, ClientError::Garbled { .. }), "{error}");
+    let greeter = start(|_| Reply::Text(200, "hello"));
+    let error = client_of(&[&greeter]).write("k", "v").await.unwrap_err();
+    assert_eq!(error.outcome(), Outcome::Unknown, "{error}");
+}
+
+#[tokio::test]
+async fn deletes_say_whether_there_was_something() {
+    let node = start(|_| Reply::Json(200, json!({"revision": 6, "deleted": false})));
+    let done = client_of(&[&node]).delete("k").await.unwrap();
+    assert_eq!(done, Deleted { revision: 6, deleted: false });
+    assert_eq!(node.seen(KV)[0].method, "DELETE");
+}
+
+#[tokio::test]
+async fn init_asks_the_first_node_and_no_other() {
+    let second = start(|_| Reply::Json(200, json!({})));
+    let client = RaftNode::new(vec![refusing(), second.address.clone()]);
+    let error = client.init().await.unwrap_err();
+    assert!(matches!(error, ClientError::Unreachable { .. }), "{error}");
+    assert!(second.seen("/").is_empty());
+    client_of(&[&second]).init().await.unwrap();
+    assert_eq!(second.seen("/cluster/init")[0].body, "{}");
+}
+
+#[tokio::test]
+async fn management_goes_to_the_leader_in_the_contracts_shapes() {
+    let leader = start(|_| Reply::Json(200, json!({})));
+    let address = leader.address.clone();
+    let follower = start(move |_| not_leader(&address));
+    let client = client_of(&[&follower]);
+    client.add_learner(2, "h:1", "r:1").await.unwrap();
+    client.change_membership(&[3, 1, 2]).await.unwrap();
+    client.update_hash_ring(&fake_node::ring(1, vec![])).await.unwrap();
+    assert_eq!(leader.seen("/cluster/add-learner")[0].body, r#"[2,"h:1","r:1"]"#);
+    assert_eq!(leader.seen("/cluster/change-membership")[0].body, "[1,2,3]");
+    assert_eq!(leader.seen("/cluster/update-hash-ring").len(), 1);
+}
+
+#[tokio::test]
+async fn management_that_may_have_arrived_never_claims_that_nothing_was_done() {
+    let node = start(at_first(1, Reply::Close, error(503, "NO_LEADER", "not_applied")));
+    let client = client_of(&[&node]).with_timeout(Duration::from_millis(300));
+    let error = client.change_membership(&[1]).await.unwrap_err();
+    assert_eq!(error.outcome(), Outcome::Unknown, "{error}");
+}
+
+#[tokio::test]
+async fn metrics_come_from_any_node_that_answers() {
+    let node = start(|seen| fake_node::metrics("c7", &seen.path));
+    let client = RaftNode::new(vec![refusing(), node.address.clone()]);
+    assert_eq!(client.metrics().await.unwrap().cluster.as_str(), "c7");
+    assert_eq!(client.metrics_of(&node.address).await.unwrap().id, 1);
+    assert!(client.metrics_of(&refusing()).await.is_err());
+}
