@@ -8,3 +8,5 @@ pub mod error;
 pub mod forward;
 pub mod http_server;
 pub mod management;
+pub mod raft;
+pub mod raft_network_impl;

@@ -39,13 +39,16 @@ struct Flags {
     config: Option<PathBuf>,
 }
 
+/// What is logged unless `RUST_LOG` says otherwise: openraft's `info` is for its developers.
+const DEFAULT_LOG: &str = "info,openraft=warn";
+
 /// Flags, configuration, addresses or data directory are not usable as they are.
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_LOG.into()))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
