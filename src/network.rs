@@ -7,6 +7,8 @@ pub mod connection;
 pub mod error;
 pub mod forward;
 pub mod http_server;
+pub mod json;
 pub mod management;
+pub mod peer;
 pub mod raft;
 pub mod raft_network_impl;

@@ -19,11 +19,6 @@ impl Reader {
         Ok(self.left.get_u8())
     }
 
-    pub(crate) fn u16(&mut self) -> Result<u16, DecodeError> {
-        self.want(2)?;
-        Ok(self.left.get_u16())
-    }
-
     pub(crate) fn u32(&mut self) -> Result<u32, DecodeError> {
         self.want(4)?;
         Ok(self.left.get_u32())
@@ -77,10 +72,6 @@ impl Reader {
     /// Everything that is left, without copying it.
     pub(crate) fn rest(&mut self) -> Bytes {
         std::mem::take(&mut self.left)
-    }
-
-    pub(crate) fn left(&self) -> usize {
-        self.left.len()
     }
 
     /// Checks that nothing is left.

@@ -1,0 +1,38 @@
+//! What the server side of the peer network asks of the node: Raft and the snapshot stager in a node,
+//! a fake in tests.
+
+use async_trait::async_trait;
+use futures_util::stream::BoxStream;
+
+use super::wire::{
+    AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
+    SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
+};
+use crate::types::LogId;
+
+/// The work behind a message. Every method may take as long as a disk does, and its future may be
+/// dropped when the node stops.
+#[async_trait]
+pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
+    /// Appends a session's requests in order; replies come in the same order. Ends after a refusal.
+    fn append_session(
+        &self,
+        requests: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, Result<AppendReply, Failure>>;
+
+    async fn heartbeat(&self, request: AppendRequest) -> Result<HeartbeatReply, Failure>;
+
+    async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure>;
+
+    async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure>;
+
+    async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure>;
+
+    async fn read_index(&self) -> Result<LogId, Failure>;
+
+    async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure>;
+
+    async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure>;
+
+    async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure>;
+}

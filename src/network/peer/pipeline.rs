@@ -1,0 +1,222 @@
+//! The client's end of replication: many appends in flight, their replies in order.
+//!
+//! One run of appends is a session on a connection. The stream of replies ends with the first that is
+//! not a plain "all appended": openraft then looks at what the peer has and starts another stream, which
+//! is another session. What was in flight behind the refusal is answered "session ended" by the peer
+//! and ignored here.
+//!
+//! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, BoxStream, FuturesOrdered};
+use futures_util::{FutureExt, Stream, StreamExt};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, sleep_until};
+
+use super::closer::CloseReason;
+use super::connection::{CallError, Connection};
+use super::settings::PeerSettings;
+use super::wire::{
+    AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
+};
+use crate::types::LogId;
+
+/// Why a stream of appends ended early.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(in crate::network) enum PipelineError {
+    /// The connection or the peer failed.
+    #[error("{0}")]
+    Call(#[from] CallError),
+    /// An entry fits into no message: the limits of the nodes contradict each other.
+    #[error("{0}")]
+    TooLarge(#[from] EntryTooLarge),
+}
+
+/// Sends `input` over `connection` and yields the replies in the order of the requests. Ends after the
+/// first error, after a reply other than "all appended", or with `input`.
+pub(in crate::network) fn append_stream<'s, S>(
+    connection: Arc<Connection>,
+    input: S,
+    settings: &PeerSettings,
+) -> BoxStream<'s, Result<AppendReply, PipelineError>>
+where
+    S: Stream<Item = AppendRequest> + Send + Unpin + 's,
+{
+    let pipeline = Pipeline {
+        session: connection.next_session(),
+        connection,
+        input: Some(input),
+        parts: VecDeque::new(),
+        permit: None,
+        in_flight: FuturesOrdered::new(),
+        bytes_in_flight: 0,
+        last_progress: Instant::now(),
+        calls_max: settings.append_pipeline_max,
+        bytes_max: settings.bytes_in_flight_max(),
+        message_bytes_max: settings.frame_bytes_max,
+        reply_timeout: settings.reply_timeout,
+    };
+    let replies = stream::unfold(Some(pipeline), |pipeline| async {
+        let mut pipeline = pipeline?;
+        let reply = pipeline.next_reply().await?;
+        let more = matches!(reply, Ok(Reply { ends: false, .. }));
+        Some((reply.map(|reply| reply.outcome), more.then_some(pipeline)))
+    });
+    replies.boxed()
+}
+
+struct Pipeline<S> {
+    connection: Arc<Connection>,
+    session: u64,
+    /// `None` once it has ended.
+    input: Option<S>,
+    /// The messages of one request, if it had to be split, that are still to be sent.
+    parts: VecDeque<EncodedAppend>,
+    /// Permission to send one message.
+    permit: Option<OwnedSemaphorePermit>,
+    in_flight: FuturesOrdered<BoxFuture<'static, Answered>>,
+    bytes_in_flight: usize,
+    /// When the last reply came, or the first message was sent that waits for one.
+    last_progress: Instant,
+    calls_max: usize,
+    bytes_max: usize,
+    message_bytes_max: usize,
+    reply_timeout: Duration,
+}
+
+struct Answered {
+    answer: Result<AppendReply, CallError>,
+    prev: Option<LogId>,
+    last: Option<LogId>,
+    bytes: usize,
+    /// Whether more messages of the same request follow; then a plain success is not passed on.
+    split: bool,
+}
+
+struct Reply {
+    outcome: AppendReply,
+    /// Whether the stream ends with it.
+    ends: bool,
+}
+
+impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
+    /// The next reply to pass on; `None` when all input is answered.
+    async fn next_reply(&mut self) -> Option<Result<Reply, PipelineError>> {
+        loop {
+            self.send_part();
+            if self.input.is_none() && self.parts.is_empty() && self.in_flight.is_empty() {
+                return None;
+            }
+            match self.next_event().await {
+                Event::Answered(answered) => match self.judge(*answered) {
+                    Some(reply) => return Some(reply),
+                    None => continue,
+                },
+                Event::Permitted(Ok(permit)) => self.permit = Some(permit),
+                Event::Permitted(Err(error)) => return Some(Err(error.into())),
+                Event::Requested(None) => self.input = None,
+                Event::Requested(Some(request)) => {
+                    match encode_appends(self.session, &request, self.message_bytes_max) {
+                        Ok(parts) => self.parts = parts.into(),
+                        Err(error) => return Some(Err(error.into())),
+                    }
+                }
+                Event::Idle => return Some(Err(self.time_out().into())),
+                Event::Closed => {
+                    let reason = self.connection.closer().reason();
+                    return Some(Err(CallError::Closed(reason).into()));
+                }
+            }
+        }
+    }
+
+    /// What happens first. Replies go before all else, so that a slow consumer of this stream never
+    /// mistakes its own pause for the peer's.
+    async fn next_event(&mut self) -> Event {
+        let room = self.in_flight.len() < self.calls_max && self.bytes_in_flight < self.bytes_max;
+        let something_to_send = self.input.is_some() || !self.parts.is_empty();
+        let want_permit = self.permit.is_none() && room && something_to_send;
+        let want_request = self.permit.is_some() && self.parts.is_empty() && self.input.is_some();
+        let waiting = !self.in_flight.is_empty();
+        let connection = Arc::clone(&self.connection);
+        let next_request = async {
+            match &mut self.input {
+                Some(input) => input.next().await,
+                None => None,
+            }
+        };
+        tokio::select! {
+            biased;
+            Some(answered) = self.in_flight.next(), if waiting => Event::Answered(Box::new(answered)),
+            permit = connection.permit(), if want_permit => Event::Permitted(permit),
+            request = next_request, if want_request => Event::Requested(request),
+            () = sleep_until(self.last_progress + self.reply_timeout), if waiting => Event::Idle,
+            () = connection.closer().closed(), if !waiting => Event::Closed,
+        }
+    }
+
+    /// Sends the next message if there is one and it may be sent.
+    fn send_part(&mut self) {
+        if self.parts.is_empty() {
+            return;
+        }
+        let Some(permit) = self.permit.take() else { return };
+        let Some(part) = self.parts.pop_front() else { return };
+        let EncodedAppend { message, prev, last } = part;
+        let (bytes, split) = (message.len(), !self.parts.is_empty());
+        if self.in_flight.is_empty() {
+            self.last_progress = Instant::now();
+        }
+        self.bytes_in_flight += bytes;
+        let call = self.connection.start(Method::Append, message, permit);
+        let answered =
+            call.reply().map(move |answer| Answered { answer, prev, last, bytes, split });
+        self.in_flight.push_back(answered.boxed());
+    }
+
+    /// Decides what a reply means; `None` when there is nothing to pass on.
+    fn judge(&mut self, answered: Answered) -> Option<Result<Reply, PipelineError>> {
+        let Answered { answer, prev, last, bytes, split } = answered;
+        self.bytes_in_flight -= bytes;
+        self.last_progress = Instant::now();
+        let outcome = match answer {
+            Ok(outcome) => outcome,
+            Err(error) => return Some(Err(error.into())),
+        };
+        let possible = match &outcome {
+            Ok(matched) => *matched <= last,
+            Err(AppendRefusal::Conflict(at)) => Some(*at) == prev,
+            Err(AppendRefusal::HigherVote(_)) => true,
+        };
+        if !possible {
+            let reason = CloseReason::Protocol("a reply about entries that were not sent".into());
+            self.connection.closer().close(reason.clone());
+            return Some(Err(CallError::Closed(reason).into()));
+        }
+        let all_appended = outcome == Ok(last);
+        if all_appended && split {
+            return None;
+        }
+        Some(Ok(Reply { outcome, ends: !all_appended }))
+    }
+
+    fn time_out(&self) -> CallError {
+        self.connection.closer().close(CloseReason::Timeout);
+        CallError::Timeout(self.reply_timeout)
+    }
+}
+
+enum Event {
+    Answered(Box<Answered>),
+    Permitted(Result<OwnedSemaphorePermit, CallError>),
+    /// `None` when the input has ended.
+    Requested(Option<AppendRequest>),
+    /// No reply for too long.
+    Idle,
+    /// The connection ended while nothing was in flight.
+    Closed,
+}

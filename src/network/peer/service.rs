@@ -1,0 +1,197 @@
+//! The Toy-RPC service: one for each connection, because order and sender belong to a connection.
+//!
+//! Toy-RPC aborts a handler when its connection ends, and sends nothing when a handler fails or
+//! panics. So the work runs in a task of its own, and a handler always answers bytes, which say
+//! whether it went well. What a peer may not send closes the connection and gets no answer.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde_bytes::ByteBuf;
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use toy_rpc::Server;
+use toy_rpc::service::{AsyncHandler, HandlerResult};
+use toy_rpc::util::RegisterService;
+
+use super::closer::{CloseReason, Closer};
+use super::envelope::{open_request, seal_reply};
+use super::greeting::Hello;
+use super::handler::PeerHandler;
+use super::lane::{Lane, LaneError};
+use super::settings::PeerSettings;
+use super::toy_codec::{Admission, PeerCodec};
+use super::wire::{
+    Append, BeginSnapshot, Call, Failure, FinishSnapshot, Heartbeat, PreVote, ReadIndex,
+    SnapshotChunk, TransferRequest, VoteRequest,
+};
+use crate::codec::DecodeError;
+
+/// Serves one greeted connection until it is closed. Never fails: why it ended is in `closer`.
+pub(in crate::network) async fn serve(
+    stream: TcpStream,
+    hello: Hello,
+    handler: Arc<dyn PeerHandler>,
+    settings: &PeerSettings,
+    closer: Closer,
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+) {
+    let calls_max = settings.calls_max(hello.purpose);
+    let admission = Admission::new(calls_max, settings.bytes_in_flight_max());
+    let codec = PeerCodec::new(
+        stream.into_split(),
+        settings.frame_bytes_max,
+        Some(admission),
+        closer.clone(),
+        &tracker,
+    );
+    let lane = Lane::new(Arc::clone(&handler), closer.clone(), tracker.clone(), calls_max);
+    let peer = Arc::new(PeerService { hello, handler, lane, closer, tracker, shutdown });
+    let server = Server::builder().register(peer).build();
+    // Toy-RPC returns nothing but `Ok` here.
+    let _ = server.serve_codec(codec).await;
+}
+
+/// What Toy-RPC calls.
+struct PeerService {
+    hello: Hello,
+    handler: Arc<dyn PeerHandler>,
+    lane: Lane,
+    closer: Closer,
+    tracker: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+/// A message that no peer sends.
+#[derive(Debug, thiserror::Error)]
+enum Breach {
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+    #[error("{0}")]
+    Lane(#[from] LaneError),
+    #[error("a procedure that this connection is not for")]
+    Purpose,
+}
+
+impl PeerService {
+    /// Takes a request apart, if this connection is for it.
+    fn open<T: Call>(&self, request: Bytes) -> Result<(u64, T), Breach> {
+        if T::METHOD.purpose() != self.hello.purpose {
+            return Err(Breach::Purpose);
+        }
+        let (sequence, mut reader) = open_request(request, &self.hello.sender)?;
+        let message = T::decode(&mut reader)?;
+        reader.end()?;
+        Ok((sequence, message))
+    }
+
+    /// Does a call's work in a task that outlives the connection, and puts the reply together.
+    async fn work<T, F, W>(self: Arc<Self>, request: Bytes, start: F) -> Result<Vec<u8>, Breach>
+    where
+        T: Call,
+        T::Reply: Send + 'static,
+        F: FnOnce(Arc<dyn PeerHandler>, T) -> W,
+        W: Future<Output = Result<T::Reply, Failure>> + Send + 'static,
+    {
+        let (sequence, message) = self.open::<T>(request)?;
+        let work = start(Arc::clone(&self.handler), message);
+        let shutdown = self.shutdown.clone();
+        let task = self.tracker.spawn(async move {
+            tokio::select! {
+                outcome = work => outcome,
+                () = shutdown.cancelled() => Err(Failure::Stopped),
+            }
+        });
+        let outcome = task.await.unwrap_or_else(|error| Err(Failure::refused(error)));
+        Ok(seal_reply(sequence, &outcome))
+    }
+
+    async fn append(self: Arc<Self>, request: Bytes) -> Result<Vec<u8>, Breach> {
+        let (sequence, append) = self.open::<Append>(request)?;
+        let reply = self.lane.enqueue(sequence, append)?;
+        // The lane drops a call only when the connection ends.
+        let outcome = reply.await.unwrap_or(Err(Failure::SessionEnded));
+        Ok(seal_reply(sequence, &outcome))
+    }
+
+    /// The bytes for Toy-RPC to send. After a breach nothing is sent any more.
+    fn finish(&self, outcome: Result<Vec<u8>, Breach>) -> HandlerResult {
+        let reply = outcome.unwrap_or_else(|breach| {
+            self.closer.close(CloseReason::Protocol(breach.to_string()));
+            Vec::new()
+        });
+        Ok(Box::new(ByteBuf::from(reply)))
+    }
+}
+
+/// A handler for Toy-RPC: takes the bytes out, runs the method, wraps the answer.
+macro_rules! handler {
+    (|$service:ident, $request:ident| $run:expr) => {
+        |service, body| {
+            Box::pin(async move {
+                let $service = Arc::clone(&service);
+                // The codec gives bytes and nothing else, so this cannot fail for a peer's doing.
+                let $request = Bytes::from(ByteBuf::deserialize(body)?.into_vec());
+                let outcome = $run.await;
+                service.finish(outcome)
+            })
+        }
+    };
+}
+
+impl RegisterService for PeerService {
+    fn default_name() -> &'static str {
+        "peer"
+    }
+
+    fn handlers() -> HashMap<&'static str, AsyncHandler<Self>> {
+        let mut handlers: HashMap<&'static str, AsyncHandler<Self>> = HashMap::new();
+        handlers.insert("append", handler!(|s, r| s.append(r)));
+        handlers.insert(
+            "heartbeat",
+            handler!(|s, r| s.work(r, |h, m: Heartbeat| async move { h.heartbeat(m.0).await })),
+        );
+        handlers.insert(
+            "vote",
+            handler!(|s, r| s.work(r, |h, m: VoteRequest| async move { h.vote(m).await })),
+        );
+        handlers.insert(
+            "pre_vote",
+            handler!(|s, r| s.work(r, |h, m: PreVote| async move { h.pre_vote(m.0).await })),
+        );
+        handlers.insert(
+            "transfer_leader",
+            handler!(
+                |s, r| s.work(r, |h, m: TransferRequest| async move { h.transfer_leader(m).await })
+            ),
+        );
+        handlers.insert(
+            "read_index",
+            handler!(|s, r| s.work(r, |h, _: ReadIndex| async move { h.read_index().await })),
+        );
+        handlers.insert(
+            "begin_snapshot",
+            handler!(
+                |s, r| s.work(r, |h, m: BeginSnapshot| async move { h.begin_snapshot(m).await })
+            ),
+        );
+        handlers.insert(
+            "snapshot_chunk",
+            handler!(
+                |s, r| s.work(r, |h, m: SnapshotChunk| async move { h.snapshot_chunk(m).await })
+            ),
+        );
+        handlers.insert(
+            "finish_snapshot",
+            handler!(
+                |s, r| s.work(r, |h, m: FinishSnapshot| async move { h.finish_snapshot(m).await })
+            ),
+        );
+        handlers
+    }
+}

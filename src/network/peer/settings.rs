@@ -1,0 +1,79 @@
+//! The bounds and times of the peer network: the configured ones, and those that follow from them.
+
+use std::time::Duration;
+
+use super::Purpose;
+use crate::config::Config;
+
+/// Calls in flight on a control connection. One heartbeat, one vote and one read index are usual;
+/// the rest is room for calls that their callers gave up on and that were not answered yet.
+const CONTROL_CALLS_MAX: usize = 64;
+
+/// Calls in flight on a snapshot connection. A transfer makes one at a time; the second is room for
+/// one that its caller gave up on.
+const SNAPSHOT_CALLS_MAX: usize = 2;
+
+/// The shortest wait for a reply: below it, one slow fsync of a follower would cut connections.
+const REPLY_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+
+/// How long a follower may take to write one chunk of a snapshot to disk.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a follower may take to verify, switch to and install a snapshot after its last chunk.
+const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// What the peer network takes from [`Config`].
+#[derive(Debug, Clone)]
+pub(in crate::network) struct PeerSettings {
+    /// The largest frame body.
+    pub(in crate::network) frame_bytes_max: usize,
+    /// Greeted connections at once.
+    pub(in crate::network) connections_max: usize,
+    /// How long a stranger may take to greet.
+    pub(in crate::network) greeting_timeout: Duration,
+    /// How long connecting and greeting may take. Not longer than an election takes to start, so
+    /// that a peer is found soon after a partition heals: a lost SYN is repeated only after a second.
+    pub(in crate::network) connect_timeout: Duration,
+    /// How long to wait for a reply; for pipelined appends, for the next one.
+    pub(in crate::network) reply_timeout: Duration,
+    /// How long one chunk of a snapshot may take.
+    pub(in crate::network) chunk_timeout: Duration,
+    /// How long the end of a snapshot may take.
+    pub(in crate::network) install_timeout: Duration,
+    /// Appends in flight to one peer.
+    pub(in crate::network) append_pipeline_max: usize,
+    /// The size of a snapshot's chunk.
+    pub(in crate::network) snapshot_chunk_bytes: usize,
+}
+
+impl PeerSettings {
+    pub(in crate::network) fn new(config: &Config) -> Self {
+        let election_timeout_max = Duration::from_millis(config.raft.election_timeout_max_ms);
+        Self {
+            frame_bytes_max: config.limits.peer_frame_bytes_max,
+            connections_max: config.limits.peer_connections_max,
+            greeting_timeout: Duration::from_millis(config.limits.header_timeout_ms),
+            connect_timeout: election_timeout_max,
+            reply_timeout: REPLY_TIMEOUT_MIN.max(2 * election_timeout_max),
+            chunk_timeout: CHUNK_TIMEOUT,
+            install_timeout: INSTALL_TIMEOUT,
+            append_pipeline_max: config.raft.append_pipeline_max,
+            snapshot_chunk_bytes: config.raft.snapshot_chunk_bytes,
+        }
+    }
+
+    /// Calls in flight on one connection of this purpose. Both ends keep to it.
+    pub(in crate::network) fn calls_max(&self, purpose: Purpose) -> usize {
+        match purpose {
+            Purpose::Append => self.append_pipeline_max,
+            Purpose::Control => CONTROL_CALLS_MAX,
+            Purpose::Snapshot => SNAPSHOT_CALLS_MAX,
+        }
+    }
+
+    /// Bytes of calls in flight on one connection. Four of the largest frames: enough to keep a
+    /// follower busy, little enough for a leader with many of them.
+    pub(in crate::network) fn bytes_in_flight_max(&self) -> usize {
+        4 * self.frame_bytes_max
+    }
+}

@@ -1,0 +1,201 @@
+//! The peer listener: accepts this node's peers and passes their messages to its Raft.
+//!
+//! The life of a connection: it is accepted, greets within a time ([`super::peer`]), gets a place, and
+//! is served over Toy-RPC until one end closes it or the node stops.
+//!
+//! Strangers must not keep peers out, and cannot: who has not greeted yet holds one of
+//! [`GREETINGS_MAX`] places, and when those are full **the oldest has to go** - a peer greets within one
+//! round trip, so it is never the oldest for long, however many idle connections there are. Who has
+//! greeted holds one of `limits.peer_connections_max` places, one for each node and purpose: a newer
+//! connection replaces the older one, which after a partition may be dead without knowing it.
+//!
+//! Accepting never ends because of an error; it pauses, because the usual error is having no file
+//! descriptors left, and that lasts.
+
+mod admit;
+mod handler;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::Raft;
+use openraft::storage::RaftStateMachine;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use super::peer::PeerIdentity;
+
+use super::peer::closer::Closer;
+use super::peer::greeting::{self, GreetingError, Hello, Refusal};
+use super::peer::handler::PeerHandler;
+use super::peer::quiet::Quiet;
+use super::peer::service;
+use super::peer::settings::PeerSettings;
+use crate::config::Config;
+use crate::store::snapshot::{SnapshotData, SnapshotStager};
+use crate::types::TypeConfig;
+use admit::{Greeted, Greetings};
+use handler::RaftHandler;
+
+/// Connections that have not greeted yet. Enough for all peers of a cluster to reconnect at once, few
+/// enough that strangers cost nothing.
+const GREETINGS_MAX: usize = 64;
+
+/// The pause after a first failed accept, and the longest one.
+const ACCEPT_PAUSE_MIN: Duration = Duration::from_millis(10);
+const ACCEPT_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// A running peer listener.
+pub struct PeerServer {
+    tracker: TaskTracker,
+}
+
+impl PeerServer {
+    /// Serves peers until `shutdown` is cancelled: then it stops accepting and closes every
+    /// connection. Returns at once; needs a Tokio runtime.
+    pub fn serve<SM>(
+        listener: TcpListener,
+        identity: PeerIdentity,
+        raft: Raft<TypeConfig, SM>,
+        stager: SnapshotStager,
+        config: &Config,
+        shutdown: CancellationToken,
+    ) -> Self
+    where
+        SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
+    {
+        let settings = PeerSettings::new(config);
+        // A leader that cannot confirm itself says so while the asking node still listens.
+        let read_index_timeout = settings.reply_timeout / 2;
+        let handler = Arc::new(RaftHandler::new(raft, stager, read_index_timeout));
+        Self::serve_handler(listener, identity, handler, settings, shutdown)
+    }
+
+    /// [`Self::serve`] with any handler.
+    pub(super) fn serve_handler(
+        listener: TcpListener,
+        identity: PeerIdentity,
+        handler: Arc<dyn PeerHandler>,
+        settings: PeerSettings,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let tracker = TaskTracker::new();
+        let acceptor = Arc::new(Acceptor {
+            identity,
+            handler,
+            greetings: Greetings::new(GREETINGS_MAX),
+            greeted: Greeted::new(settings.connections_max),
+            settings,
+            shutdown,
+            tracker: tracker.clone(),
+            quiet: Quiet::default(),
+        });
+        tracker.spawn(acceptor.run(listener));
+        Self { tracker }
+    }
+
+    /// Waits until everything that [`Self::serve`] started has ended, which it does only after its
+    /// `shutdown` is cancelled.
+    pub async fn join(self) {
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+}
+
+struct Acceptor {
+    identity: PeerIdentity,
+    handler: Arc<dyn PeerHandler>,
+    settings: PeerSettings,
+    greetings: Greetings,
+    greeted: Greeted,
+    shutdown: CancellationToken,
+    tracker: TaskTracker,
+    quiet: Quiet,
+}
+
+impl Acceptor {
+    async fn run(self: Arc<Self>, listener: TcpListener) {
+        let mut pause = ACCEPT_PAUSE_MIN;
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, addr)) => {
+                    pause = ACCEPT_PAUSE_MIN;
+                    let addr = addr.to_string();
+                    self.tracker.spawn(Arc::clone(&self).serve_connection(stream, addr));
+                }
+                Err(error) => {
+                    if let Some(suppressed) = self.quiet.admit() {
+                        tracing::warn!(suppressed, %error, "accepting a peer connection failed");
+                    }
+                    tokio::select! {
+                        () = self.shutdown.cancelled() => return,
+                        () = tokio::time::sleep(pause) => {}
+                    }
+                    pause = (2 * pause).min(ACCEPT_PAUSE_MAX);
+                }
+            }
+        }
+    }
+
+    async fn serve_connection(self: Arc<Self>, mut stream: TcpStream, addr: String) {
+        let Some(greeted) = self.greet(&mut stream).await else { return };
+        let (hello, place) = match greeted {
+            Ok(greeted) => greeted,
+            Err(error) => {
+                if let Some(suppressed) = self.quiet.admit() {
+                    tracing::info!(addr, suppressed, "refused a peer connection: {error}");
+                }
+                return;
+            }
+        };
+        let (peer, purpose) = (hello.sender.node_id, hello.purpose);
+        tracing::debug!(peer, ?purpose, addr, "serving a peer connection");
+        let closer = place.closer().clone();
+        let (tracker, shutdown) = (self.tracker.clone(), self.shutdown.clone());
+        let handler = Arc::clone(&self.handler);
+        service::serve(stream, hello, handler, &self.settings, closer, tracker, shutdown).await;
+        if let Some(suppressed) = self.quiet.admit() {
+            let reason = place.closer().reason();
+            tracing::info!(peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
+        }
+    }
+
+    /// Hears who it is, within the time for it, and gives it a place. `None` when the node stops or
+    /// the connection had to make room for another.
+    async fn greet(
+        &self,
+        stream: &mut TcpStream,
+    ) -> Option<Result<(Hello, admit::Place<'_>), GreetingError>> {
+        let waiting = self.greetings.enter();
+        let greeting = timeout(self.settings.greeting_timeout, self.exchange(stream));
+        tokio::select! {
+            biased;
+            () = self.shutdown.cancelled() => None,
+            () = waiting.evicted() => None,
+            greeted = greeting => Some(greeted.unwrap_or(Err(GreetingError::Malformed("too slow")))),
+        }
+    }
+
+    async fn exchange(
+        &self,
+        stream: &mut TcpStream,
+    ) -> Result<(Hello, admit::Place<'_>), GreetingError> {
+        stream.set_nodelay(true)?;
+        let hello = greeting::accept(stream, &self.identity).await?;
+        let closer = Closer::under(&self.shutdown);
+        let key = (hello.sender.node_id, hello.purpose);
+        let Some(place) = self.greeted.enter(key, closer) else {
+            greeting::answer(stream, &self.identity, Some(&Refusal::Full)).await?;
+            return Err(GreetingError::Refused(Refusal::Full));
+        };
+        greeting::answer(stream, &self.identity, None).await?;
+        Ok((hello, place))
+    }
+}

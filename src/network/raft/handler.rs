@@ -1,0 +1,150 @@
+//! Peer messages into openraft and the snapshot stager.
+
+use std::io;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::{LinearizableReadError, RaftError};
+use openraft::storage::RaftStateMachine;
+use openraft::{Raft, ReadPolicy, Snapshot};
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::network::peer::handler::PeerHandler;
+use crate::network::peer::quiet::Quiet;
+use crate::network::peer::wire::{
+    AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
+    SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
+};
+use crate::store::snapshot::{SnapshotData, SnapshotStager};
+use crate::types::{LogId, TypeConfig, Vote};
+
+/// The [`PeerHandler`] of a node.
+pub(super) struct RaftHandler<SM>
+where
+    SM: RaftStateMachine<TypeConfig>,
+{
+    raft: Raft<TypeConfig, SM>,
+    stager: SnapshotStager,
+    read_index_timeout: Duration,
+    quiet: Quiet,
+}
+
+impl<SM> RaftHandler<SM>
+where
+    SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
+{
+    pub(super) fn new(
+        raft: Raft<TypeConfig, SM>,
+        stager: SnapshotStager,
+        read_index_timeout: Duration,
+    ) -> Self {
+        Self { raft, stager, read_index_timeout, quiet: Quiet::default() }
+    }
+
+    /// This node's vote, if it is higher: then the sender does not lead any more, and must not
+    /// disturb what its successor stages. Raft itself decides again when a snapshot is installed.
+    fn higher_vote(&self, sender: &Vote) -> Option<Vote> {
+        let own = self.raft.metrics().borrow_watched().vote;
+        (own > *sender).then_some(own)
+    }
+
+    /// Runs a blocking step of the stager.
+    async fn stage<T: Send + 'static>(
+        &self,
+        step: impl FnOnce(SnapshotStager) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let stager = self.stager.clone();
+        let error = match spawn_blocking(move || step(stager)).await {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => error,
+            Err(panicked) => io::Error::other(panicked),
+        };
+        if let Some(suppressed) = self.quiet.admit() {
+            tracing::warn!(suppressed, %error, "receiving a snapshot failed");
+        }
+        Err(Failure::refused(error))
+    }
+}
+
+/// Raft's only error of these calls is that it has stopped.
+fn stopped<E>(_: E) -> Failure {
+    Failure::Stopped
+}
+
+#[async_trait]
+impl<SM> PeerHandler for RaftHandler<SM>
+where
+    SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
+{
+    fn append_session(
+        &self,
+        requests: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, Result<AppendReply, Failure>> {
+        self.raft.stream_append(requests).map(|reply| reply.map_err(stopped)).boxed()
+    }
+
+    async fn heartbeat(&self, request: AppendRequest) -> Result<HeartbeatReply, Failure> {
+        self.raft.append_entries(request).await.map_err(stopped)
+    }
+
+    async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.raft.vote(request).await.map_err(stopped)
+    }
+
+    async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.raft.pre_vote(request).await.map_err(stopped)
+    }
+
+    async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
+        self.raft.handle_transfer_leader(request).await.map_err(stopped)
+    }
+
+    /// Not the lease: a follower that was restarted has forgotten its promise.
+    async fn read_index(&self) -> Result<LogId, Failure> {
+        let confirmed = self.raft.get_read_linearizer(ReadPolicy::ReadIndex);
+        match timeout(self.read_index_timeout, confirmed).await {
+            Ok(Ok(linearizer)) => Ok(*linearizer.read_log_id().log_id()),
+            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
+                Err(Failure::NotLeader(forward.leader_id))
+            }
+            Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) | Err(_) => {
+                Err(Failure::NoQuorum)
+            }
+            Ok(Err(RaftError::Fatal(_))) => Err(Failure::Stopped),
+        }
+    }
+
+    async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {
+        if let Some(higher) = self.higher_vote(&begin.vote) {
+            return Ok(SnapshotStep::HigherVote(higher));
+        }
+        let position = self.stage(move |stager| stager.begin(begin.id)).await?;
+        Ok(SnapshotStep::Position(position))
+    }
+
+    async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure> {
+        if let Some(higher) = self.higher_vote(&chunk.vote) {
+            return Ok(SnapshotStep::HigherVote(higher));
+        }
+        let write = move |stager: SnapshotStager| stager.write(chunk.id, chunk.seq, chunk.bytes);
+        Ok(SnapshotStep::Position(self.stage(write).await?))
+    }
+
+    async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure> {
+        let FinishSnapshot { vote, id, meta } = finish;
+        if let Some(higher) = self.higher_vote(&vote) {
+            return Ok(Installed::new(higher));
+        }
+        // Raft panics on a snapshot that its leader cannot have; a message must not make it.
+        if !vote.committed || meta.last_log_id.is_some_and(|last| last.leader_id > vote.leader_id) {
+            return Err(Failure::refused("the snapshot contradicts its sender's vote"));
+        }
+        let snapshot = self.stage(move |stager| stager.finish(id)).await?;
+        let installed = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot });
+        installed.await.map_err(stopped)
+    }
+}

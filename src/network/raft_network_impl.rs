@@ -1,0 +1,316 @@
+//! The client side of the peer network: how openraft reaches other nodes.
+//!
+//! [`PeerNetwork`] holds the links to all peers, one for each purpose, and hands openraft a
+//! [`PeerClient`] whenever it asks for one. Clients of one peer share its links: openraft makes a new
+//! client for every election.
+//!
+//! Errors are sorted for openraft's backoff: nobody there, or nobody who can work, is `Unreachable`,
+//! and it waits longer and longer; a connection that broke is `Network`, and it tries again at once.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, Stream, StreamExt};
+use openraft::errors::{
+    NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable,
+};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential};
+use openraft::type_config::alias::SnapshotOf;
+use openraft::{ErrorSubject, ErrorVerb, RPCTypes, StorageError};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use super::peer::PeerIdentity;
+
+use super::peer::Purpose;
+use super::peer::connection::CallError;
+use super::peer::link::{Link, LinkContext};
+use super::peer::pipeline::{PipelineError, append_stream};
+use super::peer::quiet::Quiet;
+use super::peer::rounds::{self, RoundError};
+use super::peer::settings::PeerSettings;
+use super::peer::snapshot::{SendError, Transfer};
+use super::peer::wire::{
+    AppendReply, AppendRequest, Call, Failure, Heartbeat, HeartbeatReply, Installed, PreVote,
+    TransferReply, TransferRequest, VoteReply, VoteRequest,
+};
+use crate::config::Config;
+use crate::store::snapshot::SnapshotData;
+use crate::types::{LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote};
+
+type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
+type ReplyStream<'s> = BoxStream<'s, RpcResult<AppendReply>>;
+
+/// Why a follower could not learn up to where it must have applied. A read was not served; asking
+/// again is safe.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadIndexError {
+    /// The asked node does not lead, and says who does if it knows.
+    #[error("the asked node does not lead")]
+    NotLeader {
+        /// The leader that it knows.
+        leader: Option<NodeId>,
+    },
+    /// The leader could not be reached, or could not confirm that it leads.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The deadline passed.
+    #[error("the leader did not answer in time")]
+    Timeout,
+}
+
+/// The links of one node to its peers. Cheap to clone; when the last clone and the last client are
+/// dropped, or after [`PeerNetwork::shutdown`], all connections are closed.
+#[derive(Clone)]
+pub struct PeerNetwork {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    context: LinkContext,
+    links: Mutex<HashMap<(NodeId, Purpose), Arc<Link>>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.context.shutdown.cancel();
+    }
+}
+
+impl PeerNetwork {
+    /// Connects to nobody yet.
+    pub fn new(identity: PeerIdentity, config: &Config) -> Self {
+        let context = LinkContext {
+            identity,
+            settings: Arc::new(PeerSettings::new(config)),
+            shutdown: CancellationToken::new(),
+            tracker: TaskTracker::new(),
+            quiet: Arc::new(Quiet::default()),
+        };
+        Self { shared: Arc::new(Shared { context, links: Mutex::default() }) }
+    }
+
+    /// Up to which log id this node must have applied before it serves a linearizable read that was
+    /// asked for before this call. Concurrent calls share messages. Cancel safe.
+    pub async fn read_index(
+        &self,
+        leader: NodeId,
+        addrs: &NodeAddrs,
+        deadline: Instant,
+    ) -> Result<LogId, ReadIndexError> {
+        let link = self.link(leader, addrs, Purpose::Control);
+        match timeout_at(deadline, rounds::read_index(&link)).await {
+            Ok(Ok(log_id)) => Ok(log_id),
+            Ok(Err(RoundError::Call(CallError::Failed(Failure::NotLeader(leader))))) => {
+                Err(ReadIndexError::NotLeader { leader })
+            }
+            Ok(Err(error)) => Err(ReadIndexError::Unavailable(error.to_string())),
+            Err(_) => Err(ReadIndexError::Timeout),
+        }
+    }
+
+    /// Closes all connections, for good, and waits until every task behind them has ended.
+    pub async fn shutdown(&self) {
+        self.shared.context.shutdown.cancel();
+        self.shared.context.tracker.close();
+        self.shared.context.tracker.wait().await;
+    }
+
+    fn client(&self, target: NodeId, addrs: &NodeAddrs, appends: Appends) -> PeerClient {
+        PeerClient {
+            own: self.shared.context.identity.node_id,
+            target,
+            appends,
+            append: self.link(target, addrs, Purpose::Append),
+            control: self.link(target, addrs, Purpose::Control),
+            snapshot: self.link(target, addrs, Purpose::Snapshot),
+            _network: self.clone(),
+        }
+    }
+
+    /// The link of a node and purpose; a new one if the node's address has changed.
+    fn link(&self, target: NodeId, addrs: &NodeAddrs, purpose: Purpose) -> Arc<Link> {
+        let fresh = || {
+            let context = self.shared.context.clone();
+            Arc::new(Link::new(context, target, addrs.rpc.clone(), purpose))
+        };
+        let mut links = self.shared.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = links.entry((target, purpose)).or_insert_with(fresh);
+        if link.addr() != addrs.rpc {
+            *link = fresh();
+        }
+        Arc::clone(link)
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for PeerNetwork {
+    type Network = PeerClient;
+
+    async fn new_client(&mut self, target: NodeId, node: &NodeAddrs) -> PeerClient {
+        self.client(target, node, Appends::Pipelined)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: NodeId, node: &NodeAddrs) -> PeerClient {
+        self.client(target, node, Appends::OneByOne)
+    }
+}
+
+/// How a client sends appends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Appends {
+    /// Many in flight, on a connection of their own: replication.
+    Pipelined,
+    /// One after the other, beside votes: heartbeats.
+    OneByOne,
+}
+
+/// openraft's way to one peer.
+pub struct PeerClient {
+    own: NodeId,
+    target: NodeId,
+    appends: Appends,
+    append: Arc<Link>,
+    control: Arc<Link>,
+    snapshot: Arc<Link>,
+    /// Keeps the connections open for as long as openraft has clients.
+    _network: PeerNetwork,
+}
+
+impl PeerClient {
+    /// Makes one call on the control connection.
+    async fn control<T: Call>(&self, message: &T, action: RPCTypes) -> RpcResult<T::Reply> {
+        let connection =
+            self.control.connection().await.map_err(|error| Unreachable::new(&error))?;
+        let patience = self.control.settings().reply_timeout;
+        let called = connection.call(message, patience).await;
+        called.map_err(|error| call_error(error, action, self.own, self.target))
+    }
+
+    async fn send_snapshot(
+        &self,
+        vote: Vote,
+        meta: SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> Result<Installed, StreamingError<TypeConfig>> {
+        let SnapshotData::Image(source) = snapshot else {
+            let why = "a staged snapshot is for installing, not for sending";
+            return Err(NetworkError::from_string(why).into());
+        };
+        let transfer = Transfer { source, vote, meta };
+        let sent = transfer.send(&self.snapshot).await;
+        sent.map_err(|error| self.streaming_error(error))
+    }
+
+    fn streaming_error(&self, error: SendError) -> StreamingError<TypeConfig> {
+        match error {
+            SendError::Connect(error) => Unreachable::new(&error).into(),
+            SendError::Call(error) => {
+                call_error(error, RPCTypes::InstallSnapshot, self.own, self.target).into()
+            }
+            SendError::Read(error) => {
+                let (subject, verb) = (ErrorSubject::Snapshot(None), ErrorVerb::Read);
+                StorageError::from_io_error(subject, verb, error).into()
+            }
+            // Trying again at once would find the same receiver.
+            SendError::Senseless(why) => Unreachable::from_string(why).into(),
+        }
+    }
+}
+
+/// Sorts a failed call for openraft.
+fn call_error(
+    error: CallError,
+    action: RPCTypes,
+    id: NodeId,
+    target: NodeId,
+) -> RPCError<TypeConfig> {
+    match error {
+        CallError::Timeout(timeout) => Timeout { action, id, target, timeout }.into(),
+        CallError::Failed(Failure::Stopped | Failure::Refused(_)) => {
+            Unreachable::new(&error).into()
+        }
+        CallError::Closed(_) | CallError::Failed(_) => NetworkError::new(&error).into(),
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for PeerClient {
+    type SnapshotData = SnapshotData;
+
+    async fn append_entries(
+        &mut self,
+        request: AppendRequest,
+        _: RPCOption,
+    ) -> RpcResult<HeartbeatReply> {
+        let prev = request.prev_log_id;
+        let reply = self.control(&Heartbeat(request), RPCTypes::AppendEntries).await?;
+        // openraft takes it for granted that only an existing entry can conflict.
+        if prev.is_none() && reply == HeartbeatReply::Conflict {
+            return Err(NetworkError::from_string("a conflict with no entry").into());
+        }
+        Ok(reply)
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, RpcResult<ReplyStream<'s>>>
+    where
+        S: Stream<Item = AppendRequest> + Send + Unpin + 'static,
+    {
+        if self.appends == Appends::OneByOne {
+            return stream_append_sequential(self, input, option);
+        }
+        let (own, target) = (self.own, self.target);
+        let pipelined = async move {
+            let connection = self.append.connection().await;
+            let connection = connection.map_err(|error| Unreachable::new(&error))?;
+            let replies = append_stream(connection, input, self.append.settings());
+            let sorted = replies.map(move |reply| {
+                reply.map_err(|error| match error {
+                    PipelineError::Call(error) => {
+                        call_error(error, RPCTypes::AppendEntries, own, target)
+                    }
+                    PipelineError::TooLarge(error) => Unreachable::new(&error).into(),
+                })
+            });
+            Ok(sorted.boxed())
+        };
+        pipelined.boxed()
+    }
+
+    async fn vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
+        self.control(&request, RPCTypes::Vote).await
+    }
+
+    async fn pre_vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
+        self.control(&PreVote(request), RPCTypes::Vote).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: SnapshotOf<TypeConfig, SnapshotData>,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        _: RPCOption,
+    ) -> Result<Installed, StreamingError<TypeConfig>> {
+        let SnapshotOf::<TypeConfig, _> { meta, snapshot } = snapshot;
+        tokio::select! {
+            biased;
+            closed = cancel => Err(closed.into()),
+            sent = self.send_snapshot(vote, meta, snapshot) => sent,
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        request: TransferRequest,
+        _: RPCOption,
+    ) -> RpcResult<TransferReply> {
+        self.control(&request, RPCTypes::TransferLeader).await
+    }
+}
