@@ -22,6 +22,7 @@ use super::body::{BodyBudget, BodyLimit};
 use super::call::Call;
 use super::error::{ApiError, etag};
 use super::forward::{Effect, Forwarder, Refusal};
+use super::json::Object;
 use super::management;
 use crate::app::{App, Consistency};
 use crate::key_path;
@@ -176,7 +177,7 @@ async fn metrics(State(state): State<ApiState>) -> Response {
 /// The original's request: `{"Set":{"key":"k","value":"v"}}`.
 #[derive(Deserialize)]
 enum OriginalWrite {
-    Set(OriginalSet),
+    Set(Object<OriginalSet>),
 }
 
 #[derive(Deserialize)]
@@ -189,7 +190,7 @@ struct OriginalSet {
 async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     call.no_idempotency()?;
-    let (OriginalWrite::Set(set), body) = call.read_json(&state).await?;
+    let (OriginalWrite::Set(Object(set)), body) = call.read_json(&state).await?;
     check_key(&state, set.key.as_bytes())?;
     let max = state.app.limits().value_bytes_max;
     if set.value.len() > max {

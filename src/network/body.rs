@@ -1,7 +1,7 @@
 //! Request bodies: read with a bound on each, a bound on all together, and a deadline.
 //!
 //! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
-//! value that announces itself as too large) is read and thrown away up to [`DISCARD_BYTES_MAX`]
+//! value that announces itself as too large) is read and thrown away up to `DISCARD_BYTES_MAX`
 //! before the answer goes out: closing a socket with unread bytes makes the kernel reset it, and the
 //! client would see "connection reset" in place of the reason.
 

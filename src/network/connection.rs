@@ -4,8 +4,8 @@
 //! also runs while a connection is idle between requests, so that a short one (good against a client
 //! that drips its header) closes the idle connections that clients keep in their pools, just as they
 //! send the next request: a write would end as "outcome unknown" for no fault at all. And it has
-//! none for a client that does not read its answer. So [`Watched`] notes every byte that moves and
-//! [`Watchdog`] decides:
+//! none for a client that does not read its answer. So `Watched` notes every byte that moves and
+//! `Watchdog` decides:
 //!
 //! | state | bound |
 //! | --- | --- |
@@ -80,6 +80,8 @@ pub(super) async fn serve(stream: TcpStream, router: axum::Router, shared: Arc<S
     let connection = protocol().serve_connection(io, service);
     let mut connection = pin!(connection);
     let mut watchdog = Watchdog::new(activity.clone(), shared.header_timeout);
+    // A token of its own: looking at one takes its lock, and this happens with every byte.
+    let shutdown = shared.shutdown.child_token();
     let mut may_be_shed = false;
     let mut stop_at: Option<Instant> = None;
     loop {
@@ -104,7 +106,7 @@ pub(super) async fn serve(stream: TcpStream, router: axum::Router, shared: Arc<S
                 may_be_shed = false;
                 shared.shed.notify_one();
             }
-            () = shared.shutdown.cancelled(), if stop_at.is_none() => {
+            () = shutdown.cancelled(), if stop_at.is_none() => {
                 connection.as_mut().graceful_shutdown();
                 stop_at = Some(Instant::now() + STOP_GRACE);
             }

@@ -128,7 +128,7 @@ impl Forwarder {
     /// Answers with `local`, or with the answer of the node that `local` points to.
     ///
     /// While there is no leader, or the known one cannot be reached, `local` is asked again for up to
-    /// [`LEADER_WAIT`], as long as it is certain that nothing was applied. With `Kv-Routing: direct`
+    /// `LEADER_WAIT`, as long as it is certain that nothing was applied. With `Kv-Routing: direct`
     /// the first answer stands: such a client does its own waiting.
     pub async fn serve<T, Fut>(
         &self,

@@ -5,17 +5,18 @@
 
 use std::collections::BTreeSet;
 
+use axum::Json;
 use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, response};
 use serde::Deserialize;
 
 use super::api::{Answer, ApiState, only};
 use super::call::Call;
-use super::error::ApiError;
+use super::error::{ApiError, Outcome};
 use super::forward::Effect;
+use super::json::Object;
 use crate::ring::{Ring, RingTable};
 use crate::types::{NodeAddrs, NodeId};
 
@@ -39,13 +40,13 @@ struct Nothing {}
 
 async fn init(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    let (Nothing {}, _body) = call.read_json(&state).await?;
+    let (Object(Nothing {}), _body) = call.read_json(&state).await?;
     let initialized = tokio::time::timeout_at(call.deadline, state.app.init()).await;
     initialized.unwrap_or_else(|_| {
         let message = "the cluster was not initialized within the deadline";
-        Err(ApiError::Timeout { message, outcome: super::error::Outcome::Unknown })
+        Err(ApiError::Timeout { message, outcome: Outcome::Unknown })
     })?;
-    done(())
+    Ok(ok())
 }
 
 async fn add_learner(State(state): State<ApiState>, call: Call) -> Answer {
@@ -71,7 +72,7 @@ async fn change_membership(State(state): State<ApiState>, call: Call) -> Answer 
 
 async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    let (ring, body) = call.read_json::<Ring>(&state).await?;
+    let (Object(ring), body) = call.read_json::<Object<Ring>>(&state).await?;
     check_ring(&ring)?;
     let app = &state.app;
     let local = || app.install_ring(ring.clone(), call.deadline);
@@ -84,13 +85,9 @@ async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {
     Ok(Json(state.app.metrics()).into_response())
 }
 
-fn done((): ()) -> Answer {
-    Ok(ok())
-}
-
 /// The answer of a management request that has nothing to tell.
 fn ok() -> Response {
-    response::Json(serde_json::json!({"ok": true})).into_response()
+    Json(serde_json::json!({"ok": true})).into_response()
 }
 
 fn distinct(ids: &[NodeId]) -> Result<BTreeSet<NodeId>, ApiError> {
@@ -183,9 +180,9 @@ mod tests {
 
     #[test]
     fn only_an_empty_object_initializes() {
-        assert!(serde_json::from_str::<Nothing>("{}").is_ok());
-        for bad in ["", "null", "[1]", "{\"a\":1}", "1"] {
-            assert!(serde_json::from_str::<Nothing>(bad).is_err(), "{bad}");
+        assert!(serde_json::from_str::<Object<Nothing>>("{}").is_ok());
+        for bad in ["", "null", "[]", "[1]", "{\"a\":1}", "1"] {
+            assert!(serde_json::from_str::<Object<Nothing>>(bad).is_err(), "{bad}");
         }
     }
 }
