@@ -9,8 +9,8 @@
 //! Ownership is not its business: when the cluster says that another one owns the key, that is the
 //! error [`ClientError::WrongCluster`], which [`KVClient`](crate::kvclient::KVClient) follows.
 //!
-//! How it works: a [`Call`] says what to send, [`verdict`] what an answer means, [`journey`] when to
-//! pause and when to give up, [`view`] whom to ask next. This file holds the loop that joins them.
+//! How it works: a `Call` says what to send, `verdict` what an answer means, `journey` when to pause
+//! and when to give up, `view` whom to ask next. This file holds the loop that joins them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -262,14 +262,21 @@ impl RaftNode {
         }
     }
 
-    /// Sends once. While a node keeps it waiting, later calls are already told to ask others first:
-    /// otherwise a paused leader would swallow every write until the first one's deadline.
+    /// Sends once, when it is this call's turn. While a node keeps it waiting, later calls are
+    /// already told to ask others first: otherwise a paused leader would swallow every write until
+    /// the first one's deadline.
     async fn attempt(
         &self,
         call: &Call,
         address: &str,
         budget: Budget,
     ) -> Result<HttpResponse, SendError> {
+        let gate = self.shared.view.load().gate(address);
+        let turn = tokio::time::timeout(SLOW_AFTER.min(budget.left()), gate.acquire_owned()).await;
+        let Ok(Ok(_permit)) = turn else {
+            let message = "too many earlier requests wait for its answers".to_owned();
+            return Err(SendError::NotSent { address: address.to_owned(), message });
+        };
         let deadline = Instant::now() + call.kind.attempt_timeout(budget.left());
         let sending = self.shared.http.send(call.request_to(address), deadline);
         tokio::pin!(sending);

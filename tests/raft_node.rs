@@ -142,36 +142,80 @@ async fn a_pause_beyond_the_deadline_ends_with_nothing_done() {
     assert_eq!(error.outcome(), Outcome::NotApplied);
 }
 
+/// A leader that serves one write and is paused then, a node that leads after it, and their client.
+async fn paused_leader(timeout: Duration) -> (FakeNode, FakeNode, RaftNode) {
+    let paused = start(at_first(1, written(3), Reply::Hang));
+    let next = start(|_| written(4));
+    let client = client_of(&[&paused, &next]).with_timeout(timeout);
+    assert_eq!(client.write("k", "v").await.unwrap(), 3);
+    (paused, next, client)
+}
+
 #[tokio::test]
 async fn a_paused_leader_costs_one_write_and_no_more() {
-    let paused = start(|_| Reply::Hang);
-    let next = start(|_| written(4));
-    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_millis(1200));
+    let (paused, next, client) = paused_leader(Duration::from_millis(500)).await;
     assert_eq!(client.write("k", "v").await.unwrap_err().outcome(), Outcome::Unknown);
     for _ in 0..10 {
         assert_eq!(client.write("k", "v").await.unwrap(), 4);
         assert!(client.read("k").await.is_err(), "the script has no values");
     }
-    assert_eq!(paused.seen(KV).len(), 1);
+    assert_eq!((paused.seen(KV).len(), next.seen(KV).len()), (2, 20));
 }
 
 #[tokio::test]
 async fn writes_go_elsewhere_while_the_leader_keeps_one_waiting() {
-    let paused = start(|_| Reply::Hang);
-    let next = start(|_| written(4));
-    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_secs(5));
+    let (paused, _next, client) = paused_leader(Duration::from_secs(60)).await;
     let stuck = tokio::spawn({
         let client = client.clone();
         async move { client.write("stuck", "v").await }
     });
-    let deadline = Instant::now() + Duration::from_secs(5);
-    let quick = client.clone().with_timeout(Duration::from_millis(100));
-    while !(paused.seen("/v1/kv/stuck").len() == 1 && quick.write("k", "v").await.is_ok()) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // A call that is dropped teaches the client nothing: only the stuck one can.
+    let impatient = Duration::from_millis(50);
+    while !matches!(tokio::time::timeout(impatient, client.write("k", "v")).await, Ok(Ok(4))) {
         assert!(Instant::now() < deadline, "no write came through");
-        tokio::task::yield_now().await;
     }
+    assert_eq!(paused.seen("/v1/kv/stuck").len(), 1);
     assert!(!stuck.is_finished());
     stuck.abort();
+}
+
+#[tokio::test]
+async fn a_thousand_calls_share_a_bounded_number_of_connections() {
+    let node = start(|_| written(1));
+    let client = client_of(&[&node]);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..1000 {
+        let client = client.clone();
+        calls.spawn(async move { client.write("k", "v").await });
+    }
+    while let Some(done) = calls.join_next().await {
+        assert_eq!(done.unwrap().unwrap(), 1);
+    }
+    // A few more than the 128 in flight: the pool opens one while another becomes free.
+    assert!(node.connections() <= 256, "{}", node.connections());
+}
+
+#[tokio::test]
+async fn calls_that_get_no_turn_at_a_paused_leader_go_elsewhere() {
+    let (paused, next) = (start(|_| Reply::Hang), start(|_| written(4)));
+    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_secs(3));
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..600 {
+        let client = client.clone();
+        calls.spawn(async move { client.write("k", "v").await });
+    }
+    let (mut done, mut unknown) = (0, 0);
+    while let Some(result) = calls.join_next().await {
+        match result.unwrap() {
+            Ok(_) => done += 1,
+            Err(error) if error.outcome() == Outcome::Unknown => unknown += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    // What had a turn at the paused leader is unknown; what had none was written by the other.
+    assert_eq!((done, unknown), (600 - paused.seen(KV).len(), paused.seen(KV).len()));
+    assert!(unknown <= 128, "{unknown}");
 }
 
 #[tokio::test]

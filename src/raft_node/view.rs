@@ -3,15 +3,26 @@
 //! All of it is a guess that costs at most a detour when wrong. A view is immutable; the owner swaps
 //! in a changed copy, so that readers never wait.
 
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::ring::NODES_PER_CLUSTER_MAX;
 
+/// How many requests one client has in flight at one node; further ones wait for their turn. HTTP/1.1
+/// takes a connection for each, and this many keep a node's disk and a core busy, while thousands
+/// would only be opened and closed again and run into the usual limit of 1024 open files. Below the
+/// number of idle connections that [`HttpClient`](crate::http_client::HttpClient) keeps.
+const IN_FLIGHT_PER_NODE_MAX: usize = 128;
+
 /// The nodes of one cluster, as far as a client knows.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct View {
     /// All addresses known, the given ones first. Never the same twice.
     nodes: Vec<String>,
+    /// The turns of requests: first of those to unlisted nodes, then of each node in order.
+    gates: Vec<Arc<Semaphore>>,
     leader: Option<String>,
     /// Nodes that did not answer lately, and until when they are asked last.
     suspects: Vec<(String, Instant)>,
@@ -25,7 +36,14 @@ impl View {
                 nodes.push(address);
             }
         }
-        Self { nodes, ..Self::default() }
+        let gates = (0..=nodes.len()).map(|_| new_gate()).collect();
+        Self { nodes, gates, leader: None, suspects: Vec::new() }
+    }
+
+    /// Whoever sends to `address` holds a permit of this for as long.
+    pub(super) fn gate(&self, address: &str) -> Arc<Semaphore> {
+        let place = self.nodes.iter().position(|node| node == address);
+        self.gates[place.map_or(0, |place| place + 1)].clone()
     }
 
     pub(super) fn nodes(&self) -> &[String] {
@@ -81,6 +99,7 @@ impl View {
         let known = view.nodes.iter().any(|node| node == address);
         if !known && view.nodes.len() < NODES_PER_CLUSTER_MAX {
             view.nodes.push(address.to_owned());
+            view.gates.push(new_gate());
         }
         view
     }
@@ -101,6 +120,10 @@ impl View {
         view.suspects.push((address.to_owned(), until));
         view
     }
+}
+
+fn new_gate() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(IN_FLIGHT_PER_NODE_MAX))
 }
 
 #[cfg(test)]
@@ -136,7 +159,7 @@ mod tests {
             ["a", "b", "c"].iter().fold(abc(), |view, node| view.suspecting(node, now, later));
         assert_eq!(view.after("a", now), Some("b"));
         assert_eq!(view.after("c", now), Some("a"));
-        assert_eq!(View::default().at_turn(5, now), None);
+        assert_eq!(View::new(Vec::new()).at_turn(5, now), None);
     }
 
     #[test]
@@ -147,5 +170,8 @@ mod tests {
         assert_eq!(full.nodes().len(), NODES_PER_CLUSTER_MAX);
         assert_eq!(full.leader(), Some("99"));
         assert_eq!(full.not_led_by("99").leader(), None);
+        assert_eq!(full.gates.len(), full.nodes().len() + 1);
+        assert!(Arc::ptr_eq(&full.gate("99"), &full.gate("98")), "unlisted nodes share one");
+        assert!(!Arc::ptr_eq(&full.gate("a"), &full.gate("b")));
     }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -49,6 +50,7 @@ pub struct Bound {
 pub struct FakeNode {
     pub address: String,
     seen: Arc<Mutex<Vec<Seen>>>,
+    connections: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -78,8 +80,9 @@ impl Bound {
         let listener = TcpListener::from_std(self.listener).unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let script = Arc::new(script);
-        let task = tokio::spawn(accept(listener, seen.clone(), script));
-        FakeNode { address: self.address, seen, task }
+        let connections = Arc::new(AtomicUsize::new(0));
+        let task = tokio::spawn(accept(listener, seen.clone(), connections.clone(), script));
+        FakeNode { address: self.address, seen, connections, task }
     }
 }
 
@@ -89,16 +92,23 @@ impl FakeNode {
         let seen = self.seen.lock().unwrap();
         seen.iter().filter(|request| request.path.starts_with(path)).cloned().collect()
     }
+
+    /// How many connections were ever accepted.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::SeqCst)
+    }
 }
 
 async fn accept(
     listener: TcpListener,
     seen: Arc<Mutex<Vec<Seen>>>,
+    accepted: Arc<AtomicUsize>,
     script: Arc<impl Fn(&Seen) -> Reply + Send + Sync + 'static>,
 ) {
     // Dropped, and so aborted, together with this task.
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
+        accepted.fetch_add(1, Ordering::SeqCst);
         let (seen, script) = (seen.clone(), script.clone());
         connections.spawn(async move {
             let service = service_fn(|request| answer(request, &seen, &*script));
