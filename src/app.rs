@@ -330,15 +330,13 @@ impl App {
 
     fn owner_in(&self, ring: &RingTable, key: &[u8]) -> ApiError {
         match ring.owner(key) {
-            Some(owner) => ApiError::WrongCluster {
-                owner: Box::new(owner.clone()),
-                epoch: ring.ring().epoch,
-            },
+            Some(owner) => {
+                ApiError::WrongCluster { owner: Box::new(owner.clone()), epoch: ring.ring().epoch }
+            }
             // Only when the ring went away since it refused the key, which no command does.
-            None => ApiError::NoLeader {
-                message: "the ring is changing",
-                outcome: Outcome::NotApplied,
-            },
+            None => {
+                ApiError::NoLeader { message: "the ring is changing", outcome: Outcome::NotApplied }
+            }
         }
     }
 
@@ -348,7 +346,8 @@ impl App {
     pub async fn init(&self) -> Result<(), ApiError> {
         self.check_serving()?;
         let identity = &self.inner.identity;
-        let members = std::collections::BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
+        let members =
+            std::collections::BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
             Ok(()) => Ok(()),
             Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
@@ -376,7 +375,8 @@ impl App {
         match known {
             Some(known) if known == addrs => return Ok(()),
             Some(known) => {
-                let text = format!("node {id} is already a member at {} / {}", known.http, known.rpc);
+                let text =
+                    format!("node {id} is already a member at {} / {}", known.http, known.rpc);
                 return Err(ApiError::Conflict(text));
             }
             None => {}
@@ -432,8 +432,11 @@ impl App {
                         matched.index().is_some_and(|at| at + VOTER_LAG_ENTRIES_MAX >= last)
                     })
                 };
-                let lags = |id: &&NodeId| **id != own_id && known.get_node(id).is_some() && !close(id);
-                if metrics.state != openraft::ServerState::Leader || voters.iter().find(lags).is_none() {
+                let lags =
+                    |id: &&NodeId| **id != own_id && known.get_node(id).is_some() && !close(id);
+                if metrics.state != openraft::ServerState::Leader
+                    || voters.iter().find(lags).is_none()
+                {
                     return Ok(());
                 }
             }
@@ -621,9 +624,7 @@ fn storage(error: std::io::Error, outcome: Outcome) -> ApiError {
     ApiError::Storage { message: error.to_string(), outcome }
 }
 
-fn membership_text(
-    error: &ChangeMembershipError<crate::types::LeaderId, NodeId>,
-) -> String {
+fn membership_text(error: &ChangeMembershipError<crate::types::LeaderId, NodeId>) -> String {
     match error {
         ChangeMembershipError::InProgress(_) => {
             "another membership change is under way; wait for it".into()

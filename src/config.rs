@@ -343,7 +343,7 @@ fn within<T: PartialOrd + ToString>(
     value: T,
     allowed: RangeInclusive<T>,
 ) -> Result<(), OutOfRange> {
-    require(allowed.contains(&value), key, &value.to_string(), || {
+    require(allowed.contains(&value), key, value.to_string(), || {
         format!("{} to {} is allowed", allowed.start().to_string(), allowed.end().to_string())
     })
 }
