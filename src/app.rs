@@ -71,6 +71,9 @@ pub struct Identity {
 /// they are sent within one round trip or two, so the new quorum works at once.
 const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
 
+/// How long forming a cluster waits for its first leader.
+const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
+
 /// Between two looks at something that changes within milliseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -349,7 +352,14 @@ impl App {
         let members =
             std::collections::BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                // A single voter elects itself within an fsync or two; who forms a cluster goes on
+                // at once and should find it working. If it takes longer, the cluster is formed all
+                // the same.
+                let leads = |metrics: &Metrics| metrics.current_leader == Some(metrics.id);
+                let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(leads, "formed").await;
+                Ok(())
+            }
             Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
                 Err(ApiError::Conflict("this node is already initialized".into()))
             }

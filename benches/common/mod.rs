@@ -128,7 +128,7 @@ impl Target {
     /// Stops and removes what [`Self::open`] started.
     pub async fn close(self) {
         if let Some(OwnClusters { manager, folder }) = self.own {
-            manager.shutdown().await;
+            manager.shutdown().await.expect("the clusters stop");
             folder.close().expect("the temporary directory can be removed");
         }
     }

@@ -79,7 +79,7 @@ impl StateMachine {
         let data = active_data_family(&engine)?;
         drop_stale_families(&engine, &data)?;
         let stored = Stored::read(engine.db())?;
-        let ring = stored.ring.map_or_else(RingTable::none, |ring| ring);
+        let ring = stored.ring.unwrap_or_else(RingTable::none);
         let view = View { data, ring: Arc::new(ring) };
         let revision = stored.applied.progress.revision;
         let shared = StateShared::new(engine, options.cluster.clone(), view, revision);
