@@ -1,0 +1,180 @@
+#!/bin/sh
+# The story of three clusters: the ring spreads the keys, any node takes any key, clients that know
+# the ring go straight to the owner, and everything is still there after a restart. Every answer is
+# checked. See lib.sh.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/lib.sh
+
+KEYS=90
+CLUSTERS=3
+NODES=3
+HTTP_BASE=21100
+RPC_BASE=22100
+
+# http CLUSTER NODE: an address, both counted from 1.
+http() { printf '%s:%d' "$HOST" $((HTTP_BASE + 10 * $1 + $2)); }
+
+# pick MAX: sets PICKED to a number from 1 to MAX that nobody chose; RANDOM_STATE is the seed.
+pick() {
+    RANDOM_STATE=$(((RANDOM_STATE * 1103515245 + 12345) % 2147483648))
+    PICKED=$((RANDOM_STATE / 65536 % $1 + 1))
+}
+
+start_clusters() {
+    start admin "$BIN/admin" --config "$WORK/Config.toml"
+    ADMIN=$PID
+    wait_ready admin "$ADMIN" 120
+}
+
+stop_clusters() {
+    stop "$ADMIN"
+    expect_eq 'exit code of admin' 0 "$EXIT_CODE"
+    if try GET "http://$(http 1 1)/livez"; then
+        fail "after the stop: expected no answer from $(http 1 1), found $STATUS"
+    fi
+}
+
+check_status() {
+    code=0
+    "$BIN/admin" status --nodes-file "$NODES_FILE" >"$WORK/status" 2>"$WORK/status.err" || code=$?
+    show "$WORK/status"
+    expect_eq 'exit code of admin status' 0 "$code"
+    expect_eq 'reachable nodes' 9 "$(grep -c ' yes$' "$WORK/status" || true)"
+    expect_eq 'leaders' 3 "$(grep -c ' leader ' "$WORK/status" || true)"
+}
+
+check_rings() {
+    request GET "http://$(http 1 1)/v1/ring"
+    ring=$BODY
+    expect_eq 'ring epoch on c1' 1 "$(number epoch)"
+    for cluster in 2 3; do
+        request GET "http://$(http "$cluster" 3)/v1/ring"
+        expect_eq_quietly "the ring on c$cluster" "$ring" "$BODY"
+    done
+    ok 'all clusters live by the same ring'
+}
+
+# Reads every key through a random node of a cluster that does not own it.
+read_back() {
+    while read -r key owner; do
+        pick 2
+        cluster=$(((owner - 1 + PICKED) % CLUSTERS + 1))
+        pick "$NODES"
+        patiently GET "http://$(http "$cluster" "$PICKED")/v1/kv/$key"
+        expect_eq_quietly "$key, owned by c$owner, read through c$cluster" \
+            "200 value of $key" "$STATUS $BODY"
+    done <"$WORK/owners"
+    ok "$KEYS keys read back, each through a node of another cluster"
+}
+
+begin
+title 'Three clusters of three nodes, one ring'
+build
+NODES_FILE=$WORK/nodes.json
+ports=''
+for cluster in 1 2 3; do
+    for node in 1 2 3; do
+        offset=$((10 * cluster + node))
+        ports="$ports $((HTTP_BASE + offset)) $((RPC_BASE + offset))"
+    done
+done
+# Splitting the list of ports is meant.
+# shellcheck disable=SC2086
+claim_ports $ports
+
+step 'Start three clusters with admin'
+cat >"$WORK/Config.toml" <<TOML
+num_clusters = $CLUSTERS
+nodes_per_cluster = $NODES
+host = "$HOST"
+http_base_port = $HTTP_BASE
+rpc_base_port = $RPC_BASE
+data_dir = "$WORK/data"
+nodes_file = "$NODES_FILE"
+TOML
+start_clusters
+show "$WORK/admin.out"
+expect_contains 'the nodes file lists every cluster' "[\"$(http 3 1)\"," "$(cat "$NODES_FILE")"
+
+step 'Every cluster has a leader'
+check_status
+
+step 'The ring'
+"$BIN/admin" ring show --nodes-file "$NODES_FILE" >"$WORK/ring" || fail 'admin ring show: expected exit code 0'
+show "$WORK/ring"
+check_rings
+
+RANDOM_STATE=$(awk 'BEGIN { srand(); printf "%d", rand() * 2147483647 }')
+step "Write $KEYS keys through random nodes (seed $RANDOM_STATE)"
+keys=''
+number=1
+while [ "$number" -le "$KEYS" ]; do
+    key=$(printf 'user:%04d' "$number")
+    pick "$CLUSTERS"
+    cluster=$PICKED
+    pick "$NODES"
+    put "http://$(http "$cluster" "$PICKED")/v1/kv/$key" "value of $key"
+    expect_status "PUT $key through node $PICKED of c$cluster" 200
+    keys="$keys $key"
+    number=$((number + 1))
+done
+ok "$KEYS writes acknowledged"
+
+step 'Who owns what'
+# Splitting the list of keys is meant.
+# shellcheck disable=SC2086
+"$BIN/client" --nodes-file "$NODES_FILE" route $keys >"$WORK/routes" || fail 'client route: expected exit code 0'
+# Each line: key, cluster, nodes.
+awk '{ sub(/^c/, "", $2); print $1, $2 }' "$WORK/routes" >"$WORK/owners"
+expect_eq 'keys with an owner' "$KEYS" "$(grep -c '^user:[0-9]* [123]$' "$WORK/owners" || true)"
+for cluster in 1 2 3; do
+    count=$(grep -c " $cluster\$" "$WORK/owners" || true)
+    if [ "$count" -eq 0 ]; then fail "keys of c$cluster: expected some, found none"; fi
+    bar=$(awk -v n="$count" 'BEGIN { while (n-- > 0) printf "#" }')
+    ok "c$cluster owns $(printf '%3d' "$count")  $DIM$bar$PLAIN"
+done
+
+step 'Read back'
+read_back
+
+step 'Clients that know the ring'
+read -r key owner <"$WORK/owners"
+other=$((owner % CLUSTERS + 1))
+request GET "http://$(http "$other" 1)/v1/kv/$key" -H 'Kv-Routing: direct'
+expect_eq "$key asked of c$other directly" '421 WRONG_CLUSTER' "$STATUS $(word code)"
+expect_contains "and the answer names c$owner" "$(http "$owner" 1)" "$BODY"
+request GET "http://$(http "$owner" 2)/v1/kv/$key?consistency=stale" -H 'Kv-Routing: direct'
+expect_eq "$key asked of c$owner directly, stale" "200 value of $key" "$STATUS $BODY"
+found=$("$BIN/client" --nodes-file "$NODES_FILE" get "$key") || fail "client get $key: expected exit code 0, found $?"
+expect_eq "client get $key" "value of $key" "$found"
+code=0
+"$BIN/client" --nodes-file "$NODES_FILE" get nobody-wrote-this >"$WORK/out" 2>&1 || code=$?
+expect_eq 'client get of an absent key: exit code' 3 "$code"
+code=0
+"$BIN/admin" ring install --weights 1,2,3 --nodes-file "$NODES_FILE" >"$WORK/out" 2>&1 || code=$?
+expect_eq 'a second, different first ring: exit code' 1 "$code"
+say "$(cat "$WORK/out")"
+check_rings
+
+step 'Stop everything'
+stop_clusters
+code=0
+"$BIN/admin" status --nodes-file "$NODES_FILE" >"$WORK/status" 2>"$WORK/status.err" || code=$?
+expect_eq 'exit code of admin status with nobody there' 1 "$code"
+
+step 'Start again on the same data'
+start_clusters
+check_status
+check_rings
+read_back
+key=$(printf 'user:%04d' "$KEYS")
+put "http://$(http 2 2)/v1/kv/$key" 'a new value'
+expect_status "PUT $key after the restart" 200
+request GET "http://$(http 3 3)/v1/kv/$key"
+expect_eq "$key after the restart" '200 a new value' "$STATUS $BODY"
+
+step 'Stop'
+stop_clusters
+
+the_end
