@@ -356,8 +356,14 @@ impl App {
                 // A single voter elects itself within an fsync or two; who forms a cluster goes on
                 // at once and should find it working. If it takes longer, the cluster is formed all
                 // the same.
-                let leads = |metrics: &Metrics| metrics.current_leader == Some(metrics.id);
-                let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(leads, "formed").await;
+                // Leading is not enough: until the first membership is committed and applied, adding a
+                // learner would meet a membership change under way.
+                let formed = |metrics: &Metrics| {
+                    metrics.current_leader == Some(metrics.id)
+                        && metrics.last_applied.is_some()
+                        && metrics.last_applied.index() >= metrics.last_log_index
+                };
+                let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(formed, "formed").await;
                 Ok(())
             }
             Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {

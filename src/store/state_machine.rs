@@ -427,6 +427,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         blocking(move || {
             let staged = snapshot.into_staged(&machine.stager)?;
             machine.switch_to(&meta, staged)?;
+            tracing::info!(up_to = ?meta.last_log_id.map(|id| id.index), "installed a snapshot");
             // An older image would now lack what the snapshot brought; openraft wants the current one.
             machine.images.build().map(|_| ())
         })

@@ -6,6 +6,11 @@
 // Each test binary uses a part of this.
 #![allow(dead_code)]
 
+pub mod cluster;
+pub mod line;
+pub mod load;
+pub mod proxy;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};

@@ -214,10 +214,11 @@ impl Link {
             if let Some(suppressed) = self.context.quiet.admit() {
                 tracing::warn!(peer, ?purpose, suppressed, "{error}");
             }
-        } else if failures == 1 && *error != ConnectError::Stopping
-            && let Some(suppressed) = self.context.quiet.admit() {
+        } else if failures == 1 && *error != ConnectError::Stopping {
+            if let Some(suppressed) = self.context.quiet.admit() {
                 tracing::info!(peer, ?purpose, suppressed, "peer is unreachable: {error}");
             }
+        }
     }
 
     fn log_closed(&self, connection: &Connection) {

@@ -1,1 +1,189 @@
+//! Messages come back as they went in; other bytes are errors, never panics.
 
+use std::fmt::Debug;
+
+use bytes::Bytes;
+use openraft::EntryPayload;
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+use crate::store::snapshot::StagingPosition;
+use crate::types::{Command, Condition, Entry, LeaderId, SnapshotMeta, StoredMembership, Vote};
+
+fn any_leader() -> impl Strategy<Value = LeaderId> {
+    (0u64..4, 0u64..4).prop_map(|(term, node_id)| LeaderId { term, node_id })
+}
+
+fn any_log_id() -> impl Strategy<Value = LogId> {
+    (any_leader(), any::<u64>()).prop_map(|(leader_id, index)| LogId { leader_id, index })
+}
+
+fn any_vote() -> impl Strategy<Value = Vote> {
+    (any_leader(), any::<bool>()).prop_map(|(leader_id, committed)| Vote { leader_id, committed })
+}
+
+/// Appends as a leader makes them: consecutive entries, none of a later leader.
+fn any_append() -> impl Strategy<Value = AppendRequest> {
+    let values = vec(vec(any::<u8>(), 0..20), 0..6);
+    (any_leader(), option::of(0u64..100), values, option::of(any_log_id())).prop_map(
+        |(leader_id, prev, values, leader_commit)| {
+            let log_id = |index| LogId { leader_id, index };
+            let first = prev.map_or(0, |prev| prev + 1);
+            let entry = |(index, value): (u64, Vec<u8>)| {
+                let value = Bytes::from(value);
+                let command = Command::Put { key: "k".into(), value, condition: Condition::Always };
+                Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
+            };
+            AppendRequest {
+                vote: Vote { leader_id, committed: true },
+                prev_log_id: prev.map(log_id),
+                entries: (first..).zip(values).map(entry).collect(),
+                leader_commit,
+            }
+        },
+    )
+}
+
+fn decode<T: Wire>(bytes: &[u8]) -> Result<T, DecodeError> {
+    let mut reader = Reader::new(Bytes::copy_from_slice(bytes));
+    let decoded = T::decode(&mut reader)?;
+    reader.end()?;
+    Ok(decoded)
+}
+
+fn encoded(message: &impl Wire) -> Vec<u8> {
+    let mut out = Vec::new();
+    message.encode(&mut out);
+    out
+}
+
+/// There and back, and every shorter form is refused.
+fn check<T: Wire + Debug>(message: &T) -> Result<(), TestCaseError> {
+    let bytes = encoded(message);
+    let back: T = decode(&bytes).map_err(|error| TestCaseError::fail(error.to_string()))?;
+    prop_assert_eq!(format!("{:?}", back), format!("{:?}", message));
+    for end in 0..bytes.len() {
+        prop_assert!(decode::<T>(&bytes[..end]).is_err(), "cut at {}", end);
+    }
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn requests_come_back(
+        request in any_append(), vote in any_vote(), log_id in option::of(any_log_id()),
+        id in any::<u64>(), seq in any::<u64>(), flag in any::<bool>(), data in vec(any::<u8>(), 0..50),
+    ) {
+        check(&request)?;
+        let mut asked = VoteRequest::new(vote, log_id);
+        asked.leadership_transfer = flag;
+        check(&PreVote(asked.clone()))?;
+        check(&asked)?;
+        check(&TransferRequest::new(vote, id, log_id))?;
+        let last_membership = StoredMembership::new(log_id, Default::default());
+        let meta = SnapshotMeta { last_log_id: log_id, last_membership };
+        check(&BeginSnapshot { vote, id, meta: meta.clone() })?;
+        check(&FinishSnapshot { vote, id, meta })?;
+        check(&SnapshotChunk { vote, id, seq, bytes: data.into() })?;
+    }
+
+    #[test]
+    fn replies_come_back(
+        vote in any_vote(), log_id in any_log_id(), maybe in option::of(any_log_id()),
+        next_seq in any::<u64>(), flag in any::<bool>(), cursor in vec(any::<u8>(), 0..50),
+        why in ".{0,40}", leader in option::of(any::<u64>()),
+    ) {
+        for reply in [Ok(maybe), Err(AppendRefusal::Conflict(log_id)), Err(AppendRefusal::HigherVote(vote))] {
+            check::<AppendReply>(&reply)?;
+        }
+        for reply in [
+            HeartbeatReply::Success, HeartbeatReply::PartialSuccess(maybe), HeartbeatReply::Conflict,
+            HeartbeatReply::HigherVote(vote),
+        ] {
+            check(&reply)?;
+        }
+        check(&VoteReply::new(vote, maybe, flag))?;
+        let changed = TransferRefusal::VoteChanged { expected: vote, actual: vote };
+        let unflushed = TransferRefusal::LogNotFlushed { expected: maybe, actual: Some(log_id) };
+        for reply in [Ok(()), Err(changed), Err(unflushed)] {
+            check::<TransferReply>(&reply)?;
+        }
+        check(&log_id)?;
+        let position = StagingPosition { next_seq, cursor: cursor.into(), complete: flag };
+        check(&SnapshotStep::Position(position))?;
+        check(&SnapshotStep::HigherVote(vote))?;
+        check(&Installed::new(vote))?;
+        for failure in [
+            Failure::Stopped, Failure::SessionEnded, Failure::NotLeader(leader), Failure::NoQuorum,
+            Failure::refused(why),
+        ] {
+            check(&failure)?;
+        }
+    }
+
+    /// However small the messages have to be, the parts of an append make up the whole.
+    #[test]
+    fn split_appends_make_up_the_whole(request in any_append(), bytes_max in 200usize..400) {
+        let parts = encode_appends(5, &request, bytes_max).unwrap();
+        let mut whole = AppendRequest { entries: Vec::new(), ..request.clone() };
+        let mut last = request.prev_log_id;
+        for part in parts {
+            prop_assert!(part.message.len() <= bytes_max);
+            let header = crate::network::peer::envelope::REQUEST_HEADER_BYTES;
+            let append: Append = decode(&part.message[header..]).unwrap();
+            prop_assert_eq!(append.session, 5);
+            prop_assert_eq!((append.request.prev_log_id, part.prev), (last, last));
+            last = append.request.entries.last().map_or(last, |entry| Some(entry.log_id));
+            prop_assert_eq!(part.last, last);
+            whole.entries.extend(append.request.entries);
+        }
+        prop_assert_eq!(format!("{:?}", whole), format!("{:?}", request));
+    }
+
+    #[test]
+    fn any_bytes_never_panic(bytes in vec(any::<u8>(), 0..300)) {
+        // What they decode to does not matter here, only that they return.
+        let _ = decode::<Append>(&bytes);
+        let _ = decode::<BeginSnapshot>(&bytes);
+        let _ = decode::<SnapshotChunk>(&bytes);
+        let _ = decode::<TransferRequest>(&bytes);
+        let _ = decode::<TransferReply>(&bytes);
+        let _ = decode::<SnapshotStep>(&bytes);
+        let _ = decode::<Failure>(&bytes);
+    }
+
+    #[test]
+    fn a_flipped_byte_never_panics(request in any_append(), at in any::<usize>(), flip in 1u8..) {
+        let mut bytes = encoded(&request);
+        let at = at % bytes.len();
+        bytes[at] ^= flip;
+        let _ = decode::<AppendRequest>(&bytes);
+    }
+}
+
+/// Raft takes a log without gaps for granted; bytes from a network must prove it.
+#[test]
+fn appends_that_would_corrupt_a_log_are_refused() {
+    let entry = |term, index| Entry {
+        log_id: LogId { leader_id: LeaderId { term, node_id: 1 }, index },
+        payload: EntryPayload::Blank,
+    };
+    let request = |committed, entries| AppendRequest {
+        vote: Vote { leader_id: LeaderId { term: 5, node_id: 1 }, committed },
+        prev_log_id: Some(LogId { leader_id: LeaderId { term: 3, node_id: 1 }, index: 7 }),
+        entries,
+        leader_commit: None,
+    };
+    let refused = |request| decode::<AppendRequest>(&encoded(&request)).is_err();
+    assert!(!refused(request(true, vec![entry(3, 8), entry(5, 9)])));
+    assert!(refused(request(false, vec![entry(3, 8)])), "not from a leader");
+    assert!(refused(request(true, vec![entry(3, 9)])), "a gap after prev");
+    assert!(refused(request(true, vec![entry(3, 8), entry(3, 8)])), "an index twice");
+    assert!(
+        refused(request(true, vec![entry(4, 8), entry(3, 9)])),
+        "an older leader after a newer"
+    );
+    assert!(refused(request(true, vec![entry(6, 8)])), "a leader later than the sender");
+}

@@ -1,0 +1,131 @@
+//! Replication keeps many appends in flight and yields their replies in order.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::{FutureExt, StreamExt, stream};
+
+use super::support::*;
+use crate::network::peer::Purpose;
+use crate::network::peer::connection::CallError;
+use crate::network::peer::pipeline::{PipelineError, append_stream};
+use crate::network::peer::settings::PeerSettings;
+use crate::network::peer::wire::{AppendRefusal, AppendRequest};
+
+fn requests(
+    requests: impl IntoIterator<Item = AppendRequest, IntoIter: Send>,
+) -> impl stream::Stream<Item = AppendRequest> + Send + Unpin {
+    stream::iter(requests)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replies_come_in_order_with_many_in_flight() {
+    let node = FakeNode::start(settings()).await;
+    node.fake.append_replies.forget_permits(usize::MAX);
+    let connection = link(&node.addr, Purpose::Append).connection().await.unwrap();
+    let input = requests((0..1000).map(|n| append(n, 1, 100)));
+    let mut replies = append_stream(connection, input, &settings());
+    let pipelined = settings().append_pipeline_max;
+    let fake = &node.fake;
+    let in_flight =
+        eventually("a full pipeline", || fake.appended.lock().unwrap().len() == pipelined);
+    tokio::select! {
+        _ = replies.next() => panic!("a reply came before it was given"),
+        () = in_flight => {}
+    }
+    fake.append_replies.add_permits(1000);
+    for n in 0..1000 {
+        let reply = within("a reply", replies.next()).await;
+        assert_eq!(reply, Some(Ok(Ok(Some(log_id(n))))));
+    }
+    assert_eq!(replies.next().await, None);
+    let order: Vec<_> = fake.appended.lock().unwrap().iter().map(|(prev, _)| *prev).collect();
+    assert!(order.is_sorted(), "appends reached Raft out of order");
+    drop(replies);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_conflict_ends_the_stream_and_the_next_one_goes_on() {
+    let node = FakeNode::start(settings()).await;
+    node.fake.conflict_after.store(5, Ordering::SeqCst);
+    let connection = link(&node.addr, Purpose::Append).connection().await.unwrap();
+    let input = requests((1..1000).map(|n| append(n, 1, 10)));
+    let replies: Vec<_> = append_stream(connection.clone(), input, &settings()).collect().await;
+    assert_eq!(replies.len(), 7);
+    assert_eq!(replies[6], Ok(Err(AppendRefusal::Conflict(log_id(6)))));
+    node.fake.conflict_after.store(u64::MAX, Ordering::SeqCst);
+    let input = requests((6..20).map(|n| append(n, 1, 10)));
+    let replies: Vec<_> = append_stream(connection, input, &settings()).collect().await;
+    assert_eq!(replies.len(), 14);
+    assert!(replies.iter().all(|reply| matches!(reply, Ok(Ok(_)))), "{replies:?}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_over_the_frame_limit_is_split_and_answered_once() {
+    let node = FakeNode::start(settings()).await;
+    let connection = link(&node.addr, Purpose::Append).connection().await.unwrap();
+    // Ten entries of 300 KiB each, where a frame takes 1 MiB: three to a message.
+    let input = requests([append(1, 10, 300 << 10), append(11, 1, 10)]);
+    let replies: Vec<_> = append_stream(connection.clone(), input, &settings()).collect().await;
+    assert_eq!(replies, [Ok(Ok(Some(log_id(10)))), Ok(Ok(Some(log_id(11))))]);
+    let parts = node.fake.appended.lock().unwrap().clone();
+    assert_eq!(parts, [(Some(0), 3), (Some(3), 3), (Some(6), 3), (Some(9), 1), (Some(10), 1)]);
+    let too_large = requests([append(1, 1, 2 << 20)]);
+    let replies: Vec<_> = append_stream(connection, too_large, &settings()).collect().await;
+    assert!(matches!(replies[..], [Err(PipelineError::TooLarge(_))]));
+    node.stop().await;
+}
+
+/// A stream may live for ever; only silence of the peer while something is in flight ends it.
+#[tokio::test]
+async fn silence_ends_the_stream_and_closes_the_connection() {
+    let short = PeerSettings { reply_timeout: Duration::from_millis(100), ..settings() };
+    let node = FakeNode::start(short.clone()).await;
+    node.fake.append_replies.forget_permits(usize::MAX);
+    node.fake.append_replies.add_permits(1);
+    let link = link_with(identity(2), &node.addr, Purpose::Append, short.clone());
+    let connection = link.connection().await.unwrap();
+    let (send, receive) = tokio::sync::mpsc::unbounded_channel();
+    let input = stream::unfold(receive, |mut r| async move { Some((r.recv().await?, r)) }).boxed();
+    let mut replies = append_stream(connection.clone(), input, &short);
+    // Nothing is in flight for longer than the timeout: nothing happens.
+    assert!(tokio::time::timeout(Duration::from_millis(300), replies.next()).await.is_err());
+    send.send(append(1, 1, 10)).unwrap();
+    assert_eq!(within("a reply", replies.next()).await, Some(Ok(Ok(Some(log_id(1))))));
+    send.send(append(2, 1, 10)).unwrap();
+    let silent = within("the timeout", replies.next()).await;
+    assert_eq!(silent, Some(Err(CallError::Timeout(short.reply_timeout).into())));
+    assert!(connection.closer().is_closed());
+    drop(replies);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn an_idle_stream_notices_that_its_peer_is_gone() {
+    let node = FakeNode::start(settings()).await;
+    let connection = link(&node.addr, Purpose::Append).connection().await.unwrap();
+    let mut replies = append_stream(connection, stream::pending(), &settings());
+    assert!(replies.next().now_or_never().is_none());
+    node.stop().await;
+    let ended = within("the end", replies.next()).await;
+    assert!(matches!(ended, Some(Err(PipelineError::Call(CallError::Closed(_))))), "{ended:?}");
+}
+
+/// A stream that its leader drops half way leaves the connection usable at once.
+#[tokio::test]
+async fn a_dropped_stream_leaves_no_gap() {
+    let node = FakeNode::start(settings()).await;
+    let connection = link(&node.addr, Purpose::Append).connection().await.unwrap();
+    for _ in 0..20 {
+        let input = requests((1..100).map(|n| append(n, 1, 10)));
+        let mut replies = append_stream(connection.clone(), input, &settings());
+        assert!(matches!(within("a reply", replies.next()).await, Some(Ok(Ok(_)))));
+    }
+    let input = requests((1..100).map(|n| append(n, 1, 10)));
+    let replies = append_stream(connection.clone(), input, &settings()).count();
+    assert_eq!(within("all replies", replies).await, 99);
+    assert!(!connection.closer().is_closed());
+    node.stop().await;
+}

@@ -1,0 +1,131 @@
+//! A snapshot arrives whole, across cut connections, without sending a chunk twice.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use super::support::*;
+use crate::network::peer::Purpose;
+use crate::network::peer::connection::CallError;
+use crate::network::peer::link::ConnectError;
+use crate::network::peer::snapshot::{ChunkSource, SendError, Transfer};
+use crate::network::peer::wire::Installed;
+use crate::store::snapshot::Chunk;
+use crate::types::SnapshotMeta;
+
+struct Source {
+    id: u64,
+    chunks: u64,
+}
+
+impl ChunkSource for Source {
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn read_chunk(&self, cursor: &[u8], _: usize) -> io::Result<Chunk> {
+        let at: u64 = std::str::from_utf8(cursor).unwrap().parse().unwrap();
+        Ok(Chunk { bytes: Bytes::from(format!("chunk {at}")), last: at + 1 == self.chunks })
+    }
+}
+
+fn transfer(chunks: u64) -> Transfer<Source> {
+    let meta = SnapshotMeta { last_log_id: Some(log_id(9)), last_membership: Default::default() };
+    Transfer { source: Arc::new(Source { id: 77, chunks }), vote: vote(3), meta }
+}
+
+async fn receiver(chunks: u64) -> FakeNode {
+    let node = FakeNode::start(settings()).await;
+    node.fake.staging.lock().unwrap().chunks_wanted = chunks;
+    node
+}
+
+/// A proxy in front of `target` whose connections are cut whenever `cuts` changes.
+async fn proxy(target: String) -> (String, watch::Sender<u32>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let (cuts, cut) = watch::channel(0);
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut far = TcpStream::connect(&target).await.unwrap();
+            let mut cut = cut.clone();
+            cut.mark_unchanged();
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = copy_bidirectional(&mut near, &mut far) => {}
+                    _ = cut.changed() => {}
+                }
+            });
+        }
+    });
+    (addr, cuts)
+}
+
+#[tokio::test]
+async fn a_snapshot_arrives_in_order() {
+    let node = receiver(5).await;
+    let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await.unwrap();
+    assert_eq!(sent, Installed::new(vote(3)));
+    let expected: Vec<_> = (0..5).map(|n| Bytes::from(format!("chunk {n}"))).collect();
+    assert_eq!(node.fake.staging.lock().unwrap().chunks, expected);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_cut_transfer_goes_on_where_it_stopped() {
+    let node = receiver(30).await;
+    let (addr, cuts) = proxy(node.addr.clone()).await;
+    // After every third chunk the connection goes, before its answer is sent.
+    let cut = move |seq: u64| {
+        if seq % 3 == 2 {
+            cuts.send_modify(|cuts| *cuts += 1);
+        }
+    };
+    *node.fake.on_chunk.lock().unwrap() = Some(Box::new(cut));
+    let transfer = transfer(30);
+    let link = link(&addr, Purpose::Snapshot);
+    let sent = within("the snapshot", transfer.send(&link)).await.unwrap();
+    assert_eq!(sent, Installed::new(vote(3)));
+    let staging = node.fake.staging.lock().unwrap();
+    let expected: Vec<_> = (0..30).map(|n| Bytes::from(format!("chunk {n}"))).collect();
+    assert_eq!(staging.chunks, expected);
+    assert_eq!(staging.writes, 30, "chunks were sent again");
+}
+
+#[tokio::test]
+async fn a_deposed_leader_is_told_and_writes_nothing() {
+    let node = receiver(5).await;
+    node.fake.staging.lock().unwrap().higher_vote = Some(vote(8));
+    let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await.unwrap();
+    assert_eq!(sent, Installed::new(vote(8)));
+    assert_eq!(node.fake.staging.lock().unwrap().writes, 0);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_receiver_that_is_gone_is_given_up_on() {
+    let node = receiver(5).await;
+    let addr = node.addr.clone();
+    node.stop().await;
+    let transfer = transfer(5);
+    let link = link(&addr, Purpose::Snapshot);
+    let sent = within("giving up", transfer.send(&link)).await;
+    assert!(matches!(sent, Err(SendError::Connect(ConnectError::Failed { .. }))), "{sent:?}");
+}
+
+/// A refusal of the receiver's disk is not a lost connection: trying again is openraft's decision.
+#[tokio::test]
+async fn a_refusal_is_not_retried() {
+    let node = receiver(5).await;
+    let fake = Arc::clone(&node.fake);
+    let forget = move |_| fake.staging.lock().unwrap().id = None;
+    *node.fake.on_chunk.lock().unwrap() = Some(Box::new(forget));
+    let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await;
+    assert!(matches!(sent, Err(SendError::Call(CallError::Failed(_)))), "{sent:?}");
+    assert_eq!(node.fake.staging.lock().unwrap().writes, 2);
+    node.stop().await;
+}

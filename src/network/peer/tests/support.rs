@@ -1,0 +1,283 @@
+//! A node whose Raft is a fake, and what tests need around it.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use openraft::EntryPayload;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Config;
+use crate::network::peer::handler::PeerHandler;
+use crate::network::peer::link::{Link, LinkContext};
+use crate::network::peer::settings::PeerSettings;
+use crate::network::peer::wire::*;
+use crate::network::peer::{PeerIdentity, Purpose};
+use crate::network::raft::PeerServer;
+use crate::store::snapshot::StagingPosition;
+use crate::types::{Command, Condition, Entry, LeaderId, LogId, NodeId, Vote};
+
+pub(super) fn identity(node_id: NodeId) -> PeerIdentity {
+    PeerIdentity { cluster: "c1".parse().unwrap(), node_id }
+}
+
+pub(super) fn log_id(index: u64) -> LogId {
+    LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index }
+}
+
+pub(super) fn vote(term: u64) -> Vote {
+    Vote { leader_id: LeaderId { term, node_id: 1 }, committed: true }
+}
+
+/// An append of the entries `first..first + count`, each with a value of `value_bytes`.
+pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendRequest {
+    let entry = |index| {
+        let value = Bytes::from(vec![7; value_bytes]);
+        let command = Command::Put { key: "k".into(), value, condition: Condition::Always };
+        Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
+    };
+    AppendRequest {
+        vote: vote(1),
+        prev_log_id: first.checked_sub(1).map(log_id),
+        entries: (first..first + count).map(entry).collect(),
+        leader_commit: None,
+    }
+}
+
+pub(super) fn settings() -> PeerSettings {
+    PeerSettings {
+        frame_bytes_max: 1 << 20,
+        greeting_timeout: Duration::from_millis(500),
+        connect_timeout: Duration::from_secs(5),
+        reply_timeout: Duration::from_secs(5),
+        ..PeerSettings::new(&Config::default())
+    }
+}
+
+/// Waits until `condition` holds, for at most ten seconds.
+pub(super) async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    within(what, waiting).await;
+}
+
+pub(super) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(Duration::from_secs(10), future).await {
+        Ok(done) => done,
+        Err(_) => panic!("took too long: {what}"),
+    }
+}
+
+/// A stand-in for Raft.
+pub(super) struct Fake {
+    /// Calls of any kind that have begun.
+    pub(super) begun: AtomicUsize,
+    /// A heartbeat takes one of these, and hangs while there are none.
+    pub(super) heartbeats: Semaphore,
+    /// An append's reply takes one of these.
+    pub(super) append_replies: Arc<Semaphore>,
+    /// Every append that came in order: first index and number of entries.
+    pub(super) appended: Arc<Mutex<Vec<(Option<u64>, usize)>>>,
+    /// Appends after this index conflict.
+    pub(super) conflict_after: Arc<AtomicU64>,
+    pub(super) staging: Mutex<Staging>,
+    /// Called before a chunk is answered, with its sequence.
+    pub(super) on_chunk: Mutex<Option<Box<dyn FnMut(u64) + Send>>>,
+}
+
+/// A stand-in for the stager: the cursor is the next sequence in decimal.
+#[derive(Default)]
+pub(super) struct Staging {
+    pub(super) id: Option<u64>,
+    pub(super) chunks: VecDeque<Bytes>,
+    pub(super) chunks_wanted: u64,
+    pub(super) writes: u64,
+    pub(super) higher_vote: Option<Vote>,
+}
+
+impl Staging {
+    fn step(&self, vote: Vote) -> SnapshotStep {
+        if let Some(higher) = self.higher_vote.filter(|higher| *higher > vote) {
+            return SnapshotStep::HigherVote(higher);
+        }
+        let next_seq = self.chunks.len() as u64;
+        let cursor = Bytes::from(next_seq.to_string());
+        let complete = next_seq == self.chunks_wanted;
+        SnapshotStep::Position(StagingPosition { next_seq, cursor, complete })
+    }
+}
+
+impl Fake {
+    fn new() -> Self {
+        Self {
+            begun: AtomicUsize::new(0),
+            heartbeats: Semaphore::new(Semaphore::MAX_PERMITS),
+            append_replies: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
+            appended: Arc::default(),
+            conflict_after: Arc::new(AtomicU64::new(u64::MAX)),
+            staging: Mutex::default(),
+            on_chunk: Mutex::default(),
+        }
+    }
+
+    pub(super) fn begun(&self) -> usize {
+        self.begun.load(Ordering::SeqCst)
+    }
+
+    fn begin(&self) {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[async_trait]
+impl PeerHandler for Fake {
+    fn append_session(
+        &self,
+        requests: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, Result<AppendReply, Failure>> {
+        let (appended, replies) = (Arc::clone(&self.appended), Arc::clone(&self.append_replies));
+        let conflict_after = Arc::clone(&self.conflict_after);
+        // Takes requests ahead of replies, as Raft does.
+        let taken = requests.map(move |request| {
+            let prev = request.prev_log_id.map(|id| id.index);
+            appended.lock().unwrap().push((prev, request.entries.len()));
+            request
+        });
+        let answers = taken.map(move |request| {
+            let (replies, conflict_after) = (Arc::clone(&replies), Arc::clone(&conflict_after));
+            async move {
+                replies.acquire().await.unwrap().forget();
+                let prev = request.prev_log_id;
+                let limit = conflict_after.load(Ordering::SeqCst);
+                if let Some(prev) = prev.filter(|prev| prev.index > limit) {
+                    return Ok(Err(AppendRefusal::Conflict(prev)));
+                }
+                Ok(Ok(request.entries.last().map(|entry| entry.log_id).or(prev)))
+            }
+        });
+        answers.buffered(1000).boxed()
+    }
+
+    async fn heartbeat(&self, _: AppendRequest) -> Result<HeartbeatReply, Failure> {
+        self.begin();
+        self.heartbeats.acquire().await.unwrap().forget();
+        Ok(HeartbeatReply::Success)
+    }
+
+    async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.begin();
+        Ok(VoteReply::new(request.vote, request.last_log_id, true))
+    }
+
+    async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.begin();
+        Ok(VoteReply::new(request.vote, None, false))
+    }
+
+    async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
+        self.begin();
+        let expected = *request.from_leader();
+        Ok(Err(TransferRefusal::VoteChanged { expected, actual: vote(9) }))
+    }
+
+    async fn read_index(&self) -> Result<LogId, Failure> {
+        self.begin();
+        self.heartbeats.acquire().await.unwrap().forget();
+        Err(Failure::NotLeader(Some(3)))
+    }
+
+    async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {
+        let mut staging = self.staging.lock().unwrap();
+        if staging.id != Some(begin.id) {
+            staging.id = Some(begin.id);
+            staging.chunks.clear();
+        }
+        Ok(staging.step(begin.vote))
+    }
+
+    async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure> {
+        let step = {
+            let mut staging = self.staging.lock().unwrap();
+            staging.writes += 1;
+            if chunk.seq != staging.chunks.len() as u64 || staging.id != Some(chunk.id) {
+                return Err(Failure::refused("not the next chunk"));
+            }
+            staging.chunks.push_back(chunk.bytes);
+            staging.step(chunk.vote)
+        };
+        if let Some(on_chunk) = self.on_chunk.lock().unwrap().as_mut() {
+            on_chunk(chunk.seq);
+        }
+        Ok(step)
+    }
+
+    async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure> {
+        Ok(Installed::new(finish.vote))
+    }
+}
+
+/// A listening node.
+pub(super) struct FakeNode {
+    pub(super) addr: String,
+    pub(super) fake: Arc<Fake>,
+    server: PeerServer,
+    shutdown: CancellationToken,
+}
+
+impl FakeNode {
+    pub(super) async fn start(settings: PeerSettings) -> Self {
+        Self::start_at("127.0.0.1:0", settings).await
+    }
+
+    pub(super) async fn start_at(addr: &str, settings: PeerSettings) -> Self {
+        let listener = TcpListener::bind(addr).await.unwrap();
+        let addr = listener.local_addr().unwrap().to_string();
+        let (fake, shutdown) = (Arc::new(Fake::new()), CancellationToken::new());
+        let handler: Arc<dyn PeerHandler> = fake.clone();
+        let server =
+            PeerServer::serve_handler(listener, identity(1), handler, settings, shutdown.clone());
+        Self { addr, fake, server, shutdown }
+    }
+
+    pub(super) async fn stop(self) {
+        self.shutdown.cancel();
+        within("the server's tasks end", self.server.join()).await;
+    }
+}
+
+/// A link from `own` to node 1.
+pub(super) fn link_from(own: PeerIdentity, addr: &str, purpose: Purpose) -> Arc<Link> {
+    link_with(own, addr, purpose, settings())
+}
+
+pub(super) fn link_with(
+    own: PeerIdentity,
+    addr: &str,
+    purpose: Purpose,
+    settings: PeerSettings,
+) -> Arc<Link> {
+    let context = LinkContext {
+        identity: own,
+        settings: Arc::new(settings),
+        shutdown: CancellationToken::new(),
+        tracker: TaskTracker::new(),
+        quiet: Arc::default(),
+    };
+    Arc::new(Link::new(context, 1, addr.to_owned(), purpose))
+}
+
+pub(super) fn link(addr: &str, purpose: Purpose) -> Arc<Link> {
+    link_from(identity(2), addr, purpose)
+}

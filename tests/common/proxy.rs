@@ -1,0 +1,119 @@
+//! A TCP proxy between two nodes that can stop in the middle of what it carries.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// How much of the stream towards the target may pass before the proxy holds everything.
+const NO_LIMIT: u64 = u64::MAX;
+
+/// Carries bytes between whoever connects and a target. Ends with its drop.
+pub struct Proxy {
+    address: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    target: Mutex<String>,
+    /// Bytes that went to the target.
+    carried: AtomicU64,
+    limit: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Proxy {
+    /// Listens on a free port.
+    pub fn start(target: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let shared = Arc::new(Shared {
+            target: Mutex::new(target.to_owned()),
+            carried: AtomicU64::new(0),
+            limit: AtomicU64::new(NO_LIMIT),
+            stop: AtomicBool::new(false),
+        });
+        let accepting = Arc::clone(&shared);
+        std::thread::spawn(move || accept(&listener, &accepting));
+        Self { address, shared }
+    }
+
+    /// Where to connect instead of to the target.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// How many bytes went to the target so far.
+    pub fn carried(&self) -> u64 {
+        self.shared.carried.load(Ordering::SeqCst)
+    }
+
+    /// Carries so many bytes more to the target and then holds, connections open.
+    pub fn hold_after(&self, bytes: u64) {
+        self.shared.limit.store(self.carried() + bytes, Ordering::SeqCst);
+    }
+
+    /// Whether it holds.
+    pub fn holds(&self) -> bool {
+        self.carried() >= self.shared.limit.load(Ordering::SeqCst)
+    }
+
+    /// Carries everything again.
+    pub fn release(&self) {
+        self.shared.limit.store(NO_LIMIT, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        // Wakes the accepting thread; when that is gone there is nobody to wake.
+        let _ = TcpStream::connect(&self.address);
+    }
+}
+
+fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    for stream in listener.incoming() {
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let target = shared.target.lock().unwrap().clone();
+        let (Ok(stream), Ok(onward)) = (stream, TcpStream::connect(target)) else { continue };
+        let (Ok(stream_back), Ok(onward_back)) = (stream.try_clone(), onward.try_clone()) else {
+            continue;
+        };
+        let (there, back) = (Arc::clone(shared), Arc::clone(shared));
+        std::thread::spawn(move || carry(stream, onward, &there, true));
+        std::thread::spawn(move || carry(onward_back, stream_back, &back, false));
+    }
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, counted: bool) {
+    // Failures of these cost speed only.
+    let _ = to.set_nodelay(true);
+    let _ = from.set_read_timeout(Some(Duration::from_millis(100)));
+    let mut chunk = [0; 8 << 10];
+    while !shared.stop.load(Ordering::SeqCst) {
+        if counted && shared.carried.load(Ordering::SeqCst) >= shared.limit.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+            continue;
+        }
+        match from.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(count) => {
+                if to.write_all(&chunk[..count]).is_err() {
+                    break;
+                }
+                if counted {
+                    shared.carried.fetch_add(count as u64, Ordering::SeqCst);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => break,
+        }
+    }
+    // Either may be closed already.
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}

@@ -1,0 +1,280 @@
+//! Strangers on both ports: the node stays up, its memory and its log stay bounded, and the cluster
+//! goes on serving.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use common::cluster::{Cluster, FAST, expect_ok};
+use common::line::try_request;
+use common::load::{Load, LoadOptions};
+use common::{PATIENCE, eventually};
+use serde_json::json;
+
+/// How many idle connections a flood has.
+const FLOOD: usize = 1000;
+
+/// How much a node's memory may grow under any of this.
+const GROWTH_BYTES_MAX: u64 = 100 << 20;
+
+/// How many lines any of this may add to a node's log.
+const LOG_LINES_MAX: usize = 200;
+
+/// What must hold of a node after strangers came.
+struct Watch<'a> {
+    cluster: &'a Cluster,
+    id: u64,
+    memory: u64,
+    lines: usize,
+}
+
+impl<'a> Watch<'a> {
+    fn new(cluster: &'a Cluster, id: u64) -> Self {
+        let lines = cluster.log(id).lines().count();
+        Self { cluster, id, memory: memory_bytes(cluster.node(id).pid()), lines }
+    }
+
+    #[track_caller]
+    fn check(&self) {
+        let memory = memory_bytes(self.cluster.node(self.id).pid());
+        let grown = memory.saturating_sub(self.memory);
+        assert!(grown < GROWTH_BYTES_MAX, "{} KiB more memory", grown >> 10);
+        let lines = self.cluster.log(self.id).lines().count() - self.lines;
+        assert!(lines < LOG_LINES_MAX, "{lines} more lines in the log");
+        expect_ok(&self.cluster.get(self.id, "/livez"));
+    }
+}
+
+/// The resident memory of a process, from `/proc`.
+fn memory_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the node runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a VmRSS line");
+    let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().expect("KiB");
+    kib << 10
+}
+
+/// The greeting of a peer: magic, version, purpose, sender, target, cluster.
+fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str) -> Vec<u8> {
+    let mut bytes = b"dkv-peer\x00\x01".to_vec();
+    bytes.push(purpose);
+    bytes.extend(sender.to_be_bytes());
+    bytes.extend(target.to_be_bytes());
+    bytes.push(u8::try_from(cluster.len()).unwrap());
+    bytes.extend(cluster.as_bytes());
+    bytes
+}
+
+/// A frame's header: magic, kind, method, id, declared length, checksum.
+fn frame_header(method: u8, id: u16, length: u32, crc: u32) -> Vec<u8> {
+    let mut bytes = vec![0xd5, 0, method];
+    bytes.extend(id.to_be_bytes());
+    bytes.extend(length.to_be_bytes());
+    bytes.extend(crc.to_be_bytes());
+    bytes
+}
+
+/// A whole frame whose checksum is right.
+fn frame(method: u8, id: u16, body: &[u8]) -> Vec<u8> {
+    let mut bytes = frame_header(method, id, body.len() as u32, 0);
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&bytes[..9]);
+    crc.update(body);
+    bytes[9..].copy_from_slice(&crc.finalize().to_be_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+fn connect(address: &str) -> TcpStream {
+    let stream = TcpStream::connect(address).expect("the node accepts");
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Sends bytes; the node may close at any of them.
+fn send(address: &str, bytes: &[u8]) -> TcpStream {
+    let mut stream = connect(address);
+    // It may have hung up already, which is its right.
+    let _ = stream.write_all(bytes);
+    stream
+}
+
+/// Whether the other end closes.
+fn closes(mut stream: TcpStream) -> bool {
+    let mut sink = [0; 4096];
+    loop {
+        match stream.read(&mut sink) {
+            Ok(0) => return true,
+            Ok(_) => {}
+            Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+/// Everything that a stranger may send, each on a connection of its own.
+fn hostile_streams(target: u64) -> Vec<Vec<u8>> {
+    let hello = |rest: &[u8]| [greeting(1, 99, target, "c1").as_slice(), rest].concat();
+    let huge_inner = {
+        // 38 bytes that a naive decoder of "length, bytes" takes for a request of 2^63 bytes.
+        let mut body = [0xff; 25];
+        body[8..16].copy_from_slice(&(1u64 << 63).to_le_bytes());
+        frame(1, 1, &body)
+    };
+    assert_eq!(huge_inner.len(), 38);
+    let garbage: Vec<u8> =
+        (0..4096u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut streams = vec![
+        garbage.clone(),
+        b"GET / HTTP/1.1\r\nHost: node\r\n\r\n".to_vec(),
+        vec![0xff; 38],
+        vec![0; 64],
+        // The length first, as other protocols have it.
+        [&u32::MAX.to_be_bytes()[..], &[0; 34]].concat(),
+        greeting(1, 99, target, "c2"),
+        greeting(1, 99, target + 1, "c1"),
+        greeting(77, 99, target, "c1"),
+        hello(&garbage),
+        hello(&frame_header(1, 1, u32::MAX, 0)),
+        hello(&frame(200, 1, b"no such method")),
+        hello(&huge_inner),
+        hello(&frame(1, 1, &[])),
+    ];
+    for method in 0..16 {
+        streams.push(hello(&frame(method, 7, &garbage)));
+        streams.push(hello(&frame(method, 7, &[0xff; 40])));
+    }
+    let flipped = {
+        let mut bytes = frame(1, 1, b"flipped");
+        *bytes.last_mut().unwrap() ^= 1;
+        bytes
+    };
+    streams.push(hello(&flipped));
+    streams
+}
+
+/// Garbage, wrong greetings, frames that lie: the connection is closed and nothing else happens.
+#[test]
+fn garbage_on_the_peer_port_harms_nobody() {
+    let cluster = Cluster::formed(3, FAST);
+    let target = cluster.leader();
+    let term = cluster.metrics(target).unwrap()["term"].clone();
+    let watch = Watch::new(&cluster, target);
+    let load = Load::start(cluster.addresses(), LoadOptions::default());
+    for round in 0..20 {
+        for bytes in hostile_streams(target) {
+            let stream = send(cluster.rpc(target), &bytes);
+            // Half of them hang up at once, the others wait for what the node does.
+            if round % 2 == 0 {
+                drop(stream);
+            }
+        }
+    }
+    load.await_more("after garbage", 100);
+    // Frames that end in the middle, held open together.
+    let halves: Vec<TcpStream> = hostile_streams(target)
+        .into_iter()
+        .map(|bytes| send(cluster.rpc(target), &bytes[..bytes.len() / 2]))
+        .collect();
+    load.await_more("with half frames open", 100);
+    watch.check();
+    drop(halves);
+    load.stop().check_all(&cluster.addresses());
+    assert_eq!(cluster.metrics(target).unwrap()["term"], term, "the leader leads on");
+    watch.check();
+}
+
+/// A frame that declares 4 GiB is refused before anything is allocated for it.
+#[test]
+fn a_frame_that_declares_too_much_is_refused() {
+    let cluster = Cluster::formed(1, FAST);
+    let watch = Watch::new(&cluster, 1);
+    for length in [u32::MAX, 1 << 31, (16 << 20) + 1] {
+        let hello = greeting(1, 99, 1, "c1");
+        let bytes = [hello, frame_header(1, 1, length, 0), vec![0; 1000]].concat();
+        assert!(closes(send(cluster.rpc(1), &bytes)), "{length}");
+    }
+    // Within the limit it is waited for, but nothing is set aside for what has not come.
+    let open: Vec<TcpStream> = (0..50)
+        .map(|n| {
+            let hello = greeting(1, 100 + n, 1, "c1");
+            let bytes = [hello, frame_header(1, 1, 15 << 20, 0), vec![0; 1000]].concat();
+            send(cluster.rpc(1), &bytes)
+        })
+        .collect();
+    cluster.put(1, "k", "v");
+    watch.check();
+    drop(open);
+}
+
+/// A thousand idle connections on the peer port keep no peer out.
+#[test]
+fn idle_connections_on_the_peer_port_keep_no_peer_out() {
+    let mut cluster = Cluster::formed(3, FAST);
+    let target = cluster.leader();
+    let flood = |id| -> Vec<TcpStream> { (0..FLOOD).map(|_| connect(cluster.rpc(id))).collect() };
+    let watch = Watch::new(&cluster, target);
+    let floods: Vec<_> = cluster.ids().map(flood).collect();
+    let load = Load::start(cluster.addresses(), LoadOptions::default());
+    load.await_more("under a flood of peer connections", 200);
+    watch.check();
+    // Peers that have to connect anew find their way through it, too.
+    let follower = cluster.follower();
+    cluster.kill9(follower);
+    cluster.restart(follower);
+    cluster.await_caught_up();
+    load.await_more("with a peer that connected anew", 100);
+    drop(floods);
+    load.stop().check_all(&cluster.addresses());
+}
+
+/// A thousand idle connections on the HTTP port keep no client out, and are closed in time.
+#[test]
+fn idle_connections_on_the_http_port_keep_no_client_out() {
+    let config = format!("[limits]\nhttp_connections_max = 300\nheader_timeout_ms = 1000\n{FAST}");
+    let cluster = Cluster::formed(1, &config);
+    let watch = Watch::new(&cluster, 1);
+    let mut silent: Vec<TcpStream> = (0..FLOOD / 2).map(|_| connect(cluster.http(1))).collect();
+    silent.extend((0..FLOOD / 2).map(|_| send(cluster.http(1), b"GET /v1/kv/k HTTP/1.1\r\nHo")));
+    for n in 0..20 {
+        let path = format!("/v1/kv/k{n}");
+        let answer = eventually("a request gets through", || {
+            try_request(cluster.http(1), "PUT", &path, &[], b"v", Duration::from_secs(10)).ok()
+        });
+        expect_ok(&answer);
+    }
+    watch.check();
+    for stream in silent.drain(..) {
+        assert!(closes(stream), "who says nothing is let go");
+    }
+    watch.check();
+}
+
+/// A node of another cluster does not join, and both logs say why.
+#[test]
+fn a_node_of_another_cluster_does_not_join() {
+    let ours = Cluster::formed(1, FAST);
+    let theirs = Cluster::start_as("c2", 1, FAST);
+    let watch = Watch::new(&ours, 1);
+    let learner = json!([2, theirs.http(1), theirs.rpc(1)]).to_string();
+    // It may be listed, but it must never get an entry.
+    let added = ours.post(1, "/cluster/add-learner", &learner);
+    assert!(matches!(added.status, 200 | 409 | 504), "{} {}", added.status, added.text());
+    ours.put(1, "secret", "s");
+    eventually("the log says that the other belongs elsewhere", || {
+        ours.log(1).contains("it belongs to cluster c2, this node to c1").then_some(())
+    });
+    eventually("the other's log says so, too", || {
+        theirs.log(1).contains("refused a peer connection").then_some(())
+    });
+    let metrics = theirs.metrics(1).unwrap();
+    assert_eq!((&metrics["state"], &metrics["last_log"]), (&json!("uninitialized"), &json!(null)));
+    theirs.get(1, "/v1/kv/secret?consistency=stale").assert_error(
+        503,
+        "NOT_INITIALIZED",
+        "not_applied",
+    );
+    ours.put(1, "secret", "t");
+    watch.check();
+}
