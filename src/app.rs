@@ -9,22 +9,17 @@
 //! until the command is handed to Raft it is "not applied"; from then on everything but Raft's own
 //! answer is "unknown".
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
-use openraft::errors::{
-    ChangeMembershipError, ClientWriteError, ForwardToLeader, InitializeError,
-    LinearizableReadError, RaftError,
-};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use openraft::errors::{LinearizableReadError, RaftError};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::config::Limits;
-use crate::metrics::{NodeMetrics, NodeState};
 use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
@@ -35,6 +30,10 @@ use crate::telemetry::{Operation, Telemetry};
 use crate::types::{
     Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig,
 };
+
+mod health;
+mod membership;
+mod refusal;
 
 /// How old a read's answer may be, and who gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,13 +65,6 @@ pub struct Identity {
     /// Where it listens.
     pub addrs: NodeAddrs,
 }
-
-/// A learner may become a voter once it lags behind the leader by no more than this many entries:
-/// they are sent within one round trip or two, so the new quorum works at once.
-const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
-
-/// How long forming a cluster waits for its first leader.
-const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Between two looks at something that changes within milliseconds.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -222,7 +214,7 @@ impl App {
             self.check_owner(key)?;
             self.await_read_index(consistency, deadline).await?;
         }
-        match self.inner.reader.get(key).map_err(|e| storage(e, Outcome::NotApplied))? {
+        match self.inner.reader.get(key).map_err(|e| refusal::storage(e, Outcome::NotApplied))? {
             Lookup::Found(record) => Ok(Some(record)),
             Lookup::Absent => Ok(None),
             Lookup::WrongCluster(ring) => Err(self.owner_in(&ring, key)),
@@ -342,312 +334,6 @@ impl App {
             }
         }
     }
-
-    // --- Membership ------------------------------------------------------------------------------
-
-    /// Forms the cluster with this node as its only voter.
-    pub async fn init(&self) -> Result<(), ApiError> {
-        self.check_serving()?;
-        let identity = &self.inner.identity;
-        let members =
-            std::collections::BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
-        match self.inner.raft.initialize(members).await {
-            Ok(()) => {
-                // A single voter elects itself within an fsync or two; who forms a cluster goes on
-                // at once and should find it working. If it takes longer, the cluster is formed all
-                // the same.
-                // Leading is not enough: until the first membership is committed and applied, adding a
-                // learner would meet a membership change under way.
-                let formed = |metrics: &Metrics| {
-                    metrics.current_leader == Some(metrics.id)
-                        && metrics.last_applied.is_some()
-                        && metrics.last_applied.index() >= metrics.last_log_index
-                };
-                let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(formed, "formed").await;
-                Ok(())
-            }
-            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
-                Err(ApiError::Conflict("this node is already initialized".into()))
-            }
-            Err(RaftError::APIError(error)) => Err(ApiError::Conflict(error.to_string())),
-            Err(RaftError::Fatal(error)) => Err(self.fatal(&error, Outcome::Unknown)),
-        }
-    }
-
-    /// Adds a member without a vote; a repeat changes nothing.
-    pub async fn add_learner(
-        &self,
-        id: NodeId,
-        addrs: NodeAddrs,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
-        self.check_serving()?;
-        self.check_leader()?;
-        let known = {
-            let metrics = self.inner.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            metrics.membership_config.membership().get_node(&id).cloned()
-        };
-        match known {
-            Some(known) if known == addrs => return Ok(()),
-            Some(known) => {
-                let text =
-                    format!("node {id} is already a member at {} / {}", known.http, known.rpc);
-                return Err(ApiError::Conflict(text));
-            }
-            None => {}
-        }
-        let added = self.inner.raft.add_learner(id, addrs, false);
-        self.await_membership(added, deadline).await
-    }
-
-    /// Makes exactly these members the voters, after they caught up.
-    pub async fn change_membership(
-        &self,
-        voters: BTreeSet<NodeId>,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
-        self.check_serving()?;
-        self.check_leader()?;
-        self.await_caught_up(&voters, deadline).await?;
-        let changed = self.inner.raft.change_membership(voters, false);
-        self.await_membership(changed, deadline).await
-    }
-
-    async fn await_membership<T>(
-        &self,
-        change: impl Future<Output = Result<T, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>>,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
-        match tokio::time::timeout_at(deadline, change).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(self.write_error(error)),
-            Err(_) => Err(ApiError::Timeout {
-                message: "the membership change was not confirmed in time; it may still take effect",
-                outcome: Outcome::Unknown,
-            }),
-        }
-    }
-
-    /// Waits until the future voters are close behind the leader. Unknown ones are Raft's to refuse.
-    async fn await_caught_up(
-        &self,
-        voters: &BTreeSet<NodeId>,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
-        let own_id = self.inner.identity.node_id;
-        loop {
-            {
-                let metrics = self.inner.raft.metrics();
-                let metrics = metrics.borrow_watched();
-                let known = metrics.membership_config.membership();
-                let last = metrics.last_log_index.unwrap_or(0);
-                let close = |id: &NodeId| {
-                    let matched = metrics.replication.as_ref().and_then(|of| of.get(id));
-                    matched.is_some_and(|matched| {
-                        matched.index().is_some_and(|at| at + VOTER_LAG_ENTRIES_MAX >= last)
-                    })
-                };
-                let lags =
-                    |id: &&NodeId| **id != own_id && known.get_node(id).is_some() && !close(id);
-                if metrics.state != openraft::ServerState::Leader
-                    || voters.iter().find(lags).is_none()
-                {
-                    return Ok(());
-                }
-            }
-            if Instant::now() >= deadline {
-                return Err(ApiError::Timeout {
-                    message: "a new member did not catch up in time; nothing was changed",
-                    outcome: Outcome::NotApplied,
-                });
-            }
-            tokio::time::sleep(POLL_INTERVAL).await;
-        }
-    }
-
-    // --- Health ----------------------------------------------------------------------------------
-
-    /// What the node says about itself.
-    pub fn metrics(&self) -> NodeMetrics {
-        let reader = &self.inner.reader;
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        let membership = metrics.membership_config.membership();
-        let identity = &self.inner.identity;
-        NodeMetrics {
-            id: identity.node_id,
-            cluster: identity.cluster.clone(),
-            http: identity.addrs.http.clone(),
-            rpc: identity.addrs.rpc.clone(),
-            state: state_of(&metrics),
-            term: metrics.current_term,
-            current_leader: metrics.current_leader,
-            last_log: metrics.last_log_index,
-            last_applied: metrics.last_applied.index(),
-            voters: membership.voter_ids().collect(),
-            learners: membership.learner_ids().collect(),
-            keys: reader.key_count().ok(),
-            revision: Some(reader.revision()),
-            epoch: Some(reader.ring().ring().epoch),
-        }
-    }
-
-    /// Why the node is not ready; ready means: initialised, a leader is known, and everything that is
-    /// known to be committed is applied.
-    pub fn readiness(&self) -> Result<(), String> {
-        if let Some(failure) = self.storage_failed() {
-            return Err(failure);
-        }
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
-        if state_of(&metrics) == NodeState::Uninitialized {
-            return Err("the cluster is not initialized".into());
-        }
-        if metrics.current_leader.is_none() {
-            return Err("no leader is known".into());
-        }
-        let committed = metrics.cluster_committed.max(metrics.local_committed);
-        if metrics.last_applied < committed {
-            return Err(format!(
-                "applied up to {:?} of {:?}",
-                metrics.last_applied.index(),
-                committed.index()
-            ));
-        }
-        Ok(())
-    }
-
-    /// The text of `GET /metrics`.
-    pub fn prometheus(&self) -> String {
-        let data_bytes = self.inner.reader.disk_bytes().unwrap_or(0);
-        self.inner.telemetry.text(&self.metrics(), data_bytes)
-    }
-
-    /// Why storage has failed, if it has.
-    pub fn storage_failed(&self) -> Option<String> {
-        if let Some(failure) = self.inner.reader.failure().borrow().clone() {
-            return Some(failure);
-        }
-        let metrics = self.inner.raft.metrics();
-        match &metrics.borrow_watched().running_state {
-            Err(openraft::errors::Fatal::StorageError(error)) => Some(error.to_string()),
-            _ => None,
-        }
-    }
-
-    // --- Checks and errors -----------------------------------------------------------------------
-
-    fn check_serving(&self) -> Result<(), ApiError> {
-        match self.storage_failed() {
-            None => Ok(()),
-            Some(message) => Err(ApiError::Storage { message, outcome: Outcome::NotApplied }),
-        }
-    }
-
-    fn check_initialized(&self) -> Result<(), ApiError> {
-        let metrics = self.inner.raft.metrics();
-        match state_of(&metrics.borrow_watched()) {
-            NodeState::Uninitialized => Err(ApiError::NotInitialized),
-            _ => Ok(()),
-        }
-    }
-
-    fn check_leader(&self) -> Result<(), ApiError> {
-        let to = {
-            let metrics = self.inner.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            if metrics.state == openraft::ServerState::Leader {
-                return Ok(());
-            }
-            let leader = metrics.current_leader.and_then(|id| {
-                let node = metrics.membership_config.membership().get_node(&id)?;
-                Some(ForwardToLeader::new(id, node.clone()))
-            });
-            leader.unwrap_or(ForwardToLeader::empty())
-        };
-        Err(self.not_leader(to, Outcome::NotApplied))
-    }
-
-    fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        self.inner.in_flight.clone().try_acquire_owned().map_err(|_| ApiError::Overloaded)
-    }
-
-    fn not_leader(&self, to: ForwardToLeader<TypeConfig>, outcome: Outcome) -> ApiError {
-        let own_id = self.inner.identity.node_id;
-        match (to.leader_id, to.leader_node) {
-            (Some(id), Some(node)) if id != own_id && outcome == Outcome::NotApplied => {
-                ApiError::NotLeader {
-                    leader: RingNode { id, http: node.http, rpc: node.rpc },
-                    epoch: self.ring().ring().epoch,
-                }
-            }
-            _ if self.check_initialized().is_err() => ApiError::NotInitialized,
-            _ if outcome == Outcome::NotApplied => {
-                ApiError::NoLeader { message: "no leader is known at the moment", outcome }
-            }
-            _ => ApiError::NoLeader {
-                message: "leadership was lost while the write was in flight; it may have taken effect",
-                outcome,
-            },
-        }
-    }
-
-    fn write_error(&self, error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> ApiError {
-        match error {
-            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
-                self.not_leader(to, Outcome::NotApplied)
-            }
-            RaftError::APIError(ClientWriteError::LogEntryDiscarded(to)) => {
-                self.not_leader(to, Outcome::Unknown)
-            }
-            RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
-                ApiError::Conflict(membership_text(&error))
-            }
-            RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => {
-                ApiError::Conflict(error.to_string())
-            }
-            RaftError::Fatal(error) => self.fatal(&error, Outcome::Unknown),
-        }
-    }
-
-    fn fatal(&self, error: &openraft::errors::Fatal<TypeConfig>, outcome: Outcome) -> ApiError {
-        match (self.storage_failed(), error) {
-            (Some(message), _) => ApiError::Storage { message, outcome },
-            (None, openraft::errors::Fatal::StorageError(error)) => {
-                ApiError::Storage { message: error.to_string(), outcome }
-            }
-            (None, _) => ApiError::Stopping { outcome },
-        }
-    }
 }
 
 type Metrics = openraft::RaftMetrics<TypeConfig>;
-
-fn state_of(metrics: &Metrics) -> NodeState {
-    let membership = metrics.membership_config.membership();
-    let uninitialized = membership.voter_ids().next().is_none();
-    match metrics.state {
-        _ if uninitialized => NodeState::Uninitialized,
-        openraft::ServerState::Leader => NodeState::Leader,
-        openraft::ServerState::Candidate => NodeState::Candidate,
-        openraft::ServerState::Learner => NodeState::Learner,
-        openraft::ServerState::Follower | openraft::ServerState::Shutdown => NodeState::Follower,
-    }
-}
-
-fn storage(error: std::io::Error, outcome: Outcome) -> ApiError {
-    ApiError::Storage { message: error.to_string(), outcome }
-}
-
-fn membership_text(error: &ChangeMembershipError<crate::types::LeaderId, NodeId>) -> String {
-    match error {
-        ChangeMembershipError::InProgress(_) => {
-            "another membership change is under way; wait for it".into()
-        }
-        ChangeMembershipError::LearnerNotFound(unknown) => {
-            format!("node {} is not a member; add it as a learner first", unknown.node_id)
-        }
-        other => other.to_string(),
-    }
-}

@@ -1,0 +1,90 @@
+//! What a node says about itself: metrics, readiness, why storage failed.
+
+use openraft::LogIdOptionExt;
+use openraft::async_runtime::WatchReceiver;
+
+use crate::metrics::{NodeMetrics, NodeState};
+
+use super::{App, Metrics};
+
+impl App {
+    /// What the node says about itself.
+    pub fn metrics(&self) -> NodeMetrics {
+        let reader = &self.inner.reader;
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let identity = &self.inner.identity;
+        NodeMetrics {
+            id: identity.node_id,
+            cluster: identity.cluster.clone(),
+            http: identity.addrs.http.clone(),
+            rpc: identity.addrs.rpc.clone(),
+            state: state_of(&metrics),
+            term: metrics.current_term,
+            current_leader: metrics.current_leader,
+            last_log: metrics.last_log_index,
+            last_applied: metrics.last_applied.index(),
+            voters: membership.voter_ids().collect(),
+            learners: membership.learner_ids().collect(),
+            keys: reader.key_count().ok(),
+            revision: Some(reader.revision()),
+            epoch: Some(reader.ring().ring().epoch),
+        }
+    }
+
+    /// Why the node is not ready; ready means: initialised, a leader is known, and everything that is
+    /// known to be committed is applied.
+    pub fn readiness(&self) -> Result<(), String> {
+        if let Some(failure) = self.storage_failed() {
+            return Err(failure);
+        }
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if state_of(&metrics) == NodeState::Uninitialized {
+            return Err("the cluster is not initialized".into());
+        }
+        if metrics.current_leader.is_none() {
+            return Err("no leader is known".into());
+        }
+        let committed = metrics.cluster_committed.max(metrics.local_committed);
+        if metrics.last_applied < committed {
+            return Err(format!(
+                "applied up to {:?} of {:?}",
+                metrics.last_applied.index(),
+                committed.index()
+            ));
+        }
+        Ok(())
+    }
+
+    /// The text of `GET /metrics`.
+    pub fn prometheus(&self) -> String {
+        let data_bytes = self.inner.reader.disk_bytes().unwrap_or(0);
+        self.inner.telemetry.text(&self.metrics(), data_bytes)
+    }
+
+    /// Why storage has failed, if it has.
+    pub fn storage_failed(&self) -> Option<String> {
+        if let Some(failure) = self.inner.reader.failure().borrow().clone() {
+            return Some(failure);
+        }
+        let metrics = self.inner.raft.metrics();
+        match &metrics.borrow_watched().running_state {
+            Err(openraft::errors::Fatal::StorageError(error)) => Some(error.to_string()),
+            _ => None,
+        }
+    }
+}
+
+pub(super) fn state_of(metrics: &Metrics) -> NodeState {
+    let membership = metrics.membership_config.membership();
+    let uninitialized = membership.voter_ids().next().is_none();
+    match metrics.state {
+        _ if uninitialized => NodeState::Uninitialized,
+        openraft::ServerState::Leader => NodeState::Leader,
+        openraft::ServerState::Candidate => NodeState::Candidate,
+        openraft::ServerState::Learner => NodeState::Learner,
+        openraft::ServerState::Follower | openraft::ServerState::Shutdown => NodeState::Follower,
+    }
+}

@@ -1,0 +1,143 @@
+//! Use cases of membership: form the cluster, add learners, change the voters.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use openraft::LogIdOptionExt;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{ClientWriteError, InitializeError, RaftError};
+use tokio::time::Instant;
+
+use crate::network::error::{ApiError, Outcome};
+use crate::types::{NodeAddrs, NodeId, TypeConfig};
+
+use super::{App, Metrics, POLL_INTERVAL};
+
+/// A learner may become a voter once it lags behind the leader by no more than this many entries:
+/// they are sent within one round trip or two, so the new quorum works at once.
+const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
+
+/// How long forming a cluster waits for its first leader.
+const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
+
+impl App {
+    /// Forms the cluster with this node as its only voter.
+    pub async fn init(&self) -> Result<(), ApiError> {
+        self.check_serving()?;
+        let identity = &self.inner.identity;
+        let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
+        match self.inner.raft.initialize(members).await {
+            Ok(()) => {
+                // A single voter elects itself within an fsync or two; who forms a cluster goes on
+                // at once and should find it working. If it takes longer, the cluster is formed all
+                // the same.
+                // Leading is not enough: until the first membership is committed and applied, adding a
+                // learner would meet a membership change under way.
+                let formed = |metrics: &Metrics| {
+                    metrics.current_leader == Some(metrics.id)
+                        && metrics.last_applied.is_some()
+                        && metrics.last_applied.index() >= metrics.last_log_index
+                };
+                let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(formed, "formed").await;
+                Ok(())
+            }
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
+                Err(ApiError::Conflict("this node is already initialized".into()))
+            }
+            Err(RaftError::APIError(error)) => Err(ApiError::Conflict(error.to_string())),
+            Err(RaftError::Fatal(error)) => Err(self.fatal(&error, Outcome::Unknown)),
+        }
+    }
+
+    /// Adds a member without a vote; a repeat changes nothing.
+    pub async fn add_learner(
+        &self,
+        id: NodeId,
+        addrs: NodeAddrs,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        self.check_serving()?;
+        self.check_leader()?;
+        let known = {
+            let metrics = self.inner.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            metrics.membership_config.membership().get_node(&id).cloned()
+        };
+        match known {
+            Some(known) if known == addrs => return Ok(()),
+            Some(known) => {
+                let text =
+                    format!("node {id} is already a member at {} / {}", known.http, known.rpc);
+                return Err(ApiError::Conflict(text));
+            }
+            None => {}
+        }
+        let added = self.inner.raft.add_learner(id, addrs, false);
+        self.await_membership(added, deadline).await
+    }
+
+    /// Makes exactly these members the voters, after they caught up.
+    pub async fn change_membership(
+        &self,
+        voters: BTreeSet<NodeId>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        self.check_serving()?;
+        self.check_leader()?;
+        self.await_caught_up(&voters, deadline).await?;
+        let changed = self.inner.raft.change_membership(voters, false);
+        self.await_membership(changed, deadline).await
+    }
+
+    async fn await_membership<T>(
+        &self,
+        change: impl Future<Output = Result<T, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        match tokio::time::timeout_at(deadline, change).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.write_error(error)),
+            Err(_) => Err(ApiError::Timeout {
+                message: "the membership change was not confirmed in time; it may still take effect",
+                outcome: Outcome::Unknown,
+            }),
+        }
+    }
+
+    /// Waits until the future voters are close behind the leader. Unknown ones are Raft's to refuse.
+    async fn await_caught_up(
+        &self,
+        voters: &BTreeSet<NodeId>,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let own_id = self.inner.identity.node_id;
+        loop {
+            {
+                let metrics = self.inner.raft.metrics();
+                let metrics = metrics.borrow_watched();
+                let known = metrics.membership_config.membership();
+                let last = metrics.last_log_index.unwrap_or(0);
+                let close = |id: &NodeId| {
+                    let matched = metrics.replication.as_ref().and_then(|of| of.get(id));
+                    matched.is_some_and(|matched| {
+                        matched.index().is_some_and(|at| at + VOTER_LAG_ENTRIES_MAX >= last)
+                    })
+                };
+                let lags =
+                    |id: &&NodeId| **id != own_id && known.get_node(id).is_some() && !close(id);
+                if metrics.state != openraft::ServerState::Leader
+                    || voters.iter().find(lags).is_none()
+                {
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(ApiError::Timeout {
+                    message: "a new member did not catch up in time; nothing was changed",
+                    outcome: Outcome::NotApplied,
+                });
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
+        }
+    }
+}
