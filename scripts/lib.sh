@@ -77,11 +77,13 @@ expect_eq() {
 # The same without a line for success, for checks in a loop.
 expect_eq_quietly() {
     if [ "$2" != "$3" ]; then fail "$1: expected '$2', found '$3'"; fi
+    CHECKS=$((CHECKS + 1))
 }
 
 # expect_status WHAT STATUS: the status of the last request.
 expect_status() {
     if [ "$STATUS" != "$2" ]; then fail "$1: expected status $2, found $STATUS with $(brief "$BODY")"; fi
+    CHECKS=$((CHECKS + 1))
 }
 
 # expect_contains WHAT PART TEXT

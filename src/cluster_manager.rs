@@ -184,7 +184,16 @@ impl ClusterManager {
     /// number of clusters can run on one machine. A later start on the same data takes the same
     /// ports again, because the members of a cluster know each other by their addresses.
     pub async fn start_on_free_ports(config: Config) -> Result<Self, ManagerError> {
-        Self::start_on(config, Ports::Free, std::future::pending()).await
+        Self::start_on_free_ports_until(config, std::future::pending()).await
+    }
+
+    /// [`ClusterManager::start_on_free_ports`] that can be called off like
+    /// [`ClusterManager::start_until`].
+    pub async fn start_on_free_ports_until(
+        config: Config,
+        stop: impl Future<Output = ()>,
+    ) -> Result<Self, ManagerError> {
+        Self::start_on(config, Ports::Free, stop).await
     }
 
     async fn start_on(

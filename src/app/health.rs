@@ -33,8 +33,8 @@ impl App {
         }
     }
 
-    /// Why the node is not ready; ready means: initialised, a leader is known, and everything that is
-    /// known to be committed is applied.
+    /// Why the node is not ready; ready means: initialised, a leader is known that has committed, and
+    /// everything that is known to be committed is applied.
     pub fn readiness(&self) -> Result<(), String> {
         if let Some(failure) = self.storage_failed() {
             return Err(failure);
@@ -48,6 +48,11 @@ impl App {
             return Err("no leader is known".into());
         }
         let committed = metrics.cluster_committed.max(metrics.local_committed);
+        // Every leader begins with an entry of its own. Until that is committed, nobody knows what
+        // else was: a restarted node may have forgotten to apply what it acknowledged.
+        if committed.is_none_or(|id| id.leader_id.term != metrics.current_term) {
+            return Err("the leader has not committed anything in its term".into());
+        }
         if metrics.last_applied < committed {
             return Err(format!(
                 "applied up to {:?} of {:?}",

@@ -5,21 +5,28 @@
 //! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
 //! directory or address that cannot be used.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use distrib_kv_store::cluster_manager::{self, ClusterManager, ManagerError};
 use distrib_kv_store::config::{Config, RingConfig};
+use distrib_kv_store::ring::Ring;
 use futures_util::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
 
 #[path = "admin/text.rs"]
 mod text;
 
 /// The file that a run without `--config` uses if it is there.
 const CONFIG_FILE: &str = "Config.toml";
+
+/// What is logged unless `RUST_LOG` says otherwise: the tables tell the rest, and a stopping follower is
+/// openraft's warning, but nobody's trouble.
+const DEFAULT_LOG: &str = "warn,openraft=error";
 
 /// What a shell reports for a process that SIGINT ended.
 const EXIT_INTERRUPTED: i32 = 130;
@@ -106,9 +113,11 @@ impl From<ManagerError> for Failure {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
-    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_LOG.into()))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     let done = match cli.verb {
         None => run(cli.config.as_deref()).await,
         Some(Verb::Status(target)) => status(&target).await,
@@ -226,9 +235,7 @@ async fn ring_show(target: &Target) -> Result<(), Failure> {
     }
     let ring = match cluster_manager::newest_ring(seen()).await {
         Some(ring) => ring,
-        None if seen().all(|node| node.epoch.unwrap_or(0) == 0) => {
-            distrib_kv_store::ring::Ring::none()
-        }
+        None if seen().all(|node| node.epoch.unwrap_or(0) == 0) => Ring::none(),
         None => return Err(Failure::failed("the node with the newest ring did not answer")),
     };
     if target.json {

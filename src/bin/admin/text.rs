@@ -50,7 +50,7 @@ pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatu
         path => format!(" --nodes-file {path}"),
     };
     format!(
-        "ready: {clusters} clusters of {nodes} nodes, {}\n\n{}\n\
+        "ready: {clusters} clusters of {nodes} nodes\n{}\n\n{}\n\
          data in {}, addresses in {nodes_file}\n\n\
          Try it from another terminal; any node takes any key:\n  \
          curl -X PUT --data-binary 'Hello, ring!' http://{first}/v1/kv/greeting\n  \
