@@ -197,6 +197,9 @@ pub enum RingRefusal {
     /// The cluster does not occur in the ring.
     #[error("the ring does not contain this cluster, {0}")]
     NotAMember(ClusterId),
+    /// It breaks a rule of rings. The API refuses such a ring before it is proposed.
+    #[error("the ring is not valid")]
+    Invalid,
     /// Keys would change hands without a handoff.
     #[error("the cluster holds keys that it would not own under this ring")]
     HoldsForeignKeys,

@@ -227,9 +227,8 @@ impl StateMachine {
         if let Some(refusal) = refusal {
             return Ok(Applied::RingRefused(refusal));
         }
-        // The API refused broken rings before it proposed them; every replica answers the same here.
         let Ok(table) = RingTable::new(ring) else {
-            return Ok(Applied::RingRefused(RingRefusal::NotFirst(epoch)));
+            return Ok(Applied::RingRefused(RingRefusal::Invalid));
         };
         if self.holds_foreign_key(round, &table)? {
             return Ok(Applied::RingRefused(RingRefusal::HoldsForeignKeys));
