@@ -256,7 +256,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         option: RPCOption,
     ) -> BoxFuture<'s, RpcResult<ReplyStream<'s>>>
     where
@@ -267,8 +267,15 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         }
         let (own, target) = (self.own, self.target);
         let pipelined = async move {
-            let connection = self.append.connection().await;
-            let connection = connection.map_err(|error| Unreachable::new(&error))?;
+            let connection = match self.append.connection().await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    // openraft's backoff is a delay inside the stream of requests. Returning without
+                    // asking for one would skip it: the leader would try again at once, for ever.
+                    input.next().await;
+                    return Err(Unreachable::new(&error).into());
+                }
+            };
             let replies = append_stream(connection, input, self.append.settings());
             let sorted = replies.map(move |reply| {
                 reply.map_err(|error| match error {
