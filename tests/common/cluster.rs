@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -138,10 +139,15 @@ impl Cluster {
 
     /// Starts a node again that ended, at its addresses, on its data.
     pub fn restart(&mut self, id: u64) {
+        self.restart_by(id, Command::new(env!("CARGO_BIN_EXE_raft-kv")));
+    }
+
+    /// The same by a command that becomes a node when it gets the node's flags.
+    pub fn restart_by(&mut self, id: u64, command: Command) {
         let options = self.node(id).options.clone();
         await_free(&options.http_addr);
         await_free(&options.rpc_addr);
-        *self.node_mut(id) = NodeProcess::start(&options);
+        *self.node_mut(id) = NodeProcess::start_by(&options, command);
         self.away.remove(&id);
     }
 

@@ -59,9 +59,13 @@ pub struct NodeProcess {
 impl NodeProcess {
     /// Starts a node and waits until both of its listeners accept.
     pub fn start(options: &NodeOptions) -> Self {
+        Self::start_by(options, Command::new(env!("CARGO_BIN_EXE_raft-kv")))
+    }
+
+    /// The same by a command that becomes a node when it gets the node's flags.
+    pub fn start_by(options: &NodeOptions, mut command: Command) -> Self {
         let log = options.data_dir.with_extension(format!("node-{}.log", options.id));
         let stderr = File::options().create(true).append(true).open(&log).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_raft-kv"));
         command.args(["--id", &options.id.to_string()]);
         command.args(["--http-addr", &options.http_addr, "--rpc-addr", &options.rpc_addr]);
         command.arg("--data-dir").arg(&options.data_dir);
