@@ -13,6 +13,8 @@
 //! descriptors left, and that lasts.
 
 mod admit;
+#[cfg(test)]
+mod cluster_test;
 mod handler;
 
 use std::sync::Arc;

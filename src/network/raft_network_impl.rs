@@ -230,7 +230,8 @@ fn call_error(
 ) -> RPCError<TypeConfig> {
     match error {
         CallError::Timeout(timeout) => Timeout { action, id, target, timeout }.into(),
-        CallError::Failed(Failure::Stopped | Failure::Refused(_)) => {
+        // Trying again at once would end the same way.
+        CallError::Failed(Failure::Stopped | Failure::Refused(_)) | CallError::TooLarge { .. } => {
             Unreachable::new(&error).into()
         }
         CallError::Closed(_) | CallError::Failed(_) => NetworkError::new(&error).into(),
@@ -256,7 +257,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        mut input: S,
+        input: S,
         option: RPCOption,
     ) -> BoxFuture<'s, RpcResult<ReplyStream<'s>>>
     where
@@ -266,28 +267,16 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             return stream_append_sequential(self, input, option);
         }
         let (own, target) = (self.own, self.target);
-        let pipelined = async move {
-            let connection = match self.append.connection().await {
-                Ok(connection) => connection,
-                Err(error) => {
-                    // openraft's backoff is a delay inside the stream of requests. Returning without
-                    // asking for one would skip it: the leader would try again at once, for ever.
-                    input.next().await;
-                    return Err(Unreachable::new(&error).into());
+        let replies = append_stream(Arc::clone(&self.append), input).map(move |reply| {
+            reply.map_err(|error| match error {
+                PipelineError::Connect(error) => Unreachable::new(&error).into(),
+                PipelineError::Call(error) => {
+                    call_error(error, RPCTypes::AppendEntries, own, target)
                 }
-            };
-            let replies = append_stream(connection, input, self.append.settings());
-            let sorted = replies.map(move |reply| {
-                reply.map_err(|error| match error {
-                    PipelineError::Call(error) => {
-                        call_error(error, RPCTypes::AppendEntries, own, target)
-                    }
-                    PipelineError::TooLarge(error) => Unreachable::new(&error).into(),
-                })
-            });
-            Ok(sorted.boxed())
-        };
-        pipelined.boxed()
+                PipelineError::TooLarge(error) => Unreachable::new(&error).into(),
+            })
+        });
+        std::future::ready(Ok(replies.boxed())).boxed()
     }
 
     async fn vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {

@@ -36,6 +36,14 @@ pub(in crate::network) enum CallError {
     /// The answer did not come in time. Whether the peer did what was asked is not known.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    /// It is larger than any message may be, and was not sent.
+    #[error("a message of {bytes} bytes, where {allowed} are allowed")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        allowed: usize,
+    },
     /// The peer answered that it could not.
     #[error("{0}")]
     Failed(Failure),
@@ -46,6 +54,7 @@ pub(in crate::network) struct Connection {
     client: Client<AckModeNone>,
     identity: PeerIdentity,
     reply_timeout: Duration,
+    message_bytes_max: usize,
     permits: Arc<Semaphore>,
     sequence: AtomicU64,
     sessions: AtomicU64,
@@ -73,6 +82,7 @@ impl Connection {
             client,
             identity,
             reply_timeout: settings.reply_timeout,
+            message_bytes_max: settings.frame_bytes_max,
             permits: Arc::new(Semaphore::new(settings.calls_max(purpose))),
             sequence: AtomicU64::new(0),
             sessions: AtomicU64::new(0),
@@ -109,6 +119,10 @@ impl Connection {
         patience: Duration,
     ) -> Result<T::Reply, CallError> {
         let message = encode_message(message);
+        let (bytes, allowed) = (message.len(), self.message_bytes_max);
+        if bytes > allowed {
+            return Err(CallError::TooLarge { bytes, allowed });
+        }
         let exchange = async {
             let permit = self.permit().await?;
             self.start(T::METHOD, message, permit).reply().await
@@ -123,7 +137,7 @@ impl Connection {
     }
 
     /// Sends a call, at once: two calls started one after the other are sent in this order.
-    /// `message` comes from [`encode_message`] or the like.
+    /// `message` comes from [`encode_message`] or the like, and is not larger than a frame may be.
     pub(in crate::network) fn start(
         self: &Arc<Self>,
         method: Method,

@@ -71,7 +71,9 @@ impl Lane {
         tracker: TaskTracker,
         in_flight_max: usize,
     ) -> Self {
-        let state = State { early: Reorder::new(in_flight_max), session: None };
+        // With as many early ones as may be in flight, the missing one could never come.
+        let early = Reorder::new(in_flight_max.saturating_sub(1));
+        let state = State { early, session: None };
         Self { handler, closer, tracker, in_flight_max, state: Mutex::new(state) }
     }
 
@@ -155,7 +157,7 @@ async fn answer_in_order(
     }
 }
 
-/// Holds what came early until what precedes it is there.
+/// Holds what came early, up to a bound, until what precedes it is there.
 #[derive(Debug)]
 pub(in crate::network) struct Reorder<T> {
     next: u64,
@@ -172,7 +174,7 @@ impl<T> Reorder<T> {
         if sequence < self.next || self.early.contains_key(&sequence) {
             return Err(LaneError::Repeated(sequence));
         }
-        if self.early.len() == self.early_max {
+        if sequence != self.next && self.early.len() == self.early_max {
             return Err(LaneError::Overflow);
         }
         self.early.insert(sequence, item);

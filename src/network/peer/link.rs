@@ -210,14 +210,13 @@ impl Link {
     /// going down is.
     fn log_failure(&self, error: &ConnectError, failures: u32) {
         let (peer, purpose) = (self.target, self.purpose);
-        if matches!(error, ConnectError::Refused { .. }) {
-            if let Some(suppressed) = self.context.quiet.admit() {
-                tracing::warn!(peer, ?purpose, suppressed, "{error}");
-            }
-        } else if failures == 1 && *error != ConnectError::Stopping {
-            if let Some(suppressed) = self.context.quiet.admit() {
-                tracing::info!(peer, ?purpose, suppressed, "peer is unreachable: {error}");
-            }
+        let refused = matches!(error, ConnectError::Refused { .. });
+        let news = refused || (failures == 1 && *error != ConnectError::Stopping);
+        let Some(suppressed) = news.then(|| self.context.quiet.admit()).flatten() else { return };
+        if refused {
+            tracing::warn!(peer, ?purpose, suppressed, "{error}");
+        } else {
+            tracing::info!(peer, ?purpose, suppressed, "peer is unreachable: {error}");
         }
     }
 

@@ -6,6 +6,10 @@
 //! and ignored here.
 //!
 //! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
+//!
+//! A peer is connected to only once there is a request for it. That is more than thrift: openraft's
+//! pause before it tries an unreachable peer again lies in its stream of requests, so a sender that
+//! fails without having asked for one is called again at once, and again, as fast as a core can.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -19,6 +23,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
+use super::link::{ConnectError, Link};
 use super::settings::PeerSettings;
 use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
@@ -28,6 +33,9 @@ use crate::types::LogId;
 /// Why a stream of appends ended early.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(in crate::network) enum PipelineError {
+    /// There is no connection.
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
     /// The connection or the peer failed.
     #[error("{0}")]
     Call(#[from] CallError),
@@ -36,13 +44,29 @@ pub(in crate::network) enum PipelineError {
     TooLarge(#[from] EntryTooLarge),
 }
 
-/// Sends `input` over `connection` and yields the replies in the order of the requests. Ends after the
-/// first error, after a reply other than "all appended", or with `input`.
-pub(in crate::network) fn append_stream<'s, S>(
-    connection: Arc<Connection>,
-    input: S,
-    settings: &PeerSettings,
-) -> BoxStream<'s, Result<AppendReply, PipelineError>>
+/// The replies to appends, in the order of the requests.
+type Replies<'s> = BoxStream<'s, Result<AppendReply, PipelineError>>;
+
+/// Sends `input` to the peer of `link` and yields the replies in the order of the requests. Ends after
+/// the first error, after a reply other than "all appended", or with `input`.
+pub(in crate::network) fn append_stream<'s, S>(link: Arc<Link>, mut input: S) -> Replies<'s>
+where
+    S: Stream<Item = AppendRequest> + Send + Unpin + 's,
+{
+    let start = async move {
+        let Some(first) = input.next().await else { return stream::empty().boxed() };
+        match link.connection().await {
+            Ok(connection) => {
+                let input = stream::iter([first]).chain(input);
+                pipelined(connection, input, link.settings())
+            }
+            Err(error) => stream::iter([Err(error.into())]).boxed(),
+        }
+    };
+    stream::once(start).flatten().boxed()
+}
+
+fn pipelined<'s, S>(connection: Arc<Connection>, input: S, settings: &PeerSettings) -> Replies<'s>
 where
     S: Stream<Item = AppendRequest> + Send + Unpin + 's,
 {

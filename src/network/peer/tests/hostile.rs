@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
 
 use super::support::*;
 use crate::network::peer::Purpose;
 use crate::network::peer::envelope::{encode_message, seal_request};
 use crate::network::peer::frame::{FrameHeader, FrameKind, encode_header};
 use crate::network::peer::greeting::{self, Hello};
-use crate::network::peer::wire::{Heartbeat, Method, VoteRequest};
+use crate::network::peer::settings::PeerSettings;
+use crate::network::peer::wire::{Append, Heartbeat, Method, VoteRequest};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -105,21 +107,20 @@ async fn broken_frames_close_their_connection_only() {
     node.stop().await;
 }
 
-/// A gap in the sequence of appends is held back, boundedly, and then ends the connection.
+/// Appends behind a gap are held back, and when the missing one can no longer come, that is the end.
 #[tokio::test]
-async fn appends_with_a_gap_are_bounded() {
+async fn appends_with_a_gap_end_the_connection_and_never_reach_raft() {
     let node = FakeNode::start(settings()).await;
     let mut stream = greeted(&node, Purpose::Append).await;
     for sequence in 1..100u16 {
-        let message = crate::network::peer::wire::Append { session: 0, request: append(1, 1, 10) };
+        let message = Append { session: 0, request: append(1, 1, 10) };
         let body = seal_request(u64::from(sequence), &identity(9), encode_message(&message));
         // The node may close before all is written.
         let _ = stream.write_all(&framed(Method::Append.number(), sequence, &body)).await;
     }
-    let in_flight = settings().calls_max(Purpose::Append);
+    closed(stream).await;
     assert!(node.fake.appended.lock().unwrap().is_empty());
     still_works(&node).await;
-    assert!(in_flight < 100);
     node.stop().await;
 }
 
@@ -127,21 +128,26 @@ async fn appends_with_a_gap_are_bounded() {
 #[tokio::test]
 async fn a_peer_that_does_not_read_is_held_back() {
     let node = FakeNode::start(settings()).await;
-    let mut stream = greeted(&node, Purpose::Control).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(node.addr.parse().unwrap()).await.unwrap();
+    let hello = Hello { purpose: Purpose::Control, sender: identity(9), target: 1 };
+    greeting::connect(&mut stream, &hello).await.unwrap();
     let message = encode_message(&VoteRequest::new(vote(1), None));
     let flood = async {
         for sequence in 0u64.. {
             let body = seal_request(sequence, &identity(9), message.clone());
             let frame = framed(Method::Vote.number(), sequence as u16, &body);
-            if stream.write_all(&frame).await.is_err() {
-                return;
+            let write = stream.write_all(&frame);
+            match timeout(Duration::from_millis(500), write).await {
+                Ok(written) => written.unwrap(),
+                Err(_) => return,
             }
         }
     };
-    let stalled = tokio::time::timeout(Duration::from_secs(1), flood).await;
+    let stalled = timeout(Duration::from_secs(60), flood).await;
+    stalled.expect("the node went on reading from a peer that does not");
     still_works(&node).await;
-    // On loopback the buffers may take more than one second's requests; either is fine.
-    drop(stalled);
     node.stop().await;
 }
 
@@ -164,7 +170,7 @@ async fn a_thousand_idle_connections_keep_no_peer_out() {
 /// However many greet, a peer that connects again for the same purpose has its own place.
 #[tokio::test]
 async fn greeted_connections_are_bounded_and_a_peer_keeps_its_place() {
-    let few = crate::network::peer::settings::PeerSettings { connections_max: 3, ..settings() };
+    let few = PeerSettings { connections_max: 3, ..settings() };
     let node = FakeNode::start(few).await;
     let own = link(&node.addr, Purpose::Control).connection().await.unwrap();
     let mut others = Vec::new();

@@ -34,6 +34,8 @@ fn a_gap_holds_a_bounded_number_back() {
         assert_eq!(reorder.next(), None);
     }
     assert_eq!(reorder.insert(4, ()), Err(LaneError::Overflow));
+    reorder.insert(0, ()).unwrap();
+    assert_eq!(std::iter::from_fn(|| reorder.next()).count(), 4);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::types::SnapshotMeta;
 struct Source {
     id: u64,
     chunks: u64,
+    chunk_bytes: usize,
 }
 
 impl ChunkSource for Source {
@@ -29,13 +30,15 @@ impl ChunkSource for Source {
 
     fn read_chunk(&self, cursor: &[u8], _: usize) -> io::Result<Chunk> {
         let at: u64 = std::str::from_utf8(cursor).unwrap().parse().unwrap();
-        Ok(Chunk { bytes: Bytes::from(format!("chunk {at}")), last: at + 1 == self.chunks })
+        let mut bytes = format!("chunk {at}").into_bytes();
+        bytes.resize(bytes.len().max(self.chunk_bytes), b' ');
+        Ok(Chunk { bytes: bytes.into(), last: at + 1 == self.chunks })
     }
 }
 
 fn transfer(chunks: u64) -> Transfer<Source> {
     let meta = SnapshotMeta { last_log_id: Some(log_id(9)), last_membership: Default::default() };
-    Transfer { source: Arc::new(Source { id: 77, chunks }), vote: vote(3), meta }
+    Transfer { source: Arc::new(Source { id: 77, chunks, chunk_bytes: 0 }), vote: vote(3), meta }
 }
 
 async fn receiver(chunks: u64) -> FakeNode {
@@ -127,5 +130,16 @@ async fn a_refusal_is_not_retried() {
     let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await;
     assert!(matches!(sent, Err(SendError::Call(CallError::Failed(_)))), "{sent:?}");
     assert_eq!(node.fake.staging.lock().unwrap().writes, 2);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_chunk_over_the_frame_limit_is_not_sent() {
+    let node = receiver(5).await;
+    let mut transfer = transfer(5);
+    transfer.source =
+        Arc::new(Source { id: 1, chunks: 5, chunk_bytes: settings().frame_bytes_max });
+    let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
+    assert!(matches!(sent, Err(SendError::Call(CallError::TooLarge { .. }))), "{sent:?}");
     node.stop().await;
 }

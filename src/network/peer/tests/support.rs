@@ -80,6 +80,11 @@ pub(super) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T 
     }
 }
 
+/// An append that reached the fake: the index before it and its number of entries.
+type Appended = (Option<u64>, usize);
+
+type OnChunk = Box<dyn FnMut(u64) + Send>;
+
 /// A stand-in for Raft.
 pub(super) struct Fake {
     /// Calls of any kind that have begun.
@@ -88,13 +93,13 @@ pub(super) struct Fake {
     pub(super) heartbeats: Semaphore,
     /// An append's reply takes one of these.
     pub(super) append_replies: Arc<Semaphore>,
-    /// Every append that came in order: first index and number of entries.
-    pub(super) appended: Arc<Mutex<Vec<(Option<u64>, usize)>>>,
+    /// Every append, in the order in which it came.
+    pub(super) appended: Arc<Mutex<Vec<Appended>>>,
     /// Appends after this index conflict.
     pub(super) conflict_after: Arc<AtomicU64>,
     pub(super) staging: Mutex<Staging>,
     /// Called before a chunk is answered, with its sequence.
-    pub(super) on_chunk: Mutex<Option<Box<dyn FnMut(u64) + Send>>>,
+    pub(super) on_chunk: Mutex<Option<OnChunk>>,
 }
 
 /// A stand-in for the stager: the cursor is the next sequence in decimal.

@@ -1,0 +1,155 @@
+//! A cluster of real nodes (openraft, RocksDB, sockets) replicates, survives a lost leader, lets
+//! followers serve linearizable reads, and brings a new node up by snapshot.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use openraft::{Raft, SnapshotPolicy};
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{PeerIdentity, PeerServer};
+use crate::config::Config;
+use crate::network::raft_network_impl::PeerNetwork;
+use crate::store::state_machine::StateMachine;
+use crate::store::{Store, StoreOptions};
+use crate::types::{Command, Condition, NodeAddrs, NodeId, TypeConfig};
+
+struct TestNode {
+    id: NodeId,
+    addrs: NodeAddrs,
+    raft: Raft<TypeConfig, StateMachine>,
+    network: PeerNetwork,
+    server: PeerServer,
+    store: Store,
+    shutdown: CancellationToken,
+}
+
+impl TestNode {
+    async fn start(dir: &Path, id: NodeId) -> Self {
+        let config = Config::default();
+        let identity = PeerIdentity { cluster: "c1".parse().unwrap(), node_id: id };
+        let store = Store::open(&StoreOptions {
+            dir: dir.join(id.to_string()),
+            node_id: id,
+            cluster: identity.cluster.clone(),
+            storage: config.storage.clone(),
+            raft: config.raft.clone(),
+        })
+        .unwrap();
+        let raft_config = openraft::Config {
+            heartbeat_interval: 100,
+            election_timeout_min: 400,
+            election_timeout_max: 800,
+            enable_pre_vote: Some(true),
+            max_payload_entries: 1024,
+            snapshot_policy: SnapshotPolicy::Never,
+            max_in_snapshot_log_to_keep: 0,
+            ..Default::default()
+        };
+        let raft_config = Arc::new(raft_config.validate().unwrap());
+        let network = PeerNetwork::new(identity.clone(), &config);
+        let machine = store.state_machine();
+        let raft = Raft::new(id, raft_config, network.clone(), store.log(), machine).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let rpc = listener.local_addr().unwrap().to_string();
+        let shutdown = CancellationToken::new();
+        let (stager, token) = (store.stager(), shutdown.clone());
+        let server = PeerServer::serve(listener, identity, raft.clone(), stager, &config, token);
+        let addrs = NodeAddrs { http: String::new(), rpc };
+        Self { id, addrs, raft, network, server, store, shutdown }
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        self.server.join().await;
+        self.raft.shutdown().await.unwrap();
+        self.network.shutdown().await;
+        drop((self.raft, self.network));
+        self.store.close().unwrap();
+    }
+}
+
+fn put(n: u64, bytes: usize) -> Command {
+    let value = Bytes::from(vec![n as u8; bytes]);
+    Command::Put { key: n.to_string().into(), value, condition: Condition::Always }
+}
+
+async fn leader(nodes: &[TestNode]) -> usize {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
+        for (at, node) in nodes.iter().enumerate() {
+            // A fresh leader refuses writes until a majority has answered it.
+            if node.raft.is_leader() && node.raft.client_write(put(0, 10)).await.is_ok() {
+                return at;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("no leader");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_cluster_replicates_fails_over_and_brings_a_node_up_by_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = Vec::new();
+    for id in 1..=3 {
+        nodes.push(TestNode::start(dir.path(), id).await);
+    }
+    let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
+    nodes[0].raft.initialize(members).await.unwrap();
+    let first = leader(&nodes).await;
+
+    let writes = (0..5000).map(|n| {
+        let raft = nodes[first].raft.clone();
+        async move { raft.client_write(put(n, 1000)).await.unwrap().log_id }
+    });
+    let written = futures_util::future::join_all(writes).await;
+    let last = *written.iter().max().unwrap();
+    for node in &nodes {
+        let applied = node.raft.wait(Some(Duration::from_secs(20)));
+        applied.applied_index_at_least(Some(last.index), "all").await.unwrap();
+    }
+
+    // A follower learns up to where it must apply.
+    let follower = &nodes[(first + 1) % 3];
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let (id, addrs) = (nodes[first].id, &nodes[first].addrs);
+    let index = follower.network.read_index(id, addrs, deadline).await.unwrap();
+    assert!(index >= last);
+
+    // The leader goes; the others elect one and go on.
+    nodes.remove(first).stop().await;
+    let second = leader(&nodes).await;
+    for n in 0..100 {
+        nodes[second].raft.client_write(put(n, 10)).await.unwrap();
+    }
+
+    // A new node gets what the log no longer has.
+    let raft = nodes[second].raft.clone();
+    raft.trigger().snapshot().await.unwrap();
+    let built = raft.wait(Some(Duration::from_secs(20)));
+    let built = built.metrics(|metrics| metrics.snapshot.is_some(), "built").await.unwrap();
+    let at = built.snapshot.unwrap();
+    raft.trigger().purge_log(at.index).await.unwrap();
+    raft.wait(Some(Duration::from_secs(20))).purged(Some(at), "purged").await.unwrap();
+    let newcomer = TestNode::start(dir.path(), 4).await;
+    raft.add_learner(4, newcomer.addrs.clone(), true).await.unwrap();
+    let members: BTreeSet<_> = nodes.iter().map(|n| n.id).chain([4]).collect();
+    raft.change_membership(members, false).await.unwrap();
+    nodes.push(newcomer);
+    let last = raft.client_write(put(1, 10)).await.unwrap().log_id;
+    for node in &nodes {
+        let applied = node.raft.wait(Some(Duration::from_secs(20)));
+        applied.applied_index_at_least(Some(last.index), "all").await.unwrap();
+        assert_eq!(node.store.reader().key_count().unwrap(), 5000);
+    }
+    drop(raft);
+    for node in nodes {
+        node.stop().await;
+    }
+}
