@@ -93,6 +93,7 @@ pub struct Node {
     raft: Raft,
     http: HttpServer,
     peers: PeerServer,
+    network: PeerNetwork,
     gate: JoinHandle<()>,
     store: Store,
 }
@@ -137,10 +138,21 @@ impl Node {
             },
         };
         let limits = config.limits.clone();
-        let app = App::new(identity, limits, raft.clone(), store.reader(), gate, network);
+        let app = App::new(identity, limits, raft.clone(), store.reader(), gate, network.clone());
         let http = HttpServer::serve(http, app.clone(), shutdown.clone());
         tracing::info!(%http_addr, %rpc_addr, dir = %options.data_dir.display(), "node started");
-        Ok(Self { http_addr, rpc_addr, shutdown, app, raft, http, peers, gate: gate_task, store })
+        Ok(Self {
+            http_addr,
+            rpc_addr,
+            shutdown,
+            app,
+            raft,
+            http,
+            peers,
+            network,
+            gate: gate_task,
+            store,
+        })
     }
 
     /// Where it serves clients.
@@ -170,11 +182,13 @@ impl Node {
 
     /// Stops the node: requests in flight finish, everything is flushed, the data directory is free.
     pub async fn shutdown(self) -> Result<(), StopError> {
-        let Self { shutdown, app, raft, http, peers, gate, store, .. } = self;
+        let Self { shutdown, app, raft, http, peers, network, gate, store, .. } = self;
         shutdown.cancel();
         http.join().await;
         peers.join().await;
         let stopped = raft.shutdown().await;
+        network.shutdown().await;
+        drop(network);
         drop(app);
         drop(raft);
         // The gate's queue closed with the last app; its round ends with Raft. A panic in it has

@@ -40,8 +40,9 @@ struct Flags {
 }
 
 /// What is logged unless `RUST_LOG` says otherwise. openraft warns at every attempt to reach a dead
-/// peer, hundreds of times a second under load; the peer network says the same once.
-const DEFAULT_LOG: &str = "info,openraft=error";
+/// peer, hundreds of times a second under load; the peer network says the same once. Toy-RPC reports
+/// every call that a lost connection took with it.
+const DEFAULT_LOG: &str = "info,openraft=error,toy_rpc=off";
 
 /// Flags, configuration, addresses or data directory are not usable as they are.
 const EXIT_USAGE: u8 = 2;
