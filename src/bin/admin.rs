@@ -26,7 +26,7 @@ const CONFIG_FILE: &str = "Config.toml";
 
 /// What is logged unless `RUST_LOG` says otherwise: the tables tell the rest, and a stopping follower is
 /// openraft's warning, but nobody's trouble.
-const DEFAULT_LOG: &str = "warn,openraft=error";
+const DEFAULT_LOG: &str = "warn,openraft=error,toy_rpc=off";
 
 /// What a shell reports for a process that SIGINT ended.
 const EXIT_INTERRUPTED: i32 = 130;
