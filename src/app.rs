@@ -18,6 +18,7 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{LinearizableReadError, RaftError};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Limits;
 use crate::network::error::{ApiError, Outcome};
@@ -84,6 +85,8 @@ struct Inner {
     peers: PeerNetwork,
     in_flight: Arc<Semaphore>,
     telemetry: Telemetry,
+    /// Membership changes, which outlive the requests that asked for them.
+    tasks: TaskTracker,
 }
 
 impl App {
@@ -98,7 +101,9 @@ impl App {
     ) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
         let telemetry = Telemetry::new();
-        let inner = Inner { identity, limits, raft, reader, gate, peers, in_flight, telemetry };
+        let tasks = TaskTracker::new();
+        let inner =
+            Inner { identity, limits, raft, reader, gate, peers, in_flight, telemetry, tasks };
         Self { inner: Arc::new(inner) }
     }
 
@@ -110,6 +115,12 @@ impl App {
     /// What a request may cost here.
     pub fn limits(&self) -> &Limits {
         &self.inner.limits
+    }
+
+    /// Waits for what goes on in the background. Call after Raft stopped, or it may take long.
+    pub async fn join(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
     }
 
     // --- Keys ------------------------------------------------------------------------------------
@@ -300,6 +311,9 @@ impl App {
     /// Gives the cluster its first ring; the same ring again is fine.
     pub async fn install_ring(&self, ring: Ring, deadline: Instant) -> Result<(), ApiError> {
         self.check_serving()?;
+        if serde_json::to_vec(&ring).map_or(usize::MAX, |json| json.len()) > self.ring_bytes_max() {
+            return Err(ApiError::TooLarge { what: "ring", max: self.ring_bytes_max() });
+        }
         if ring.next.is_some() {
             return Err(ApiError::BadRequest("a first ring has no `next`".into()));
         }
@@ -309,6 +323,11 @@ impl App {
             Applied::RingRefused(refusal) => Err(ApiError::Conflict(refusal.to_string())),
             other => unreachable!("a ring was answered by {other:?}"),
         }
+    }
+
+    /// A ring travels to the followers in one message.
+    fn ring_bytes_max(&self) -> usize {
+        self.inner.limits.peer_frame_bytes_max / 2
     }
 
     fn check_owner(&self, key: &[u8]) -> Result<(), ApiError> {

@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod app;
+pub mod caretaker;
 pub mod carp;
 pub mod client_error;
 pub mod cluster_manager;

@@ -44,6 +44,12 @@ pub struct NodeMetrics {
     /// The epoch of the ring that its state machine lives by; 0 for none.
     #[serde(default)]
     pub epoch: Option<Epoch>,
+    /// Whether the membership is between two: majorities of both are needed until the change is done.
+    #[serde(default)]
+    pub joint: bool,
+    /// Why the node has stopped serving, if its storage or consensus failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }
 
 /// A node's part in its Raft group.
@@ -76,6 +82,7 @@ mod tests {
         for added in ["keys", "revision", "epoch"] {
             assert!(json.as_object_mut().unwrap().remove(added).unwrap().is_null());
         }
+        assert_eq!(json.as_object_mut().unwrap().remove("joint").unwrap(), false);
         assert_eq!(json, serde_json::from_str::<serde_json::Value>(text).unwrap());
     }
 

@@ -18,7 +18,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::{App, Identity};
-use crate::config::{Config, RaftConfig};
+use crate::caretaker;
+use crate::config::{Config, Limits, RaftConfig};
 use crate::network::http_server::HttpServer;
 use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
@@ -65,6 +66,14 @@ pub enum StartError {
         /// The address as it was given.
         address: String,
     },
+    /// Files and connections would run out, and a write that cannot open its file is a failed disk.
+    #[error(
+        "the limit of open files is {limit}; a node needs at least {OPEN_FILES_MIN} (ulimit -n)"
+    )]
+    TooFewFiles {
+        /// The limit, raised as far as it goes.
+        limit: u64,
+    },
     /// The data directory is not fit.
     #[error(transparent)]
     Store(#[from] OpenError),
@@ -95,13 +104,16 @@ pub struct Node {
     peers: PeerServer,
     network: PeerNetwork,
     gate: JoinHandle<()>,
+    caretaker: JoinHandle<()>,
     store: Store,
 }
 
 impl Node {
     /// Starts a node. Returns once both ports accept.
     pub async fn start(options: NodeOptions) -> Result<Self, StartError> {
-        raise_open_files_limit();
+        let files = OpenFiles::of(raise_open_files_limit())?;
+        let mut options = options;
+        files.bound(&mut options.config.limits);
         let config = &options.config;
         let (http, http_addr) = listen(&options.http_addr, config.insecure).await?;
         let (rpc, rpc_addr) = listen(&options.rpc_addr, config.insecure).await?;
@@ -111,6 +123,7 @@ impl Node {
             cluster: options.cluster.clone(),
             storage: config.storage.clone(),
             raft: config.raft.clone(),
+            open_files_max: files.data,
         };
         let store = tokio::task::spawn_blocking(move || Store::open(&store_options))
             .await
@@ -129,6 +142,7 @@ impl Node {
         let peers =
             PeerServer::serve(rpc, identity, raft.clone(), stager, config, shutdown.clone());
         let (gate, gate_task) = ReadGate::spawn(raft.clone());
+        let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
         let identity = Identity {
             cluster: options.cluster,
             node_id: options.id,
@@ -151,6 +165,7 @@ impl Node {
             peers,
             network,
             gate: gate_task,
+            caretaker,
             store,
         })
     }
@@ -165,30 +180,36 @@ impl Node {
         self.rpc_addr
     }
 
-    /// Resolves, with the reason, when storage fails. Then the node answers every request with an
+    /// Resolves, with the reason, when storage or consensus fails. Then the node answers every request with an
     /// error, so that its operator sees why, until it is stopped. Cancel safe.
     pub async fn failed(&self) -> String {
         let mut metrics = self.raft.metrics();
+        let mut storage = self.app.storage_failure();
         loop {
             if let Some(failure) = self.app.storage_failed() {
                 return failure;
             }
-            if metrics.changed().await.is_err() {
-                // Raft is gone without a storage failure: the node is stopping.
-                std::future::pending::<()>().await;
+            // Either sender may go first when the node stops; then only the other can still speak.
+            tokio::select! {
+                Ok(()) = metrics.changed() => {}
+                Ok(()) = storage.changed() => {}
+                else => std::future::pending().await,
             }
         }
     }
 
     /// Stops the node: requests in flight finish, everything is flushed, the data directory is free.
     pub async fn shutdown(self) -> Result<(), StopError> {
-        let Self { shutdown, app, raft, http, peers, network, gate, store, .. } = self;
+        let Self { shutdown, app, raft, http, peers, network, gate, caretaker, store, .. } = self;
         shutdown.cancel();
         http.join().await;
         peers.join().await;
         let stopped = raft.shutdown().await;
         network.shutdown().await;
         drop(network);
+        app.join().await;
+        // A panic in it has been reported by the panic hook.
+        let _ = caretaker.await;
         drop(app);
         drop(raft);
         // The gate's queue closed with the last app; its round ends with Raft. A panic in it has
@@ -252,13 +273,60 @@ fn raft_config(
     raft.validate().map(Arc::new).map_err(|error| StartError::Raft(error.to_string()))
 }
 
-/// RocksDB keeps all its files open, and each client and peer costs one.
-fn raise_open_files_limit() {
+/// Below this many open files, a node cannot promise that clients leave its store any.
+const OPEN_FILES_MIN: u64 = 512;
+
+/// Open files that are neither data files nor connections: write-ahead logs, manifests, listeners,
+/// images, and what the runtime needs.
+const OPEN_FILES_RESERVED: u64 = 128;
+
+/// How the process's open files are shared out, so that a flood of clients cannot take from the store
+/// what it needs to go on writing.
+struct OpenFiles {
+    data: i32,
+    http: usize,
+    peers: usize,
+}
+
+impl OpenFiles {
+    fn of(limit: u64) -> Result<Self, StartError> {
+        if limit < OPEN_FILES_MIN {
+            return Err(StartError::TooFewFiles { limit });
+        }
+        // A quarter for data files. Of the rest, half for clients and peers that connect, half for
+        // requests that this node passes on and for its own connections to peers.
+        let quarter = (limit - OPEN_FILES_RESERVED) / 4;
+        let at_most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX);
+        Ok(Self {
+            data: i32::try_from(quarter).unwrap_or(i32::MAX),
+            http: at_most(quarter / 4 * 5),
+            peers: at_most(quarter / 4),
+        })
+    }
+
+    /// Lowers the limits of connections to what the files allow.
+    fn bound(&self, limits: &mut Limits) {
+        for (limit, files, what) in [
+            (&mut limits.http_connections_max, self.http, "clients"),
+            (&mut limits.peer_connections_max, self.peers, "peers"),
+        ] {
+            if *limit > files {
+                tracing::warn!(max = files, what, "fewer connections than configured: open files");
+                *limit = files;
+            }
+        }
+    }
+}
+
+/// Raises the soft limit of open files to the hard one; returns what it is then.
+fn raise_open_files_limit() -> u64 {
     let limit = getrlimit(Resource::Nofile);
-    if limit.current < limit.maximum {
-        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum.unwrap_or(u64::MAX),
+        Err(error) => {
             tracing::warn!(%error, "cannot raise the limit of open files");
+            limit.current.unwrap_or(u64::MAX)
         }
     }
 }

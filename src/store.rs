@@ -139,6 +139,8 @@ pub struct StoreOptions {
     pub storage: StorageConfig,
     /// Batch sizes.
     pub raft: RaftConfig,
+    /// How many data files RocksDB keeps open.
+    pub open_files_max: i32,
 }
 
 /// An open data directory. Owns the flusher thread; [`Store::close`] ends it.
@@ -160,7 +162,7 @@ impl Store {
         if !fresh && !marker_path.exists() {
             return Err(OpenError::NotOurs { path: dir.clone() });
         }
-        std::fs::create_dir_all(dir).map_err(|source| io_error(dir, source))?;
+        create_dir(dir).map_err(|source| io_error(dir, source))?;
         let lock = lock(dir)?;
         let marker = Marker::open(&marker_path, options.node_id, &options.cluster)?;
         let snapshots = dir.join("snapshots");
@@ -171,13 +173,18 @@ impl Store {
             path: db_path.clone(),
             message: error.to_string(),
         };
-        let engine = Arc::new(Engine::open(&db_path, &options.storage).map_err(failed)?);
+        let engine = Arc::new(
+            Engine::open(&db_path, &options.storage, options.open_files_max).map_err(failed)?,
+        );
         engine.check_identity(options.node_id, &options.cluster).map_err(failed)?;
-        engine.verify_blocks().map_err(failed)?;
+        let verified = engine.verify_blocks().map_err(failed)?;
         let marker = Arc::new(marker);
         let flusher = Flusher::spawn(engine.clone(), marker.clone());
         let log = LogStore::open(engine.clone(), flusher.handle(), marker.clone(), options)
             .map_err(failed)?;
+        if verified {
+            log.check_no_holes().map_err(failed)?;
+        }
         let state = StateMachine::open(engine.clone(), snapshots, options).map_err(failed)?;
         let durable = log.last_log_id().max(state.last_applied());
         marker
@@ -233,7 +240,7 @@ fn io_error(path: &Path, source: io::Error) -> OpenError {
     OpenError::Io { path: path.into(), source }
 }
 
-/// Whether the directory is absent, empty, or was only just begun (lock file alone).
+/// Whether the directory is absent, empty, or was only just begun: the marker is not there yet.
 fn is_fresh(dir: &Path) -> Result<bool, OpenError> {
     match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
@@ -241,13 +248,28 @@ fn is_fresh(dir: &Path) -> Result<bool, OpenError> {
         Ok(entries) => {
             for entry in entries {
                 let entry = entry.map_err(|source| io_error(dir, source))?;
-                if entry.file_name() != LOCK_FILE_NAME {
+                if ![LOCK_FILE_NAME, marker::TEMPORARY_NAME]
+                    .map(Into::into)
+                    .contains(&entry.file_name())
+                {
                     return Ok(false);
                 }
             }
             Ok(true)
         }
     }
+}
+
+/// Makes the directory, and makes sure that it is still there after a power loss: it will hold votes.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    for parent in std::path::absolute(dir)?.ancestors().skip(1) {
+        // Directories of others may not be readable; what was made here is.
+        if std::fs::File::open(parent).and_then(|parent| parent.sync_all()).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 const LOCK_FILE_NAME: &str = "node.lock";

@@ -2,6 +2,8 @@
 
 use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
+use openraft::errors::Fatal;
+use tokio::sync::watch;
 
 use crate::metrics::{NodeMetrics, NodeState};
 
@@ -11,6 +13,9 @@ impl App {
     /// What the node says about itself.
     pub fn metrics(&self) -> NodeMetrics {
         let reader = &self.inner.reader;
+        let failed = self.storage_failed();
+        // Counted before the metrics are looked at: who looks holds up Raft's next report.
+        let keys = reader.key_count().ok();
         let metrics = self.inner.raft.metrics();
         let metrics = metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
@@ -27,9 +32,11 @@ impl App {
             last_applied: metrics.last_applied.index(),
             voters: membership.voter_ids().collect(),
             learners: membership.learner_ids().collect(),
-            keys: reader.key_count().ok(),
+            keys,
             revision: Some(reader.revision()),
             epoch: Some(reader.ring().ring().epoch),
+            joint: membership.get_joint_config().len() > 1,
+            failed,
         }
     }
 
@@ -69,15 +76,22 @@ impl App {
         self.inner.telemetry.text(&self.metrics(), data_bytes)
     }
 
-    /// Why storage has failed, if it has.
+    /// Tells when storage fails. Consensus may fail without it: see [`App::storage_failed`].
+    pub fn storage_failure(&self) -> watch::Receiver<Option<String>> {
+        self.inner.reader.failure()
+    }
+
+    /// Why storage or consensus has failed, if one of them has. Then the node serves nothing.
     pub fn storage_failed(&self) -> Option<String> {
         if let Some(failure) = self.inner.reader.failure().borrow().clone() {
             return Some(failure);
         }
         let metrics = self.inner.raft.metrics();
         match &metrics.borrow_watched().running_state {
-            Err(openraft::errors::Fatal::StorageError(error)) => Some(error.to_string()),
-            _ => None,
+            Err(Fatal::StorageError(error)) => Some(error.to_string()),
+            Err(Fatal::Panicked) => Some("consensus has stopped: its task panicked".into()),
+            // The node is being stopped.
+            Err(Fatal::Stopped) | Ok(()) => None,
         }
     }
 }

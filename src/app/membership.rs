@@ -6,12 +6,13 @@ use std::time::Duration;
 use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
+use openraft::raft::ClientWriteResponse;
 use tokio::time::Instant;
 
 use crate::network::error::{ApiError, Outcome};
 use crate::types::{NodeAddrs, NodeId, TypeConfig};
 
-use super::{App, Metrics, POLL_INTERVAL};
+use super::{App, Consistency, Metrics, POLL_INTERVAL};
 
 /// A learner may become a voter once it lags behind the leader by no more than this many entries:
 /// they are sent within one round trip or two, so the new quorum works at once.
@@ -19,6 +20,9 @@ const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
 
 /// How long forming a cluster waits for its first leader.
 const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
+
+type ChangeResult =
+    Result<ClientWriteResponse<TypeConfig>, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>;
 
 impl App {
     /// Forms the cluster with this node as its only voter.
@@ -64,7 +68,7 @@ impl App {
             metrics.membership_config.membership().get_node(&id).cloned()
         };
         match known {
-            Some(known) if known == addrs => return Ok(()),
+            Some(known) if known == addrs => return self.await_settled(deadline).await,
             Some(known) => {
                 let text =
                     format!("node {id} is already a member at {} / {}", known.http, known.rpc);
@@ -72,7 +76,8 @@ impl App {
             }
             None => {}
         }
-        let added = self.inner.raft.add_learner(id, addrs, false);
+        let raft = self.inner.raft.clone();
+        let added = async move { raft.add_learner(id, addrs, false).await };
         self.await_membership(added, deadline).await
     }
 
@@ -85,22 +90,44 @@ impl App {
         self.check_serving()?;
         self.check_leader()?;
         self.await_caught_up(&voters, deadline).await?;
-        let changed = self.inner.raft.change_membership(voters, false);
+        let raft = self.inner.raft.clone();
+        let changed = async move { raft.change_membership(voters, false).await };
         self.await_membership(changed, deadline).await
     }
 
-    async fn await_membership<T>(
+    /// Runs a change to its end in a task of its own, and waits for it until the deadline: openraft
+    /// takes the second step of a change from the future that asked for the first one, so dropping it
+    /// would leave the cluster between two memberships.
+    async fn await_membership(
         &self,
-        change: impl Future<Output = Result<T, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>>,
+        change: impl Future<Output = ChangeResult> + Send + 'static,
         deadline: Instant,
     ) -> Result<(), ApiError> {
+        let change = self.inner.tasks.spawn(change);
         match tokio::time::timeout_at(deadline, change).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(self.write_error(error)),
+            Ok(Ok(Ok(_))) => Ok(()),
+            Ok(Ok(Err(error))) => Err(self.write_error(error)),
+            Ok(Err(_)) => Err(ApiError::Stopping { outcome: Outcome::Unknown }),
             Err(_) => Err(ApiError::Timeout {
                 message: "the membership change was not confirmed in time; it may still take effect",
                 outcome: Outcome::Unknown,
             }),
+        }
+    }
+
+    /// Returns once the membership that this node sees is committed, and it still leads.
+    async fn await_settled(&self, deadline: Instant) -> Result<(), ApiError> {
+        loop {
+            self.await_read_index(Consistency::Linearizable, deadline).await?;
+            let settled = {
+                let metrics = self.inner.raft.metrics();
+                let metrics = metrics.borrow_watched();
+                *metrics.membership_config.log_id() <= metrics.last_applied
+            };
+            if settled {
+                return Ok(());
+            }
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 

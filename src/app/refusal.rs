@@ -100,7 +100,7 @@ impl App {
             (None, Fatal::StorageError(error)) => {
                 ApiError::Storage { message: error.to_string(), outcome }
             }
-            (None, _) => ApiError::Stopping { outcome },
+            (None, Fatal::Panicked | Fatal::Stopped) => ApiError::Stopping { outcome },
         }
     }
 }

@@ -80,7 +80,13 @@ async fn run(flags: Flags) -> ExitCode {
         data_dir,
         config,
     };
-    let node = match Node::start(options).await {
+    let started = tokio::select! {
+        started = Node::start(options) => started,
+        // Replaying a long log takes a while. Nothing has been served yet, so nothing is lost.
+        _ = terminate.recv() => std::process::exit(0),
+        _ = interrupt.recv() => std::process::exit(0),
+    };
+    let node = match started {
         Ok(node) => node,
         Err(error) => return fail(EXIT_USAGE, &error),
     };
@@ -93,16 +99,22 @@ async fn run(flags: Flags) -> ExitCode {
         _ = interrupt.recv() => {}
         _ = report_failure(&node) => {}
     }
-    match node.shutdown().await {
+    let stopped = tokio::select! {
+        stopped = node.shutdown() => stopped,
+        // Whoever asks twice does not want to wait. A crash loses nothing either.
+        _ = terminate.recv() => std::process::exit(1),
+        _ = interrupt.recv() => std::process::exit(1),
+    };
+    match stopped {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(1, &error),
     }
 }
 
-/// Says why storage failed and never returns: the node goes on answering with that error.
+/// Says why storage or consensus failed and never returns: the node goes on answering with that error.
 async fn report_failure(node: &Node) {
     let reason = node.failed().await;
-    eprintln!("raft-kv: storage has failed, this node serves no more: {reason}");
+    eprintln!("raft-kv: this node serves no more, its storage has failed: {reason}");
     std::future::pending().await
 }
 

@@ -323,6 +323,8 @@ mod tests {
             keys: None,
             revision: None,
             epoch: None,
+            joint: false,
+            failed: None,
         }
     }
 

@@ -201,6 +201,8 @@ mod tests {
             keys: None,
             revision: None,
             epoch: None,
+            joint: false,
+            failed: None,
         })
     }
 

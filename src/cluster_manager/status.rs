@@ -144,6 +144,8 @@ mod tests {
             keys: None,
             revision: None,
             epoch: None,
+            joint: false,
+            failed: None,
         }
     }
 

@@ -54,8 +54,13 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn open(path: &Path, storage: &StorageConfig) -> io::Result<Self> {
-        let options = db_options(storage);
+    pub(super) fn open(
+        path: &Path,
+        storage: &StorageConfig,
+        open_files_max: i32,
+    ) -> io::Result<Self> {
+        let mut options = db_options(storage);
+        options.set_max_open_files(open_files_max);
         let cache = Cache::new_lru_cache(storage.block_cache_bytes);
         let names = if path.join("CURRENT").exists() {
             Db::list_cf(&options, path).map_err(to_io)?
@@ -141,6 +146,12 @@ impl Engine {
         self.db.flush_cf_opt(&family, &options).map_err(|error| self.fail("flush", &error))
     }
 
+    /// One of RocksDB's numbers about a column family; 0 where it knows none.
+    pub(super) fn number(&self, family: &str, property: &str) -> io::Result<u64> {
+        let family = self.family(family)?;
+        Ok(self.db.property_int_value_cf(&family, property).map_err(to_io)?.unwrap_or(0))
+    }
+
     /// An error if the storage has failed.
     pub(super) fn check(&self) -> io::Result<()> {
         match &*self.failure.borrow() {
@@ -192,17 +203,16 @@ impl Engine {
     }
 
     /// Reads every block of a small store once, so that a flipped bit is found before it is served.
-    pub(super) fn verify_blocks(&self) -> io::Result<()> {
+    /// True if it did.
+    pub(super) fn verify_blocks(&self) -> io::Result<bool> {
         let names = Db::list_cf(&Options::default(), &self.path).map_err(to_io)?;
         let mut bytes = 0;
         for name in &names {
-            let family = self.family(name)?;
-            let size = self.db.property_int_value_cf(&family, "rocksdb.total-sst-files-size");
-            bytes += size.map_err(to_io)?.unwrap_or(0);
+            bytes += self.number(name, "rocksdb.total-sst-files-size")?;
         }
         if bytes > VERIFY_BYTES_MAX {
             tracing::info!(bytes, "the store is large: blocks are checked as they are read");
-            return Ok(());
+            return Ok(false);
         }
         for name in &names {
             let mut options = ReadOptions::default();
@@ -213,7 +223,7 @@ impl Engine {
                 item.map_err(to_io)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -240,7 +250,6 @@ fn db_options(storage: &StorageConfig) -> Options {
     options.set_manual_wal_flush(true);
     options.set_max_total_wal_size(WAL_MEMTABLES_MAX * storage.memtable_bytes as u64);
     options.set_max_background_jobs(2);
-    options.set_max_open_files(-1);
     options.set_bytes_per_sync(1 << 20);
     options.set_keep_log_file_num(INFO_LOG_FILES_MAX);
     options.set_max_log_file_size(INFO_LOG_BYTES_MAX);
@@ -266,7 +275,8 @@ fn family_options(name: &str, storage: &StorageConfig, cache: &Cache) -> Options
         // Entries live shortly and are read in order: no filter, no compression.
         options.set_compression_type(DBCompressionType::None);
         options.set_write_buffer_size(storage.memtable_bytes);
-        options.set_max_write_buffer_number(2);
+        // A write that must wait for a memtable holds up consensus: more of them, so that it does not.
+        options.set_max_write_buffer_number(6);
     } else {
         options.set_write_buffer_size(1 << 20);
     }

@@ -80,6 +80,20 @@ impl LogStore {
         Ok(Self { engine, flusher, marker, read_bytes_max, shared })
     }
 
+    /// Reads the whole log once. A torn tail of an older write-ahead log file, followed by a newer
+    /// file, would leave a hole that neither end of the log shows.
+    pub(super) fn check_no_holes(&self) -> io::Result<()> {
+        let (mut next, end) = {
+            let ends = self.lock();
+            (ends.purged.next_index(), ends.last.next_index())
+        };
+        while next < end {
+            let entries = self.read_from_disk(next, end, APPLY_READ_BYTES_MAX)?;
+            next += entries.len() as u64;
+        }
+        Ok(())
+    }
+
     /// The last entry's id, or what was last purged.
     pub(super) fn last_log_id(&self) -> Option<LogId> {
         self.lock().last
@@ -134,8 +148,9 @@ impl LogStore {
             }
             entries.push(entry);
         }
-        // The caller asked for something that the log has (a purge may have taken it meanwhile).
-        if entries.is_empty() && start > self.lock().purged.index().unwrap_or_default() {
+        // The caller asked for something that the log has, unless a purge took it meanwhile.
+        let first = entries.first().map(RaftEntry::index);
+        if first != Some(start) && start >= self.lock().purged.next_index() {
             return Err(corrupt("the log", format_args!("entry {start} is missing")));
         }
         Ok(entries)

@@ -30,6 +30,8 @@ use crate::types::{ClusterId, LogId, NodeId, Vote};
 use super::{OpenError, meta};
 
 pub(super) const FILE_NAME: &str = "marker";
+/// Where a new marker is written before it takes the old one's place.
+pub(super) const TEMPORARY_NAME: &str = "marker.tmp";
 const MAGIC: &[u8; 8] = b"dkvmark1";
 
 #[derive(Debug, Clone, PartialEq)]
@@ -177,7 +179,7 @@ fn get_block<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], String> {
 
 /// Writes a file so that a crash leaves the old content or the new one.
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("tmp");
+    let temporary = path.with_file_name(TEMPORARY_NAME);
     let mut file = File::create(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;

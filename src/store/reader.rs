@@ -13,11 +13,13 @@ use tokio::sync::watch;
 use crate::ring::RingTable;
 use crate::types::{ClusterId, Record, Revision};
 
-use super::engine::{Engine, to_io};
+use super::engine::{CF_LOG, Engine, to_io};
 use super::meta;
 
-/// Up to this many keys [`StateReader::key_count`] counts; above, it takes RocksDB's estimate.
+/// Up to this many keys, and this many bytes of data, [`StateReader::key_count`] counts: that takes
+/// milliseconds. Above, it takes RocksDB's estimate.
 const COUNT_KEYS_MAX: u64 = 10_000;
+const COUNT_BYTES_MAX: u64 = 32 << 20;
 
 /// What the state machine and its readers share.
 pub(super) struct StateShared {
@@ -107,15 +109,14 @@ impl StateReader {
     pub fn key_count(&self) -> io::Result<u64> {
         let engine = &self.shared.engine;
         let view = self.shared.view();
-        let family = engine.family(&view.data)?;
-        let estimate = engine
-            .db()
-            .property_int_value_cf(&family, "rocksdb.estimate-num-keys")
-            .map_err(to_io)?
-            .unwrap_or(0);
-        if estimate > COUNT_KEYS_MAX {
+        let property = |name| engine.number(&view.data, name);
+        let estimate = property("rocksdb.estimate-num-keys")?;
+        let bytes = property("rocksdb.total-sst-files-size")?
+            + property("rocksdb.cur-size-all-mem-tables")?;
+        if estimate > COUNT_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
+        let family = engine.family(&view.data)?;
         let mut count = 0;
         for item in engine.db().iterator_cf(&family, IteratorMode::Start) {
             item.map_err(to_io)?;
@@ -131,9 +132,14 @@ impl StateReader {
     pub fn disk_bytes(&self) -> io::Result<u64> {
         let engine = &self.shared.engine;
         let view = self.shared.view();
-        let family = engine.family(&view.data)?;
-        let size = engine.db().property_int_value_cf(&family, "rocksdb.total-sst-files-size");
-        Ok(size.map_err(to_io)?.unwrap_or(0))
+        engine.number(&view.data, "rocksdb.total-sst-files-size")
+    }
+
+    /// Bytes of the Raft log, on disk and in memtables, with what a purge has not removed yet.
+    pub fn log_bytes(&self) -> io::Result<u64> {
+        let engine = &self.shared.engine;
+        Ok(engine.number(CF_LOG, "rocksdb.estimate-live-data-size")?
+            + engine.number(CF_LOG, "rocksdb.cur-size-all-mem-tables")?)
     }
 
     /// Tells when storage has failed, and why.

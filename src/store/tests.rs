@@ -25,6 +25,7 @@ fn options(dir: &Path) -> StoreOptions {
         cluster: "c1".parse().unwrap(),
         storage: config.storage,
         raft: config.raft,
+        open_files_max: 64,
     }
 }
 

@@ -39,6 +39,7 @@ impl TestNode {
             cluster: identity.cluster.clone(),
             storage: config.storage.clone(),
             raft: config.raft.clone(),
+            open_files_max: 64,
         })
         .unwrap();
         let raft_config = openraft::Config {

@@ -1,0 +1,113 @@
+//! What a node does unasked, in one task: fall silent, finish, tidy.
+//!
+//! - **Fall silent.** When storage fails outside of an append (the marker, a staged snapshot), Raft does
+//!   not notice: the node would go on leading a cluster whose requests it refuses. So the first failure
+//!   stops Raft, and the others elect someone who can serve. The HTTP port goes on telling why.
+//! - **Finish.** openraft takes a membership change in two steps, and whoever asked for it takes the
+//!   second. If the asking node dies in between, the cluster stays in the joint membership, needs
+//!   majorities of both, and nothing shows it. A leader that finds itself there takes the second step.
+//! - **Tidy.** Snapshots are taken every so many entries; if the entries are large, the log would fill
+//!   the disk first. Above [`LOG_BYTES_MAX`] a snapshot is taken and the log purged up to it at once.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use openraft::ChangeMembers;
+use openraft::async_runtime::WatchReceiver;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::node::Raft;
+use crate::store::StateReader;
+
+/// Between two looks around.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long a joint membership may stand before it is taken for abandoned: its second step usually
+/// follows within milliseconds, and taking it twice is harmless.
+const JOINT_GRACE: Duration = Duration::from_secs(3);
+
+/// The log's size on disk above which it is cut, in bytes.
+const LOG_BYTES_MAX: u64 = 1 << 30;
+
+/// Starts the task. It ends with `shutdown`.
+pub fn spawn(raft: Raft, reader: StateReader, shutdown: CancellationToken) -> JoinHandle<()> {
+    tokio::spawn(async move {
+        let mut caretaker = Caretaker { raft, reader, joint_since: None };
+        shutdown.run_until_cancelled(caretaker.run()).await;
+    })
+}
+
+struct Caretaker {
+    raft: Raft,
+    reader: StateReader,
+    joint_since: Option<Instant>,
+}
+
+impl Caretaker {
+    async fn run(&mut self) {
+        let mut failure = self.reader.failure();
+        loop {
+            if failure.borrow_and_update().is_some() {
+                if let Err(error) = self.raft.shutdown().await {
+                    tracing::error!(%error, "consensus did not stop cleanly after storage failed");
+                }
+                return;
+            }
+            // The store's sender lives as long as this reader; a timeout is the usual case.
+            if tokio::time::timeout(INTERVAL, failure.changed()).await.is_err() {
+                self.finish_membership_change().await;
+                self.cut_long_log().await;
+            }
+        }
+    }
+
+    async fn finish_membership_change(&mut self) {
+        let joint = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            let membership = &metrics.membership_config;
+            metrics.state == openraft::ServerState::Leader
+                && membership.membership().get_joint_config().len() > 1
+                && *membership.log_id() <= metrics.local_committed
+        };
+        if !joint {
+            self.joint_since = None;
+            return;
+        }
+        if self.joint_since.get_or_insert_with(Instant::now).elapsed() < JOINT_GRACE {
+            return;
+        }
+        tracing::info!("finishing a membership change that was left half done");
+        // Adding nobody makes the newer half of the joint membership the whole of it.
+        let nobody = ChangeMembers::AddVoterIds(BTreeSet::new());
+        let step = self.raft.change_membership(nobody, false);
+        if let Ok(Err(error)) = tokio::time::timeout(JOINT_GRACE, step).await {
+            tracing::warn!(%error, "cannot finish the membership change yet");
+        }
+    }
+
+    async fn cut_long_log(&self) {
+        let bytes = match self.reader.log_bytes() {
+            Ok(bytes) if bytes > LOG_BYTES_MAX => bytes,
+            _ => return,
+        };
+        let (snapshot, purged) = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            (metrics.snapshot, metrics.purged)
+        };
+        tracing::debug!(bytes, ?snapshot, "the log is large; cutting it");
+        // What stays behind the snapshot is for followers that lag a little: they get the snapshot.
+        let cut = match snapshot {
+            Some(snapshot) if Some(snapshot) > purged => {
+                self.raft.trigger().purge_log(snapshot.index).await
+            }
+            _ => self.raft.trigger().snapshot().await,
+        };
+        if let Err(error) = cut {
+            tracing::debug!(%error, "the log was not cut: consensus has stopped");
+        }
+    }
+}
