@@ -137,20 +137,18 @@ impl Node {
             .await
             .map_err(|error| StartError::Raft(error.to_string()))?;
 
+        let addrs = NodeAddrs {
+            http: advertised(&options.http_addr, http_addr),
+            rpc: advertised(&options.rpc_addr, rpc_addr),
+        };
+        warn_if_moved(&raft, options.id, &addrs);
         let shutdown = CancellationToken::new();
         let stager = store.stager();
         let peers =
             PeerServer::serve(rpc, identity, raft.clone(), stager, config, shutdown.clone());
         let (gate, gate_task) = ReadGate::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
-        let identity = Identity {
-            cluster: options.cluster,
-            node_id: options.id,
-            addrs: NodeAddrs {
-                http: advertised(&options.http_addr, http_addr),
-                rpc: advertised(&options.rpc_addr, rpc_addr),
-            },
-        };
+        let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };
         let limits = config.limits.clone();
         let app = App::new(identity, limits, raft.clone(), store.reader(), gate, network.clone());
         let http = HttpServer::serve(http, app.clone(), shutdown.clone());
@@ -231,6 +229,20 @@ async fn listen(address: &str, insecure: bool) -> Result<(TcpListener, SocketAdd
         return Err(StartError::NotLoopback { address: address.to_owned() });
     }
     Ok((listener, local))
+}
+
+/// The others look for a node where the membership says. One that comes back elsewhere is not found.
+fn warn_if_moved(raft: &Raft, id: NodeId, now: &NodeAddrs) {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    match metrics.membership_config.membership().get_node(&id) {
+        Some(then) if then != now => tracing::warn!(
+            ?then,
+            ?now,
+            "this node listens elsewhere than its cluster's membership says: others will not find it"
+        ),
+        _ => {}
+    }
 }
 
 /// What others are told: the host as it was given, because a name may mean more to them than the

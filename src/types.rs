@@ -96,6 +96,18 @@ pub struct NodeAddrs {
     pub rpc: String,
 }
 
+impl NodeAddrs {
+    /// Whether one of them is a wildcard such as `0.0.0.0`: good for listening, of no use to others.
+    pub fn has_wildcard(&self) -> bool {
+        let wildcard = |address: &str| {
+            address
+                .parse::<std::net::SocketAddr>()
+                .is_ok_and(|address| address.ip().is_unspecified())
+        };
+        wildcard(&self.http) || wildcard(&self.rpc)
+    }
+}
+
 /// What must hold of a key's current record for a write to take place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Condition {

@@ -29,6 +29,7 @@ impl App {
     pub async fn init(&self) -> Result<(), ApiError> {
         self.check_serving()?;
         let identity = &self.inner.identity;
+        refuse_wildcard(&identity.addrs)?;
         let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
             Ok(()) => {
@@ -61,6 +62,7 @@ impl App {
         deadline: Instant,
     ) -> Result<(), ApiError> {
         self.check_serving()?;
+        refuse_wildcard(&addrs)?;
         self.check_leader()?;
         let known = {
             let metrics = self.inner.raft.metrics();
@@ -167,4 +169,15 @@ impl App {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
+}
+
+/// The membership tells the other nodes where to connect; a wildcard would send them to themselves.
+fn refuse_wildcard(addrs: &NodeAddrs) -> Result<(), ApiError> {
+    if !addrs.has_wildcard() {
+        return Ok(());
+    }
+    let NodeAddrs { http, rpc } = addrs;
+    Err(ApiError::BadRequest(format!(
+        "{http} / {rpc}: other nodes cannot connect to a wildcard; start the node with its own address"
+    )))
 }
