@@ -90,8 +90,14 @@ fn start(options: &NodeOptions) -> NodeProcess {
     node
 }
 
-/// A data directory of node 1 of `c1` with a few keys, of a node that has stopped cleanly.
-fn used_directory(dir: &Path) -> PathBuf {
+/// How a node ended.
+enum End {
+    Clean,
+    Killed,
+}
+
+/// A data directory of node 1 of `c1` with a few keys, whose node has ended.
+fn used_directory(dir: &Path, end: End) -> PathBuf {
     let data = dir.join("data");
     let mut node = start(&NodeOptions::new(1, &data));
     init_alone(node.http());
@@ -99,7 +105,10 @@ fn used_directory(dir: &Path) -> PathBuf {
         let answer = common::put(node.http(), &format!("/v1/kv/k{n}"), &[b'v'; 1000]);
         assert_eq!(answer.status, 200, "{}", answer.text());
     }
-    assert!(node.terminate().success());
+    match end {
+        End::Clean => assert!(node.terminate().success()),
+        End::Killed => node.kill9(),
+    }
     data
 }
 
@@ -212,7 +221,7 @@ fn a_bad_configuration_is_refused() {
 #[test]
 fn a_directory_of_somebody_else_is_refused_unchanged() {
     let dir = tempfile::tempdir().unwrap();
-    let data = used_directory(dir.path());
+    let data = used_directory(dir.path(), End::Clean);
     let before = contents(&data);
     assert_refused(&run_in(dir.path(), &flags("2", &data)), &["node 1", "node 2", "data"]);
     assert_unchanged(&data, &before);
@@ -309,12 +318,27 @@ fn stop(node: &mut NodeProcess, signal: Signal) -> ExitStatus {
     node.ended()
 }
 
-/// A flipped bit in a file of the data directory is either refused with the file's name, or harms
-/// nothing: every acknowledged write is still there. It is never a node that forgot something.
+/// After a clean stop: see [`flip_bits`].
 #[test]
 fn a_flipped_bit_is_refused_or_harmless() {
+    flip_bits(End::Clean);
+}
+
+/// After kill -9, when the newest writes are in RocksDB's own log only: see [`flip_bits`].
+#[test]
+fn a_flipped_bit_after_a_crash_is_refused_or_harmless() {
+    flip_bits(End::Killed);
+}
+
+/// Flips of one bit in each file. `KV_TEST_FLIPS` looks at more.
+const FLIPS: usize = 3;
+
+/// A flipped bit in a file of the data directory is either refused with the file's name, or harms
+/// nothing: every acknowledged write is still there. It is never a node that forgot something.
+fn flip_bits(end: End) {
+    let flips = std::env::var("KV_TEST_FLIPS").map_or(FLIPS, |n| n.parse().expect("a number"));
     let dir = tempfile::tempdir().unwrap();
-    let data = used_directory(dir.path());
+    let data = used_directory(dir.path(), end);
     let clean = contents(&data);
     let files: Vec<&PathBuf> = clean
         .iter()
@@ -322,7 +346,7 @@ fn a_flipped_bit_is_refused_or_harmless() {
         .map(|(path, _)| path)
         .collect();
     let mut refused = 0;
-    for (round, path) in files.iter().cycle().take(3 * files.len()).enumerate() {
+    for (round, path) in files.iter().cycle().take(flips * files.len()).enumerate() {
         restore(&data, &clean);
         let mut bytes = clean[*path].clone();
         let bit = splitmix(round as u64) as usize % (8 * bytes.len());

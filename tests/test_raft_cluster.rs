@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 const FOLLOWER_READ: [(&str, &str); 1] = [("Kv-Read", "follower")];
 const DIRECT: [(&str, &str); 1] = [("Kv-Routing", "direct")];
 
+/// How many lines a few deaths may leave in one node's log.
+const LOG_LINES_MAX: usize = 100;
+
 /// The story of the original: init, learners, membership, write, read everywhere in every way.
 #[test]
 fn a_cluster_is_formed_and_every_node_serves() {
@@ -144,6 +147,10 @@ fn a_killed_leader_costs_no_acknowledged_write() {
     for address in cluster.addresses() {
         promises.check(&address, "", &FOLLOWER_READ);
         promises.check(&address, "?consistency=stale", &[]);
+    }
+    for id in cluster.ids() {
+        let lines = cluster.log(id).lines().count();
+        assert!(lines < LOG_LINES_MAX, "a dead peer filled the log: {lines} lines");
     }
 }
 

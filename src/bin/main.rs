@@ -90,9 +90,10 @@ async fn run(flags: Flags) -> ExitCode {
         Ok(node) => node,
         Err(error) => return fail(EXIT_USAGE, &error),
     };
-    println!("ready http={} rpc={}", node.http_addr(), node.rpc_addr());
-    // Whoever started the node may have closed the pipe after the line it waited for.
-    let _ = std::io::stdout().flush();
+    let mut stdout = std::io::stdout();
+    let ready = writeln!(stdout, "ready http={} rpc={}", node.http_addr(), node.rpc_addr());
+    // Nobody may be reading it: no reason not to serve.
+    let _ = ready.and_then(|()| stdout.flush());
 
     tokio::select! {
         _ = terminate.recv() => {}

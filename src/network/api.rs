@@ -14,13 +14,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::json;
 
 use super::body::{BodyBudget, BodyLimit};
 use super::call::Call;
-use super::error::{ApiError, etag};
+use super::error::{ApiError, Outcome, etag};
 use super::forward::{Effect, Forwarder, Refusal};
 use super::json::Object;
 use super::management;
@@ -31,8 +31,10 @@ use crate::types::{Condition, Record};
 /// Where the keys' paths begin.
 const KV_PREFIX: &str = "/v1/kv/";
 
-/// `prometheus-client` writes OpenMetrics, which Prometheus reads when the type says so.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What `prometheus-client` writes is OpenMetrics. To a reader of the older text format, which is what
+/// a client gets that does not ask for the other, its extra lines are comments.
+const OPENMETRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const PROMETHEUS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What every handler needs.
 #[derive(Clone)]
@@ -152,25 +154,27 @@ async fn ring(State(state): State<ApiState>, call: Call) -> Answer {
 async fn livez(State(state): State<ApiState>) -> Response {
     match state.app.storage_failed() {
         None => "ok".into_response(),
-        Some(why) => {
-            let reason = format!("storage has failed: {why}");
-            (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
-        }
+        Some(why) => unhealthy("STORAGE", &why),
     }
 }
 
 async fn readyz(State(state): State<ApiState>) -> Response {
     match state.app.readiness() {
         Ok(()) => Json(json!({"ready": true})).into_response(),
-        Err(reason) => {
-            let body = Json(json!({"ready": false, "reason": reason}));
-            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
-        }
+        Err(reason) => unhealthy("NOT_READY", &reason),
     }
 }
 
-async fn metrics(State(state): State<ApiState>) -> Response {
-    let text_type = HeaderValue::from_static(METRICS_TYPE);
+fn unhealthy(code: &str, reason: &str) -> Response {
+    let error = json!({"code": code, "message": reason, "outcome": Outcome::NotApplied});
+    let body = Json(json!({"error": error}));
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
+}
+
+async fn metrics(State(state): State<ApiState>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let open = accept.is_some_and(|accept| accept.contains("application/openmetrics-text"));
+    let text_type = if open { OPENMETRICS_TYPE } else { PROMETHEUS_TYPE };
     ([(header::CONTENT_TYPE, text_type)], state.app.prometheus()).into_response()
 }
 

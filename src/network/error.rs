@@ -158,8 +158,16 @@ pub struct ErrorDetail {
 
 impl ApiError {
     /// The HTTP status and the stable code.
+    ///
+    /// Whatever leaves the outcome open is a `504 TIMEOUT`, whichever way it came about: a 503 with
+    /// its `Retry-After` tells stock HTTP clients to send the request again.
     pub fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
+            Self::NoLeader { outcome: Outcome::Unknown, .. }
+            | Self::Stopping { outcome: Outcome::Unknown }
+            | Self::Forward { outcome: Outcome::Unknown, .. } => {
+                (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT")
+            }
             Self::BadRequest(_) => (StatusCode::BAD_REQUEST, "BAD_REQUEST"),
             Self::UnknownPath | Self::KeyAbsent => (StatusCode::NOT_FOUND, "NOT_FOUND"),
             Self::MethodNotAllowed { .. } => (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"),
@@ -169,8 +177,10 @@ impl ApiError {
             Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED"),
             Self::Stopping { .. } => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
-            Self::TooManyHops { .. } => (StatusCode::SERVICE_UNAVAILABLE, "TOO_MANY_HOPS"),
-            Self::Forward { .. } => (StatusCode::SERVICE_UNAVAILABLE, "FORWARD_FAILED"),
+            // Leaders or rings disagree at the moment, or the node that should know has just died.
+            Self::TooManyHops { .. } | Self::Forward { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER")
+            }
             Self::NotLeader { .. } => (StatusCode::TEMPORARY_REDIRECT, "NOT_LEADER"),
             Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
             Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
@@ -248,6 +258,19 @@ mod tests {
         let response = ApiError::NotInitialized.into_response();
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn an_unknown_outcome_never_invites_a_retry() {
+        for error in [
+            ApiError::NoLeader { message: "lost", outcome: Outcome::Unknown },
+            ApiError::Stopping { outcome: Outcome::Unknown },
+            ApiError::Forward { message: "lost".into(), outcome: Outcome::Unknown },
+        ] {
+            let response = error.into_response();
+            assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
+            assert!(!response.headers().contains_key(header::RETRY_AFTER));
+        }
     }
 
     #[test]
