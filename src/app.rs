@@ -189,6 +189,13 @@ impl App {
         deadline: Instant,
     ) -> Result<Applied, ApiError> {
         self.check_serving()?;
+        // Whoever asked has given up already: better a true "no" than a write that nobody awaits.
+        if Instant::now() >= deadline {
+            return Err(ApiError::Timeout {
+                message: "the deadline had passed before the write was proposed",
+                outcome: Outcome::NotApplied,
+            });
+        }
         let _permit = self.admit()?;
         // Only to save a log entry: what counts is the same check at apply.
         self.check_owner(key)?;
