@@ -69,6 +69,31 @@ pub enum NodeState {
 }
 
 #[cfg(test)]
+impl NodeMetrics {
+    /// What tests change the interesting members of: a node of term 1 without members or entries.
+    pub(crate) fn example(cluster: &str, id: NodeId, state: NodeState) -> Self {
+        Self {
+            id,
+            cluster: cluster.parse().unwrap(),
+            http: "h".into(),
+            rpc: "r".into(),
+            state,
+            term: 1,
+            current_leader: None,
+            last_log: None,
+            last_applied: None,
+            voters: Vec::new(),
+            learners: Vec::new(),
+            keys: None,
+            revision: None,
+            epoch: None,
+            joint: false,
+            failed: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

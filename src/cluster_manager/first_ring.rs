@@ -16,13 +16,16 @@
 use futures_util::future::join_all;
 
 use super::forming::{ask_all, leader_of};
+use crate::client_error::ClientError;
 use crate::config::RingConfig;
 use crate::metrics::NodeMetrics;
+use crate::network::error::Outcome;
 use crate::raft_node::RaftNode;
 use crate::ring::{Ring, RingCluster, RingError, RingNode, RingTable};
 use crate::types::{ClusterId, Epoch, NodeId};
 
-/// Why the clusters did not get the ring. Nothing was changed, except as [`Self::Refused`] says.
+/// Why the clusters did not get the ring. Nothing was changed, except as [`Self::Refused`] and
+/// [`Self::AnswerLost`] say. Running the install again is always safe.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum InstallError {
     /// A node did not answer: its cluster's members cannot be told.
@@ -89,6 +92,17 @@ pub enum InstallError {
         /// The clusters that took the ring in this run.
         installed: Vec<ClusterId>,
     },
+    /// A cluster was asked to take the ring, and it is not known whether it did. The clusters that took
+    /// it before keep it.
+    #[error("{cluster} may have taken the ring: {message}; run this again to complete it")]
+    AnswerLost {
+        /// The cluster.
+        cluster: ClusterId,
+        /// What happened.
+        message: String,
+        /// The clusters that took the ring in this run for certain.
+        installed: Vec<ClusterId>,
+    },
 }
 
 fn changed(installed: &[ClusterId]) -> String {
@@ -112,7 +126,11 @@ pub struct Survey {
     pub keys: u64,
 }
 
-/// Asks all nodes of one cluster, which are listed by their HTTP addresses.
+/// Asks all nodes of one cluster, which are listed by their HTTP addresses. Changes nothing; safe to
+/// cancel.
+///
+/// # Panics
+/// If `addresses` is empty.
 pub async fn survey(addresses: &[String]) -> Result<Survey, InstallError> {
     let answers: Result<Vec<NodeMetrics>, String> = ask_all(addresses).await.into_iter().collect();
     let seen = answers.map_err(InstallError::Unreachable)?;
@@ -200,13 +218,15 @@ fn plan(surveys: &[Survey], ring: &Ring) -> Result<Vec<usize>, InstallError> {
     Ok(order)
 }
 
-/// Asks all clusters at once.
+/// Asks all clusters at once, each as [`survey`] does; none of the lists may be empty.
 pub async fn survey_all(clusters: &[Vec<String>]) -> Result<Vec<Survey>, InstallError> {
     join_all(clusters.iter().map(|addresses| survey(addresses))).await.into_iter().collect()
 }
 
 /// Installs `ring` in the clusters that have none, in a safe order, or refuses beforehand.
 /// `surveys` is what `clusters` just answered, in the same order. Returns who took the ring now.
+///
+/// Safe to cancel and to run again: clusters that took the ring meanwhile confirm it.
 pub async fn install(
     clusters: &[Vec<String>],
     surveys: &[Survey],
@@ -217,12 +237,25 @@ pub async fn install(
         let cluster = surveys[place].cluster.clone();
         let raft = RaftNode::new(clusters[place].clone());
         if let Err(error) = raft.update_hash_ring(ring).await {
-            let message = error.to_string();
-            return Err(InstallError::Refused { cluster, message, installed });
+            return Err(not_installed(cluster, &error, installed));
         }
         installed.push(cluster);
     }
     Ok(installed)
+}
+
+fn not_installed(
+    cluster: ClusterId,
+    error: &ClientError,
+    installed: Vec<ClusterId>,
+) -> InstallError {
+    let message = error.to_string();
+    match error.outcome() {
+        Outcome::NotApplied => InstallError::Refused { cluster, message, installed },
+        Outcome::Applied | Outcome::Unknown => {
+            InstallError::AnswerLost { cluster, message, installed }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -307,24 +340,23 @@ mod tests {
         assert_eq!(plan(&surveys, &ring).unwrap(), [2, 1]);
     }
 
+    /// A lost answer never claims that nothing was changed, not even for the first cluster.
+    #[test]
+    fn a_lost_answer_is_not_told_as_a_refusal() {
+        let lost = ClientError::AnswerLost { message: "no answer from h1".into() };
+        let error = not_installed(id("c1"), &lost, Vec::new());
+        assert!(matches!(error, InstallError::AnswerLost { .. }), "{error}");
+        let unreachable = ClientError::Unreachable { tried: Vec::new() };
+        let error = not_installed(id("c2"), &unreachable, vec![id("c1")]);
+        assert!(matches!(error, InstallError::Refused { .. }), "{error}");
+    }
+
     fn metrics(node: NodeId, state: NodeState, voters: &[NodeId]) -> NodeMetrics {
         NodeMetrics {
-            id: node,
-            cluster: id("c1"),
             http: format!("h{node}"),
             rpc: format!("r{node}"),
-            state,
-            term: 1,
-            current_leader: Some(1),
-            last_log: None,
-            last_applied: None,
             voters: voters.into(),
-            learners: vec![],
-            keys: None,
-            revision: None,
-            epoch: None,
-            joint: false,
-            failed: None,
+            ..NodeMetrics::example("c1", node, state)
         }
     }
 

@@ -147,14 +147,14 @@ async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result
     let done = match step {
         Step::Init => {
             // Asked of the first node alone: it is the one that founds the cluster.
-            RaftNode::new(vec![cluster.nodes[0].http.clone()]).init().await.map(drop)
+            RaftNode::new(vec![cluster.nodes[0].http.clone()]).init().await
         }
         Step::AddLearner(id) => {
             let node = cluster.nodes.iter().find(|node| node.id == *id);
             let node = node.expect("only nodes of the layout are added");
-            raft.add_learner(node.id, &node.http, &node.rpc).await.map(drop)
+            raft.add_learner(node.id, &node.http, &node.rpc).await
         }
-        Step::ChangeMembership => raft.change_membership(ids).await.map(drop),
+        Step::ChangeMembership => raft.change_membership(ids).await,
         Step::Wait(_) | Step::Done | Step::Stranger(_) => return Ok(()),
     };
     done.map_err(|error| error.to_string())
@@ -187,22 +187,9 @@ mod tests {
         learners: &[NodeId],
     ) -> Option<NodeMetrics> {
         Some(NodeMetrics {
-            id,
-            cluster: "c1".parse().unwrap(),
-            http: "h".into(),
-            rpc: "r".into(),
-            state,
-            term: 1,
-            current_leader: None,
-            last_log: None,
-            last_applied: None,
             voters: voters.into(),
             learners: learners.into(),
-            keys: None,
-            revision: None,
-            epoch: None,
-            joint: false,
-            failed: None,
+            ..NodeMetrics::example("c1", id, state)
         })
     }
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::forming::{ask_all, leader_of};
 use crate::metrics::NodeMetrics;
 use crate::raft_node::RaftNode;
-use crate::ring::Ring;
+use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, NodeId};
 
 /// One cluster and its nodes.
@@ -91,7 +91,7 @@ fn group(
     answers: &[Result<NodeMetrics, String>],
     ring: &Ring,
 ) -> Vec<Vec<String>> {
-    let addresses = |cluster: &crate::ring::RingCluster| {
+    let addresses = |cluster: &RingCluster| {
         cluster.nodes.iter().map(|node| node.http.clone()).collect::<Vec<_>>()
     };
     let mut clusters: Vec<Vec<String>> = ring.clusters.iter().map(addresses).collect();
@@ -126,26 +126,13 @@ pub async fn newest_ring(nodes: impl Iterator<Item = &NodeMetrics>) -> Option<Ri
 mod tests {
     use super::*;
     use crate::metrics::NodeState;
-    use crate::ring::{RingCluster, RingNode};
+    use crate::ring::RingNode;
 
     fn metrics(cluster: &str, id: NodeId, state: NodeState, term: u64) -> NodeMetrics {
         NodeMetrics {
-            id,
-            cluster: cluster.parse().unwrap(),
             http: format!("{cluster}-{id}"),
-            rpc: String::new(),
-            state,
             term,
-            current_leader: None,
-            last_log: None,
-            last_applied: None,
-            voters: vec![],
-            learners: vec![],
-            keys: None,
-            revision: None,
-            epoch: None,
-            joint: false,
-            failed: None,
+            ..NodeMetrics::example(cluster, id, state)
         }
     }
 
