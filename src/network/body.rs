@@ -20,7 +20,8 @@ use tower_service::Service;
 
 use super::error::{ApiError, Outcome};
 
-/// All bodies in memory together, in bytes, unless a single one may already be half as large. A
+/// All bodies in memory together, in bytes, unless a single one may already be half as large: 32 of
+/// the largest with the default limits, and a share of memory that a small machine can spare. A
 /// stranger must send what he wants to take up, so that announcing bodies costs the server nothing.
 pub const BODIES_BYTES_MAX: usize = 256 << 20;
 

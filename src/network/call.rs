@@ -26,9 +26,9 @@ pub const DEADLINE_MS: HeaderName = HeaderName::from_static("kv-deadline-ms");
 pub const ROUTING: HeaderName = HeaderName::from_static("kv-routing");
 /// `follower`: a follower may answer a linearizable read.
 pub const READ: HeaderName = HeaderName::from_static("kv-read");
-/// `CLIENT/SEQ`: at most one execution.
+/// Asks for at most one execution. Refused so far, see [`Call::no_idempotency`].
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
-/// All sequences below are answered.
+/// Goes with [`IDEMPOTENCY_KEY`]: the sequence below which the client has all its answers.
 pub const CLIENT_FLOOR: HeaderName = HeaderName::from_static("kv-client-floor");
 
 /// How often a request may be passed on: to an old owner, to the right cluster, to its leader.

@@ -23,7 +23,7 @@ pub enum Outcome {
     Unknown,
 }
 
-/// A failed request. See the table of errors in the README for statuses and codes.
+/// A failed request. `docs/API.md` lists the statuses and codes.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ApiError {
     /// The request makes no sense as it stands.

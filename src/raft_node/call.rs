@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::client_error::ClientError;
 use crate::http_client::{HttpRequest, HttpResponse};
 use crate::key_path;
+use crate::network::call::ROUTING;
 use crate::network::error::{Outcome, etag};
 use crate::types::{Condition, Record, Revision};
 
@@ -19,9 +20,6 @@ const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The shortest attempt of a read, when the deadline is near: a healthy node needs far less.
 const READ_ATTEMPT_MIN: Duration = Duration::from_millis(100);
-
-/// Asks nodes to name the right node instead of passing the request on.
-const KV_ROUTING: HeaderName = HeaderName::from_static("kv-routing");
 
 /// How fresh a read must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +139,8 @@ impl Call {
     }
 
     fn new(kind: Kind, method: Method, path_and_query: String) -> Self {
-        let headers = HeaderMap::from_iter([(KV_ROUTING, HeaderValue::from_static("direct"))]);
+        // Nodes name the right node instead of passing the request on: this client learns from it.
+        let headers = HeaderMap::from_iter([(ROUTING, HeaderValue::from_static("direct"))]);
         Self { kind, method, path_and_query, headers, body: Bytes::new() }
     }
 
