@@ -12,6 +12,15 @@ use serde::Deserialize;
 
 use crate::ring::{CLUSTERS_MAX, HASH_VERSION_DEFAULT, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
 
+/// How many ports above a base port belong to each cluster; node `n` of cluster `c` takes the port
+/// `base + PORTS_PER_CLUSTER * c + n`. Ten keeps the numbers readable: 31023 is node 3 of cluster 2.
+pub const PORTS_PER_CLUSTER: u32 = 10;
+
+/// The most nodes of a cluster that `admin` starts: one more would take the next cluster's first port.
+const NODES_MAX: u32 = PORTS_PER_CLUSTER - 1;
+
+const _: () = assert!(NODES_MAX as usize <= NODES_PER_CLUSTER_MAX);
+
 /// Why a configuration was refused. Always names the file and, where there is one, the key.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -99,9 +108,10 @@ pub struct Limits {
     pub http_body_bytes_max: usize,
     /// The largest message between peers, in bytes.
     pub peer_frame_bytes_max: usize,
-    /// HTTP connections at once; further ones wait in the kernel's backlog.
+    /// HTTP connections at once; further ones wait until one ends, and an idle one is closed for them.
     pub http_connections_max: usize,
-    /// Peer connections at once; further ones are closed.
+    /// Connections that peers have opened to this node at once, three for each peer; further ones are
+    /// closed.
     pub peer_connections_max: usize,
     /// How long a client may take for a request's header, a peer for its greeting.
     pub header_timeout_ms: u64,
@@ -212,7 +222,7 @@ impl Default for StorageConfig {
 }
 
 impl Config {
-    /// Reads and checks a file.
+    /// Reads and checks a file. Blocks. The error names the file and, for a bad value, the key.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path)
@@ -237,11 +247,7 @@ impl Config {
 
     fn check(&self) -> Result<(), OutOfRange> {
         within("num_clusters", self.num_clusters, 1..=CLUSTERS_MAX as u32)?;
-        within(
-            "nodes_per_cluster",
-            self.nodes_per_cluster,
-            1..=9.min(NODES_PER_CLUSTER_MAX as u32),
-        )?;
+        within("nodes_per_cluster", self.nodes_per_cluster, 1..=NODES_MAX)?;
         self.check_layout()?;
         within("ring.hash_version", self.ring.hash_version, 1..=2)?;
         within("ring.list_ttl_s", self.ring.list_ttl_s, 1..=86_400)?;
@@ -251,7 +257,7 @@ impl Config {
     }
 
     fn check_layout(&self) -> Result<(), OutOfRange> {
-        let highest = 10 * self.num_clusters + self.nodes_per_cluster;
+        let highest = PORTS_PER_CLUSTER * self.num_clusters + self.nodes_per_cluster;
         let room = u32::from(u16::MAX) - highest.min(u32::from(u16::MAX));
         within("http_base_port", u32::from(self.http_base_port), 1..=room)?;
         within("rpc_base_port", u32::from(self.rpc_base_port), 1..=room)?;

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::ManagerError;
 use super::files;
 use super::forming::Membership;
-use crate::config::Config;
+use crate::config::{Config, PORTS_PER_CLUSTER};
 use crate::ring::RingNode;
 use crate::types::ClusterId;
 
@@ -82,7 +82,7 @@ impl Layout {
     pub(super) fn wanted(config: &Config, ports: Ports) -> Self {
         let address = |base: u16, cluster: u32, node: u32| {
             let port = match ports {
-                Ports::Configured => u32::from(base) + 10 * cluster + node,
+                Ports::Configured => u32::from(base) + PORTS_PER_CLUSTER * cluster + node,
                 Ports::Free => 0,
             };
             join_host_port(&config.host, port)
