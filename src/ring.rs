@@ -11,11 +11,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::carp::{Carp, CarpError, HashVersion};
+use crate::carp::{Carp, CarpError, DEFAULT_LIST_TTL_S, HashVersion};
 use crate::types::{ClusterId, Epoch, NodeId};
 
 /// How long a client may use a fetched ring before it asks again, in seconds, unless configured.
-pub const LIST_TTL_S_DEFAULT: u64 = 600;
+pub const LIST_TTL_S_DEFAULT: u64 = DEFAULT_LIST_TTL_S as u64;
 
 /// CARP's hash version 2: the well-mixed one.
 pub const HASH_VERSION_DEFAULT: u8 = 2;
@@ -126,7 +126,8 @@ pub struct RingTable {
 }
 
 impl RingTable {
-    /// Checks the ring's invariants and builds its table.
+    /// Checks the ring's invariants and builds its table. An error names the broken rule; the same ring
+    /// fails again.
     pub fn new(ring: Ring) -> Result<Self, RingError> {
         check_shape(&ring)?;
         let version = HashVersion::try_from(u32::from(ring.hash_version))
@@ -240,9 +241,9 @@ mod tests {
         let mut nodeless = ring(vec![cluster("a", 1.0)]);
         nodeless.clusters[0].nodes.clear();
         assert!(matches!(RingTable::new(nodeless), Err(RingError::NodeCount(_))));
-        let mut leaderless = ring(vec![cluster("a", 1.0)]);
-        leaderless.sequencer = None;
-        assert_eq!(RingTable::new(leaderless).unwrap_err(), RingError::Sequencer);
+        let mut without_sequencer = ring(vec![cluster("a", 1.0)]);
+        without_sequencer.sequencer = None;
+        assert_eq!(RingTable::new(without_sequencer).unwrap_err(), RingError::Sequencer);
         let mut epochless = ring(vec![cluster("a", 1.0)]);
         epochless.epoch = 0;
         assert!(matches!(RingTable::new(epochless), Err(RingError::EpochAndClusters { .. })));

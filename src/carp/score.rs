@@ -26,8 +26,8 @@
 //!   rises. u has 48 random bits, so neighbouring values are 2^-48 apart and their logarithms at
 //!   least 2^-48 / u (u the larger of the two); the error of `libm::log` is below 1 ulp, at most
 //!   2^-52 * |ln u|, for each. Rounding could swap two neighbours only if u * |ln u| came to 8,
-//!   and it is never above 1/e. Division by it is rounded correctly and so keeps the order. Where scores are equal
-//!   after all, the hash decides, which is the same answer.
+//!   and it is never above 1/e. Division by it is rounded correctly and so keeps the order.
+//!   Where scores are equal after all, the hash decides, which is the same answer.
 //! - *`-ln(u) >= 1 - u`*, so `w / (1 - u)` bounds the score from above without a logarithm, and
 //!   a member whose bound is below the best score so far is skipped.
 //!
