@@ -43,7 +43,8 @@ pub enum ClientError {
         /// One text for each address, with what the system said.
         tried: Vec<String>,
     },
-    /// The deadline passed while no node was able to do it. Nothing is in flight any more.
+    /// The deadline passed while no node was able to do it. Nothing that changes anything is in flight
+    /// any more.
     #[error("nothing was done within {} ms; last: {last}", .waited.as_millis())]
     Timeout {
         /// How long the operation was tried.

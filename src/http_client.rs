@@ -19,13 +19,16 @@ use tokio::time::Instant;
 /// at once, and a caller has other nodes to try.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Idle connections kept for each address.
+/// Idle connections kept for each address: more than one client has in flight at one node, so that
+/// none is closed only to be opened again.
 const IDLE_CONNECTIONS_MAX: usize = 256;
 
-/// How long an idle connection is kept; below any sensible server's own idle timeout.
+/// How long an idle connection is kept: well below the 75 s after which our own servers close it, so
+/// that no request meets a connection that is just being closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The largest answer that is read: a full batch of values and some room. A larger one is an error.
+/// The largest answer that is read: the largest value that can be configured (64 MiB) and some room.
+/// A larger one is an error.
 const RESPONSE_BYTES_MAX: usize = 65 << 20;
 
 /// A request to one node.
@@ -132,6 +135,8 @@ impl HttpClient {
     async fn exchange(&self, request: HttpRequest) -> Result<HttpResponse, SendError> {
         let HttpRequest { method, address, path_and_query, headers, body } = request;
         let not_sent = |message: String| SendError::NotSent { address: address.clone(), message };
+        let maybe_sent =
+            |message: String| SendError::MaybeSent { address: address.clone(), message };
         let uri: Uri = format!("http://{address}{path_and_query}")
             .parse()
             .map_err(|error: http::uri::InvalidUri| not_sent(error.to_string()))?;
@@ -140,18 +145,13 @@ impl HttpClient {
         *outgoing.uri_mut() = uri;
         *outgoing.headers_mut() = headers;
         let response = self.inner.request(outgoing).await.map_err(|error| {
-            let message = chain(&error);
             // A failed connect is the one case in which not a byte of the request was written.
-            if error.is_connect() {
-                SendError::NotSent { address: address.clone(), message }
-            } else {
-                SendError::MaybeSent { address: address.clone(), message }
-            }
+            let message = chain(&error);
+            if error.is_connect() { not_sent(message) } else { maybe_sent(message) }
         })?;
         let (head, body) = response.into_parts();
-        let body = Limited::new(body, RESPONSE_BYTES_MAX).collect().await.map_err(|error| {
-            SendError::MaybeSent { address: address.clone(), message: error.to_string() }
-        })?;
+        let body = Limited::new(body, RESPONSE_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| maybe_sent(chain(error.as_ref())))?;
         Ok(HttpResponse { status: head.status, headers: head.headers, body: body.to_bytes() })
     }
 }

@@ -59,12 +59,19 @@ impl fmt::Debug for KVClient {
 
 impl KVClient {
     /// A client of the clusters in a nodes file (`all_nodes.json`), with their ring.
+    ///
+    /// # Errors
+    /// [`ClientError::NodesFile`] when the file cannot be used, else as [`Self::from_endpoints`].
     pub async fn new(nodes_file: impl AsRef<Path>) -> Result<Self, ClientError> {
         Self::from_endpoints(Endpoints::from_file(nodes_file.as_ref()).await?).await
     }
 
     /// A client of the clusters that these nodes belong to: one list for each cluster, or one list
-    /// of nodes of any clusters.
+    /// of nodes of any clusters. Asks them for the ring. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`ClientError::Endpoints`] for an address that is none, [`ClientError::NoRing`] when there are
+    /// several clusters without a ring, [`ClientError::Unreachable`] and the like when nobody answers.
     pub async fn from_endpoints(endpoints: impl Into<Endpoints>) -> Result<Self, ClientError> {
         let rings = Rings::find(endpoints.into(), TIMEOUT_DEFAULT).await?;
         Ok(Self { rings, timeout: TIMEOUT_DEFAULT })

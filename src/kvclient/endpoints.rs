@@ -6,8 +6,9 @@ use http::uri::Authority;
 
 use crate::client_error::ClientError;
 
-/// The largest nodes file that is read: [`CLUSTERS_MAX`](crate::ring::CLUSTERS_MAX) clusters of 16
-/// nodes take about 2 MiB. Protects against naming some other file by mistake.
+/// The largest nodes file that is read: [`CLUSTERS_MAX`](crate::ring::CLUSTERS_MAX) clusters of
+/// [`NODES_PER_CLUSTER_MAX`](crate::ring::NODES_PER_CLUSTER_MAX) nodes take about 1 MiB, unless their
+/// names are long. Protects against naming some other file by mistake.
 const NODES_FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// The HTTP addresses (`HOST:PORT`) that a client is given.
