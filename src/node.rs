@@ -109,10 +109,13 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts a node. Returns once both ports accept.
-    pub async fn start(options: NodeOptions) -> Result<Self, StartError> {
+    /// Starts a node. Returns once both ports accept. Also raises the process's limit of open files, and
+    /// lowers the configured limits of connections to what it allows.
+    ///
+    /// Not safe to cancel: a store that is being opened goes on being opened, and Raft may be left
+    /// running. Nothing was served yet, so ending the process loses nothing.
+    pub async fn start(mut options: NodeOptions) -> Result<Self, StartError> {
         let files = OpenFiles::of(raise_open_files_limit())?;
-        let mut options = options;
         files.bound(&mut options.config.limits);
         let config = &options.config;
         let (http, http_addr) = listen(&options.http_addr, config.insecure).await?;
@@ -178,8 +181,8 @@ impl Node {
         self.rpc_addr
     }
 
-    /// Resolves, with the reason, when storage or consensus fails. Then the node answers every request with an
-    /// error, so that its operator sees why, until it is stopped. Cancel safe.
+    /// Resolves, with the reason, when storage or consensus fails. Then the node answers every read and
+    /// write with an error, so that its operator sees why, until it is stopped. Cancel safe.
     pub async fn failed(&self) -> String {
         let mut metrics = self.raft.metrics();
         let mut storage = self.app.storage_failure();
@@ -197,6 +200,7 @@ impl Node {
     }
 
     /// Stops the node: requests in flight finish, everything is flushed, the data directory is free.
+    /// Not safe to cancel: parts of the node would go on without an owner.
     pub async fn shutdown(self) -> Result<(), StopError> {
         let Self { shutdown, app, raft, http, peers, network, gate, caretaker, store, .. } = self;
         shutdown.cancel();
@@ -279,6 +283,8 @@ fn raft_config(
         enable_leader_restore: Some(false),
         // A leader that lost its majority falls silent long enough for others to take over.
         quorum_loss_probe_interval: Some(2 * config.election_timeout_max_ms),
+        // Between attempts at a peer that cannot be reached: a node that comes back is found within
+        // the second, and a dead one costs next to nothing.
         backoff: "50ms 100ms ...1s".into(),
         ..openraft::Config::default()
     };

@@ -24,6 +24,10 @@ type Waiter = oneshot::Sender<Result<LogId, ReadIndexFailure>>;
 /// number the app bounds.
 const ROUND_READS_MAX: usize = 4096;
 
+/// Between a failed round and the next one. Far below an election, so that a read which waits for one
+/// loses nothing, and enough to keep retries from using up a core.
+const FAILED_ROUND_PAUSE: Duration = Duration::from_millis(2);
+
 /// Hands out read indexes. Cloning shares the rounds; the task ends when the last clone goes.
 #[derive(Clone)]
 pub struct ReadGate {
@@ -31,7 +35,8 @@ pub struct ReadGate {
 }
 
 impl ReadGate {
-    /// Starts the task that runs the rounds. Join the handle after dropping all clones.
+    /// Starts the task that runs the rounds. It ends once all clones are dropped and Raft has ended the
+    /// last round; join the handle then.
     pub fn spawn(raft: Raft) -> (Self, JoinHandle<()>) {
         let (queue, waiting) = mpsc::channel(ROUND_READS_MAX);
         (Self { queue }, tokio::spawn(run(raft, waiting)))
@@ -62,15 +67,12 @@ async fn run(raft: Raft, mut waiting: mpsc::Receiver<Waiter>) {
         let failed = result.is_err();
         let answer = result.map(|linearizer| *linearizer.read_log_id().log_id());
         for waiter in round.drain(..) {
-            // As above.
+            // Whoever gave up since needs no answer either.
             let _ = waiter.send(answer.clone());
         }
         if failed {
-            // A node that cannot lead answers at once: do not let retries spin on it.
+            // A node that cannot lead fails at once: without a pause its callers' retries would spin.
             tokio::time::sleep(FAILED_ROUND_PAUSE).await;
         }
     }
 }
-
-/// Between a failed round and the next one.
-const FAILED_ROUND_PAUSE: Duration = Duration::from_millis(2);

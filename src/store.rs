@@ -55,7 +55,8 @@ pub use state_machine::StateMachine;
 
 /// Everything that can be wrong with a data directory when a node starts.
 ///
-/// Each message names the path; apart from [`OpenError::Engine`] nothing has been changed in it.
+/// Each message names the path. A directory that is in use, not a node's or another node's is left as
+/// it was; for the other errors RocksDB may have replayed its log before they showed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The directory or a file in it cannot be made or read.

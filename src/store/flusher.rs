@@ -24,7 +24,8 @@ use super::marker::Marker;
 /// How far the marker may lag behind a busy log: it costs an fsync of its own.
 const MARKER_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Appends that wait for one fsync. openraft bounds what it has in flight; this is for the reader.
+/// Who waits for the next fsync. The queue needs no bound of its own: openraft bounds the appends that
+/// it has in flight, and its core task waits for each of the other two.
 enum Waiter {
     Append {
         last: LogId,

@@ -128,7 +128,7 @@ impl StateReader {
         Ok(count)
     }
 
-    /// Bytes of all data files on disk.
+    /// Bytes of the live data's files on disk; without the log, memtables and staged snapshots.
     pub fn disk_bytes(&self) -> io::Result<u64> {
         let engine = &self.shared.engine;
         let view = self.shared.view();
