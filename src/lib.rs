@@ -6,6 +6,8 @@
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
+// The essays at the top of modules lead to their private parts, for those who read them with the source.
+#![allow(rustdoc::private_intra_doc_links)]
 
 pub mod app;
 pub mod caretaker;

@@ -4,6 +4,9 @@
 //! verb it talks to running nodes over HTTP and ends. The work is in the library; here are flags,
 //! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
 //! directory or address that cannot be used.
+#![deny(missing_docs, unsafe_code)]
+#![warn(clippy::unwrap_used)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -24,8 +27,8 @@ mod text;
 /// The file that a run without `--config` uses if it is there.
 const CONFIG_FILE: &str = "Config.toml";
 
-/// What is logged unless `RUST_LOG` says otherwise: the tables tell the rest, and a stopping follower is
-/// openraft's warning, but nobody's trouble.
+/// What is logged unless `RUST_LOG` says otherwise: the tables tell the rest, and a stopping follower
+/// is openraft's warning, but nobody's trouble.
 const DEFAULT_LOG: &str = "warn,openraft=error,toy_rpc=off";
 
 /// What a shell reports for a process that SIGINT ended.

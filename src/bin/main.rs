@@ -3,6 +3,8 @@
 //! Prints one line, `ready http=ADDR rpc=ADDR`, on standard output once both ports accept; logs go to
 //! standard error. SIGTERM and SIGINT stop it cleanly. Exit codes: 0 stopped cleanly, 1 failed, 2 bad
 //! flags, configuration, addresses or data directory.
+#![deny(missing_docs, unsafe_code)]
+#![warn(clippy::unwrap_used)]
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -31,7 +33,7 @@ struct Flags {
     /// The cluster that the node belongs to
     #[arg(long, value_name = "ID", default_value = "c1")]
     cluster: ClusterId,
-    /// Where the data is kept [default: ./<rpc-addr>-db]
+    /// Where the data is kept [default: ./RPC_ADDR-db]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
     /// Settings; without it the defaults hold
