@@ -1,7 +1,8 @@
 //! The Raft log and the vote, as openraft's `RaftLogStorage`.
 //!
-//! The log is `(purged, last]`: consecutive indexes, without holes. Its newest part is also in memory
-//! ([`super::tail`]). All writes come from openraft's core task, one after the other, and go into
+//! The log is `(purged, last]`: consecutive indexes, without holes. openraft starts it at 0, and so does
+//! a check when the store is opened; only the store itself does not insist where an empty one begins.
+//! Its newest part is also in memory ([`super::tail`]). All writes come from openraft's core task, one after the other, and go into
 //! RocksDB in that order; what must be durable before it is acknowledged waits at the flusher.
 //!
 //! - `append` returns when the entries are readable and calls back when they are on disk.
@@ -50,6 +51,8 @@ pub struct LogStore {
 struct Ends {
     vote: Option<Vote>,
     purged: Option<LogId>,
+    /// The index of the first entry, or of the next one while there is none.
+    first: u64,
     last: Option<LogId>,
     tail: Tail,
 }
@@ -74,7 +77,8 @@ impl LogStore {
             return Err(corrupt("the log", "it ends before what was purged from it"));
         }
         let tail = Tail::new(options.storage.log_tail_bytes);
-        let shared = Arc::new(Mutex::new(Ends { vote, purged, last, tail }));
+        let first = purged.next_index();
+        let shared = Arc::new(Mutex::new(Ends { vote, purged, first, last, tail }));
         drop(meta_family);
         let read_bytes_max = options.raft.append_bytes_max;
         Ok(Self { engine, flusher, marker, read_bytes_max, shared })
@@ -85,7 +89,7 @@ impl LogStore {
     pub(super) fn check_no_holes(&self) -> io::Result<()> {
         let (mut next, end) = {
             let ends = self.lock();
-            (ends.purged.next_index(), ends.last.next_index())
+            (ends.first, ends.last.next_index())
         };
         while next < end {
             let entries = self.read_from_disk(next, end, APPLY_READ_BYTES_MAX)?;
@@ -113,7 +117,7 @@ impl LogStore {
         self.engine.check()?;
         let start = {
             let ends = self.lock();
-            let start = start.max(ends.purged.next_index());
+            let start = start.max(ends.first);
             if start >= end.min(ends.last.next_index()) {
                 return Ok(Vec::new());
             }
@@ -150,7 +154,7 @@ impl LogStore {
         }
         // The caller asked for something that the log has, unless a purge took it meanwhile.
         let first = entries.first().map(RaftEntry::index);
-        if first != Some(start) && start >= self.lock().purged.next_index() {
+        if first != Some(start) && start >= self.lock().first {
             return Err(corrupt("the log", format_args!("entry {start} is missing")));
         }
         Ok(entries)
@@ -291,6 +295,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         self.engine.write(batch)?;
         {
             let mut ends = self.lock();
+            if ends.last <= ends.purged {
+                ends.first = appended[0].0.index();
+            }
             for (entry, bytes) in appended {
                 ends.tail.push(entry, bytes);
             }
@@ -333,6 +340,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut ends = self.lock();
         ends.tail.purge(log_id.index);
         ends.purged = Some(log_id);
+        ends.first = log_id.index + 1;
         // A snapshot may reach beyond the log's end: then the log is empty and ends there.
         ends.last = ends.last.max(Some(log_id));
         Ok(())
