@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::cluster::{Cluster, FAST, free_address, splitmix};
 use common::load::{Load, LoadOptions};
-use common::{NodeOptions, NodeProcess, PATIENCE, eventually, init_alone};
+use common::{NodeOptions, NodeProcess, PATIENCE, eventually, init_alone, post};
 use rustix::process::{Pid, Signal, kill_process};
 
 const EXIT_USAGE: i32 = 2;
@@ -180,7 +180,12 @@ fn insecure_allows_every_address() {
     };
     let mut node = NodeProcess::start(&options);
     let port = node.http().rsplit_once(':').unwrap().1.to_owned();
-    init_alone(&format!("127.0.0.1:{port}"));
+    let address = format!("127.0.0.1:{port}");
+    init_alone(&address);
+    let learner = r#"[2, "127.0.0.1:1", "127.0.0.1:2"]"#;
+    let refused = post(&address, "/cluster/add-learner", learner);
+    refused.assert_error(400, "BAD_REQUEST", "not_applied");
+    assert!(refused.text().contains("0.0.0.0"), "{}", refused.text());
     assert!(node.terminate().success());
 }
 

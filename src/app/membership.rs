@@ -29,7 +29,6 @@ impl App {
     pub async fn init(&self) -> Result<(), ApiError> {
         self.check_serving()?;
         let identity = &self.inner.identity;
-        refuse_wildcard(&identity.addrs)?;
         let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
             Ok(()) => {
@@ -64,6 +63,8 @@ impl App {
         self.check_serving()?;
         refuse_wildcard(&addrs)?;
         self.check_leader()?;
+        // A node alone may listen everywhere; with others it has to say where they find it.
+        refuse_wildcard(&self.inner.identity.addrs)?;
         let known = {
             let metrics = self.inner.raft.metrics();
             let metrics = metrics.borrow_watched();
