@@ -6,8 +6,9 @@
 //! Strangers must not keep peers out, and cannot: who has not greeted yet holds one of
 //! [`GREETINGS_MAX`] places, and when those are full **the oldest has to go** - a peer greets within one
 //! round trip, so it is never the oldest for long, however many idle connections there are. Who has
-//! greeted holds one of `limits.peer_connections_max` places, one for each node and purpose: a newer
-//! connection replaces the older one, which after a partition may be dead without knowing it.
+//! greeted holds a place for its node and purpose: a newer connection replaces the older one, which
+//! after a partition may be dead without knowing it. Members of the cluster have
+//! `limits.peer_connections_max` of them; who greets and is not a member shares a few ([`admit`]).
 //!
 //! Accepting never ends because of an error; it pauses, because the usual error is having no file
 //! descriptors left, and that lasts.
@@ -30,10 +31,11 @@ use tokio_util::task::TaskTracker;
 pub use super::peer::PeerIdentity;
 
 use super::peer::closer::Closer;
+use super::peer::frame::FrameBudget;
 use super::peer::greeting::{self, GreetingError, Hello, Refusal};
 use super::peer::handler::PeerHandler;
 use super::peer::quiet::Quiet;
-use super::peer::service;
+use super::peer::service::{self, Session};
 use super::peer::settings::PeerSettings;
 use crate::config::Config;
 use crate::store::snapshot::{SnapshotData, SnapshotStager};
@@ -89,10 +91,13 @@ impl PeerServer {
             handler,
             greetings: Greetings::new(GREETINGS_MAX),
             greeted: Greeted::new(settings.connections_max),
+            members_budget: settings.members_budget(),
+            strangers_budget: settings.strangers_budget(),
             settings,
             shutdown,
             tracker: tracker.clone(),
             quiet: Quiet::default(),
+            members_quiet: Quiet::default(),
         });
         tracker.spawn(acceptor.run(listener));
         Self { tracker }
@@ -112,9 +117,13 @@ struct Acceptor {
     settings: PeerSettings,
     greetings: Greetings,
     greeted: Greeted,
+    members_budget: FrameBudget,
+    strangers_budget: FrameBudget,
     shutdown: CancellationToken,
     tracker: TaskTracker,
     quiet: Quiet,
+    /// Apart, so that strangers cannot hide what happens to members.
+    members_quiet: Quiet,
 }
 
 impl Acceptor {
@@ -159,11 +168,16 @@ impl Acceptor {
         };
         let (peer, purpose) = (hello.sender.node_id, hello.purpose);
         tracing::debug!(peer, ?purpose, addr, "serving a peer connection");
-        let closer = place.closer().clone();
+        let (budget, quiet) = if place.is_member() {
+            (self.members_budget.clone(), &self.members_quiet)
+        } else {
+            (self.strangers_budget.clone(), &self.quiet)
+        };
+        let session = Session { stream, hello, budget, closer: place.closer().clone() };
         let (tracker, shutdown) = (self.tracker.clone(), self.shutdown.clone());
         let handler = Arc::clone(&self.handler);
-        service::serve(stream, hello, handler, &self.settings, closer, tracker, shutdown).await;
-        if let Some(suppressed) = self.quiet.admit() {
+        service::serve(session, handler, &self.settings, tracker, shutdown).await;
+        if let Some(suppressed) = quiet.admit() {
             let reason = place.closer().reason();
             tracing::info!(peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
         }
@@ -191,9 +205,12 @@ impl Acceptor {
     ) -> Result<(Hello, admit::Place<'_>), GreetingError> {
         stream.set_nodelay(true)?;
         let hello = greeting::accept(stream, &self.identity).await?;
+        if hello.sender.node_id == self.identity.node_id {
+            return Err(GreetingError::Malformed("it says that it is this node"));
+        }
         let closer = Closer::under(&self.shutdown);
         let key = (hello.sender.node_id, hello.purpose);
-        let Some(place) = self.greeted.enter(key, closer) else {
+        let Some(place) = self.greeted.enter(key, closer, &self.handler.members()) else {
             greeting::answer(stream, &self.identity, Some(&Refusal::Full)).await?;
             return Err(GreetingError::Refused(Refusal::Full));
         };

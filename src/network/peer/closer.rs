@@ -25,6 +25,9 @@ pub(in crate::network) enum CloseReason {
     /// The same peer connected again for the same purpose.
     #[error("replaced by a newer connection of the same peer")]
     Superseded,
+    /// It was a stranger's, and other strangers came.
+    #[error("no member's, and had to make room")]
+    Evicted,
     /// This node does not need it any more.
     #[error("closed by this node")]
     Local,

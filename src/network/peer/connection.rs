@@ -75,7 +75,7 @@ impl Connection {
     ) -> Self {
         let halves = stream.into_split();
         let codec =
-            PeerCodec::new(halves, settings.frame_bytes_max, None, closer.clone(), &tracker);
+            PeerCodec::new(halves, settings.frame_limits(None), None, closer.clone(), &tracker);
         let mut client = Client::with_codec(codec);
         client.set_default_timeout(NEVER);
         Self {

@@ -6,11 +6,17 @@
 //! ```
 //! Integers are big-endian. `length` is that of the body and is compared with the limit before
 //! anything is allocated; a buffer then grows only as bytes arrive, so declaring much costs nothing.
+//! A frame that has begun must end in time, and the large ones that are being read share a budget
+//! ([`FrameBudget`]): half frames hold neither memory without bound nor any for ever.
 //! The checksum is there because TCP's has 16 bits and what arrives here goes into a log.
 
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::timeout;
 
 /// The first byte of every frame.
 const MAGIC: u8 = 0xd5;
@@ -20,6 +26,45 @@ pub(in crate::network) const FRAME_HEADER_BYTES: usize = 13;
 
 /// The first piece of a body's buffer; it grows with what arrives.
 const BODY_BUFFER_BYTES: usize = 16 << 10;
+
+/// The unit in which a budget counts: a semaphore counts to 2^29 at least.
+const BUDGET_UNIT_BYTES: usize = 1 << 10;
+
+/// What a reader of frames keeps to.
+pub(in crate::network) struct FrameLimits {
+    /// The longest body.
+    pub(in crate::network) bytes_max: usize,
+    /// How long a frame may take from its first byte to its last, the wait for its budget included.
+    pub(in crate::network) timeout: Duration,
+    /// What connections share; `None` where the other end was chosen by this node.
+    pub(in crate::network) budget: Option<FrameBudget>,
+}
+
+/// The bytes of frames that are being read, over many connections together. Cheap to clone.
+///
+/// Only bodies above their first buffer count: heartbeats and votes never wait for a large frame, and
+/// the number of connections bounds what they take. A body claims all that it declares before it is
+/// read, so that no two can hold half each and wait for the other.
+#[derive(Clone)]
+pub(in crate::network) struct FrameBudget {
+    units: Arc<Semaphore>,
+}
+
+impl FrameBudget {
+    /// `bytes_max` must be at least the largest frame, or that frame would never be read.
+    pub(in crate::network) fn new(bytes_max: usize) -> Self {
+        Self { units: Arc::new(Semaphore::new(bytes_max.div_ceil(BUDGET_UNIT_BYTES))) }
+    }
+
+    async fn claim(&self, bytes: usize) -> Option<SemaphorePermit<'_>> {
+        if bytes <= BODY_BUFFER_BYTES {
+            return None;
+        }
+        // Bounded by the limit of a frame, which was compared before.
+        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES)).unwrap_or(u32::MAX);
+        Some(self.units.acquire_many(units).await.expect("the semaphore is never closed"))
+    }
+}
 
 /// Whether a frame asks or answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +102,9 @@ pub(in crate::network) enum FrameError {
         /// The limit.
         allowed: usize,
     },
+    /// It began and did not end.
+    #[error("a frame that took longer than {0:?}")]
+    Slow(Duration),
     /// The body is not what was sent.
     #[error("a frame with a wrong checksum")]
     Checksum,
@@ -85,12 +133,22 @@ pub(in crate::network) fn encode_header(
 /// Reads one frame. `None` when the stream ends cleanly, between two frames. Not cancel safe.
 pub(in crate::network) async fn read_frame<R: AsyncRead + Unpin>(
     reader: &mut R,
-    bytes_max: usize,
+    limits: &FrameLimits,
 ) -> Result<Option<(FrameHeader, Vec<u8>)>, FrameError> {
     let mut start = [0; FRAME_HEADER_BYTES];
     if reader.read(&mut start[..1]).await? == 0 {
         return Ok(None);
     }
+    let rest = timeout(limits.timeout, read_rest(reader, start, limits));
+    rest.await.unwrap_or(Err(FrameError::Slow(limits.timeout))).map(Some)
+}
+
+/// Reads what follows the first byte.
+async fn read_rest<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    mut start: [u8; FRAME_HEADER_BYTES],
+    limits: &FrameLimits,
+) -> Result<(FrameHeader, Vec<u8>), FrameError> {
     // Checked at once: garbage shorter than a header is not waited for.
     if start[0] != MAGIC {
         return Err(FrameError::Malformed);
@@ -98,15 +156,19 @@ pub(in crate::network) async fn read_frame<R: AsyncRead + Unpin>(
     reader.read_exact(&mut start[1..]).await?;
     let header = decode_header(&start)?;
     let declared = u32::from_be_bytes([start[5], start[6], start[7], start[8]]) as usize;
-    if declared > bytes_max {
-        return Err(FrameError::TooLarge { declared, allowed: bytes_max });
+    if declared > limits.bytes_max {
+        return Err(FrameError::TooLarge { declared, allowed: limits.bytes_max });
     }
+    let _claim = match &limits.budget {
+        Some(budget) => budget.claim(declared).await,
+        None => None,
+    };
     let body = read_body(reader, declared).await?;
     let expected = u32::from_be_bytes([start[9], start[10], start[11], start[12]]);
     if checksum(&start, &body) != expected {
         return Err(FrameError::Checksum);
     }
-    Ok(Some((header, body)))
+    Ok((header, body))
 }
 
 async fn read_body<R: AsyncRead + Unpin>(reader: &mut R, length: usize) -> io::Result<Vec<u8>> {
@@ -143,6 +205,7 @@ fn checksum(start: &[u8; FRAME_HEADER_BYTES], body: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
 
@@ -155,7 +218,44 @@ mod tests {
     }
 
     fn read(mut bytes: &[u8], max: usize) -> Result<Option<(FrameHeader, Vec<u8>)>, FrameError> {
-        futures_util::FutureExt::now_or_never(read_frame(&mut bytes, max)).unwrap()
+        let limits = limits(max, None);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(read_frame(&mut bytes, &limits))
+    }
+
+    fn limits(bytes_max: usize, budget: Option<FrameBudget>) -> FrameLimits {
+        FrameLimits { bytes_max, timeout: Duration::from_millis(100), budget }
+    }
+
+    /// Idle between two frames a connection may be as long as it likes, inside one it may not.
+    #[tokio::test]
+    async fn a_frame_that_began_must_end_in_time() {
+        let (mut near, mut far) = tokio::io::duplex(1 << 20);
+        let limits = limits(1 << 20, None);
+        let idle = timeout(3 * limits.timeout, read_frame(&mut far, &limits)).await;
+        assert!(idle.is_err(), "{idle:?}");
+        let frame = framed(&[7; 100]);
+        near.write_all(&frame).await.unwrap();
+        assert!(read_frame(&mut far, &limits).await.unwrap().is_some());
+        near.write_all(&frame[..frame.len() - 1]).await.unwrap();
+        let slow = read_frame(&mut far, &limits).await;
+        assert!(matches!(slow, Err(FrameError::Slow(_))), "{slow:?}");
+    }
+
+    /// A large frame waits until others are read or given up, a small one does not.
+    #[tokio::test]
+    async fn large_frames_share_a_budget_and_small_ones_pass() {
+        let budget = FrameBudget::new(100 << 10);
+        let limits = limits(100 << 10, Some(budget.clone()));
+        let (large, small) = (framed(&vec![7; 90 << 10]), framed(&[7; 100]));
+        let held = budget.claim(20 << 10).await;
+        let waited = read_frame(&mut &large[..], &limits).await;
+        assert!(matches!(waited, Err(FrameError::Slow(_))), "{waited:?}");
+        assert!(read_frame(&mut &small[..], &limits).await.unwrap().is_some());
+        drop(held);
+        for _ in 0..3 {
+            assert!(read_frame(&mut &large[..], &limits).await.unwrap().is_some());
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What the server side of the peer network asks of the node: Raft and the snapshot stager in a node,
 //! a fake in tests.
 
+use std::collections::HashSet;
+
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
 
@@ -8,12 +10,15 @@ use super::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
     SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
-use crate::types::LogId;
+use crate::types::{LogId, NodeId};
 
 /// The work behind a message. Every method may take as long as a disk does, and its future may be
 /// dropped when the node stops.
 #[async_trait]
 pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
+    /// The nodes of this node's latest membership. Empty before it has one.
+    fn members(&self) -> HashSet<NodeId>;
+
     /// Appends a session's requests in order; replies come in the same order. Ends after a refusal.
     fn append_session(
         &self,

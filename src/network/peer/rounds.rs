@@ -67,7 +67,21 @@ pub(in crate::network) async fn read_index(link: &Arc<Link>) -> Outcome {
     outcome.await.unwrap_or(Err(RoundError::Connect(ConnectError::Stopping)))
 }
 
+/// Lets the next caller drive if this one's round panicked. Who waits is answered by the end of its
+/// channel.
+struct Driving<'a>(&'a Rounds);
+
+impl Drop for Driving<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut next = self.0.next.lock().unwrap_or_else(PoisonError::into_inner);
+            *next = Next::default();
+        }
+    }
+}
+
 async fn drive(link: Arc<Link>) {
+    let _driving = Driving(link.rounds());
     while let Some(callers) = link.rounds().take() {
         let outcome = ask(&link).await;
         for caller in callers {

@@ -20,6 +20,7 @@ use toy_rpc::util::RegisterService;
 
 use super::closer::{CloseReason, Closer};
 use super::envelope::{open_request, seal_reply};
+use super::frame::FrameBudget;
 use super::greeting::Hello;
 use super::handler::PeerHandler;
 use super::lane::{Lane, LaneError};
@@ -31,21 +32,29 @@ use super::wire::{
 };
 use crate::codec::DecodeError;
 
+/// One greeted connection.
+pub(in crate::network) struct Session {
+    pub(in crate::network) stream: TcpStream,
+    pub(in crate::network) hello: Hello,
+    /// What its frames share with those of others.
+    pub(in crate::network) budget: FrameBudget,
+    pub(in crate::network) closer: Closer,
+}
+
 /// Serves one greeted connection until it is closed. Never fails: why it ended is in `closer`.
 pub(in crate::network) async fn serve(
-    stream: TcpStream,
-    hello: Hello,
+    session: Session,
     handler: Arc<dyn PeerHandler>,
     settings: &PeerSettings,
-    closer: Closer,
     tracker: TaskTracker,
     shutdown: CancellationToken,
 ) {
+    let Session { stream, hello, budget, closer } = session;
     let calls_max = settings.calls_max(hello.purpose);
     let admission = Admission::new(calls_max, settings.bytes_in_flight_max());
     let codec = PeerCodec::new(
         stream.into_split(),
-        settings.frame_bytes_max,
+        settings.frame_limits(Some(budget)),
         Some(admission),
         closer.clone(),
         &tracker,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Purpose;
+use super::frame::{FrameBudget, FrameLimits};
 use crate::config::Config;
 
 /// Calls in flight on a control connection. One heartbeat, one vote and one read index are usual;
@@ -16,6 +17,12 @@ const SNAPSHOT_CALLS_MAX: usize = 2;
 /// The shortest wait for a reply: below it, one slow fsync of a follower would cut connections.
 const REPLY_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
+/// How long one message may take to arrive, as long as it may take to leave.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The least budget for members' frames that are being read, however small a frame is.
+const FRAME_BUDGET_BYTES_MIN: usize = 64 << 20;
+
 /// How long a follower may take to write one chunk of a snapshot to disk.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -27,7 +34,9 @@ const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
 pub(in crate::network) struct PeerSettings {
     /// The largest frame body.
     pub(in crate::network) frame_bytes_max: usize,
-    /// Greeted connections at once.
+    /// How long a frame that has begun may take.
+    pub(in crate::network) frame_timeout: Duration,
+    /// Greeted connections of members at once.
     pub(in crate::network) connections_max: usize,
     /// How long a stranger may take to greet.
     pub(in crate::network) greeting_timeout: Duration,
@@ -51,6 +60,7 @@ impl PeerSettings {
         let election_timeout_max = Duration::from_millis(config.raft.election_timeout_max_ms);
         Self {
             frame_bytes_max: config.limits.peer_frame_bytes_max,
+            frame_timeout: FRAME_TIMEOUT,
             connections_max: config.limits.peer_connections_max,
             greeting_timeout: Duration::from_millis(config.limits.header_timeout_ms),
             connect_timeout: election_timeout_max,
@@ -69,6 +79,22 @@ impl PeerSettings {
             Purpose::Control => CONTROL_CALLS_MAX,
             Purpose::Snapshot => SNAPSHOT_CALLS_MAX,
         }
+    }
+
+    /// What a reader of frames keeps to.
+    pub(in crate::network) fn frame_limits(&self, budget: Option<FrameBudget>) -> FrameLimits {
+        FrameLimits { bytes_max: self.frame_bytes_max, timeout: self.frame_timeout, budget }
+    }
+
+    /// Bytes of members' frames that are being read at once: four of the largest, because a node has
+    /// one leader that sends it such.
+    pub(in crate::network) fn members_budget(&self) -> FrameBudget {
+        FrameBudget::new((4 * self.frame_bytes_max).max(FRAME_BUDGET_BYTES_MIN))
+    }
+
+    /// The same for strangers, apart, so that what they send half holds up no member.
+    pub(in crate::network) fn strangers_budget(&self) -> FrameBudget {
+        FrameBudget::new(2 * self.frame_bytes_max)
     }
 
     /// Bytes of calls in flight on one connection. Four of the largest frames: enough to keep a

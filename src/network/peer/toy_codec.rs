@@ -36,7 +36,7 @@ use toy_rpc::protocol::Header;
 use toy_rpc::util::GracefulShutdown;
 
 use super::closer::{CloseReason, Closer};
-use super::frame::{FrameError, FrameHeader, FrameKind, read_frame};
+use super::frame::{FrameError, FrameHeader, FrameKind, FrameLimits, read_frame};
 use super::wire::Method;
 use flush::Outbound;
 
@@ -66,7 +66,7 @@ pub(in crate::network) struct PeerCodec<R> {
 /// The reading half.
 pub(in crate::network) struct PeerReader<R> {
     stream: BufReader<R>,
-    frame_bytes_max: usize,
+    limits: FrameLimits,
     /// `Some` on the server side, which is also what tells the two sides apart.
     admission: Option<Arc<Admission>>,
     closer: Closer,
@@ -125,7 +125,7 @@ impl<R: AsyncRead + Send + Unpin> PeerCodec<R> {
     /// A codec over a greeted stream. Its writing task and both halves count as tasks of `tracker`.
     pub(in crate::network) fn new<W>(
         (read, write): (R, W),
-        frame_bytes_max: usize,
+        limits: FrameLimits,
         admission: Option<Admission>,
         closer: Closer,
         tracker: &TaskTracker,
@@ -138,7 +138,7 @@ impl<R: AsyncRead + Send + Unpin> PeerCodec<R> {
         tracker.spawn(flush::run(write, waiting, closer.clone()));
         let reader = PeerReader {
             stream: BufReader::new(read),
-            frame_bytes_max,
+            limits,
             admission: admission.clone(),
             closer: closer.clone(),
             body: Vec::new(),
@@ -153,7 +153,7 @@ impl<R: AsyncRead + Send + Unpin> PeerCodec<R> {
 impl<R: AsyncRead + Send + Unpin> PeerReader<R> {
     /// Reads one message; its body waits in `self.body`.
     async fn read_message(&mut self) -> Result<Header, CloseReason> {
-        let (frame, body) = match read_frame(&mut self.stream, self.frame_bytes_max).await {
+        let (frame, body) = match read_frame(&mut self.stream, &self.limits).await {
             Ok(Some(read)) => read,
             Ok(None) => return Err(CloseReason::PeerClosed),
             Err(FrameError::Io(error)) => return Err(CloseReason::Io(error.to_string())),

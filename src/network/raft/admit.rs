@@ -1,6 +1,11 @@
 //! The places of peer connections: a few for strangers, one for each peer and purpose.
+//!
+//! A greeting proves nothing: whoever reaches the port can greet with invented ids. So who is not in
+//! this node's membership is a stranger, greeted or not, and strangers share a few places and make room
+//! for each other. They are not refused, because a node that this one has not heard of yet may well
+//! belong: this one is new itself, or lags behind. **Members get their places whatever strangers hold.**
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio_util::sync::CancellationToken;
@@ -8,6 +13,10 @@ use tokio_util::sync::CancellationToken;
 use crate::network::peer::Purpose;
 use crate::network::peer::closer::{CloseReason, Closer};
 use crate::types::NodeId;
+
+/// Greeted connections of nodes that are not in the membership. A new node is reached by one leader with
+/// three connections; the rest is room for leaders that follow one another and for strangers.
+const STRANGERS_MAX: usize = 16;
 
 /// Connections that have not greeted yet, oldest first.
 pub(super) struct Greetings {
@@ -57,10 +66,12 @@ impl Drop for Greeting<'_> {
 
 /// Connections that have greeted, at most one for each node and purpose.
 pub(super) struct Greeted {
-    max: usize,
-    places: Mutex<HashMap<(NodeId, Purpose), (u64, Closer)>>,
+    members_max: usize,
+    places: Mutex<Places>,
     ids: Ids,
 }
+
+type Places = HashMap<(NodeId, Purpose), (u64, Closer)>;
 
 /// The place of one of them. Given back when dropped.
 pub(super) struct Place<'a> {
@@ -68,24 +79,56 @@ pub(super) struct Place<'a> {
     key: (NodeId, Purpose),
     id: u64,
     closer: Closer,
+    member: bool,
 }
 
 impl Greeted {
-    pub(super) fn new(max: usize) -> Self {
-        Self { max, places: Mutex::default(), ids: Ids::default() }
+    /// `members_max` bounds the members' places; those of strangers come on top.
+    pub(super) fn new(members_max: usize) -> Self {
+        Self { members_max, places: Mutex::default(), ids: Ids::default() }
     }
 
-    /// Takes a place, and closes the connection that held it. `None` when all are taken by others.
-    pub(super) fn enter(&self, key: (NodeId, Purpose), closer: Closer) -> Option<Place<'_>> {
+    /// Takes a place, and closes the connection that held it. A stranger takes the oldest stranger's
+    /// if there is no other; `None` when it is a member and other members hold all of theirs.
+    ///
+    /// Who is a member is asked anew for all: who came as a stranger may be one by now.
+    pub(super) fn enter(
+        &self,
+        key: (NodeId, Purpose),
+        closer: Closer,
+        members: &HashSet<NodeId>,
+    ) -> Option<Place<'_>> {
         let id = self.ids.next();
+        let member = members.contains(&key.0);
         let mut places = lock(&self.places);
-        if places.len() >= self.max && !places.contains_key(&key) {
-            return None;
-        }
-        if let Some((_, older)) = places.insert(key, (id, closer.clone())) {
+        if let Some((_, older)) = places.remove(&key) {
             older.close(CloseReason::Superseded);
         }
-        Some(Place { all: self, key, id, closer })
+        if !member {
+            evict_strangers(&mut places, members);
+        } else if places.keys().filter(|(node, _)| members.contains(node)).count()
+            >= self.members_max
+        {
+            return None;
+        }
+        places.insert(key, (id, closer.clone()));
+        Some(Place { all: self, key, id, closer, member })
+    }
+}
+
+/// Makes room for one more stranger.
+fn evict_strangers(places: &mut Places, members: &HashSet<NodeId>) {
+    let mut strangers: Vec<_> = places
+        .iter()
+        .filter(|((node, _), _)| !members.contains(node))
+        .map(|(key, (id, _))| (*id, *key))
+        .collect();
+    strangers.sort_unstable_by_key(|(id, _)| *id);
+    let over = (strangers.len() + 1).saturating_sub(STRANGERS_MAX);
+    for (_, key) in &strangers[..over] {
+        if let Some((_, oldest)) = places.remove(key) {
+            oldest.close(CloseReason::Evicted);
+        }
     }
 }
 
@@ -93,6 +136,11 @@ impl Place<'_> {
     /// Closes this connection.
     pub(super) fn closer(&self) -> &Closer {
         &self.closer
+    }
+
+    /// Whether it was a member's when it was taken.
+    pub(super) fn is_member(&self) -> bool {
+        self.member
     }
 }
 
@@ -141,17 +189,43 @@ mod tests {
 
     #[test]
     fn a_newer_connection_replaces_the_older_and_only_that() {
-        let greeted = Greeted::new(2);
-        let old = greeted.enter((1, Purpose::Append), closer()).unwrap();
-        let other = greeted.enter((1, Purpose::Control), closer()).unwrap();
-        assert!(greeted.enter((2, Purpose::Append), closer()).is_none());
-        let new = greeted.enter((1, Purpose::Append), closer()).unwrap();
+        let (greeted, members) = (Greeted::new(2), HashSet::from([1, 2]));
+        let enter = |key| greeted.enter(key, closer(), &members);
+        let old = enter((1, Purpose::Append)).unwrap();
+        let other = enter((1, Purpose::Control)).unwrap();
+        assert!(enter((2, Purpose::Append)).is_none());
+        let new = enter((1, Purpose::Append)).unwrap();
         assert_eq!(old.closer().reason(), CloseReason::Superseded);
         assert!(!other.closer().is_closed());
         // The older one leaves late, and must not take the newer one's place with it.
         drop(old);
-        assert!(greeted.enter((2, Purpose::Append), closer()).is_none());
+        assert!(enter((2, Purpose::Append)).is_none());
         drop(new);
-        assert!(greeted.enter((2, Purpose::Append), closer()).is_some());
+        assert!(enter((2, Purpose::Append)).is_some());
+    }
+
+    #[test]
+    fn greeted_strangers_make_room_for_each_other_and_never_for_lack_of_it_a_member() {
+        let (greeted, nobody) = (Greeted::new(3), HashSet::new());
+        let members = HashSet::from([1, 2]);
+        let member = greeted.enter((1, Purpose::Append), closer(), &members).unwrap();
+        let strangers: Vec<_> = (100..400)
+            .map(|id| greeted.enter((id, Purpose::Append), closer(), &members).unwrap())
+            .collect();
+        assert!(member.is_member() && !strangers[0].is_member());
+        assert!(greeted.enter((2, Purpose::Control), closer(), &members).is_some());
+        let open = |place: &&Place<'_>| !place.closer().is_closed();
+        assert_eq!(strangers.iter().filter(open).count(), STRANGERS_MAX);
+        assert!(open(&&member) && open(&&strangers[299]), "the oldest strangers go");
+        assert_eq!(strangers[0].closer().reason(), CloseReason::Evicted);
+        // Who has become a member since does not have to go any more.
+        let grown = HashSet::from([1, 2, 399]);
+        let late: Vec<_> = (500..600)
+            .map(|id| greeted.enter((id, Purpose::Append), closer(), &grown).unwrap())
+            .collect();
+        assert!(open(&&strangers[299]) && !open(&&strangers[298]));
+        drop(late);
+        // Without a membership everyone is a stranger.
+        assert!(!greeted.enter((2, Purpose::Append), closer(), &nobody).unwrap().is_member());
     }
 }

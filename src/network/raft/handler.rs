@@ -1,5 +1,6 @@
 //! Peer messages into openraft and the snapshot stager.
 
+use std::collections::HashSet;
 use std::io;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::network::peer::wire::{
     SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
 use crate::store::snapshot::{SnapshotData, SnapshotStager};
-use crate::types::{LogId, TypeConfig, Vote};
+use crate::types::{LogId, NodeId, TypeConfig, Vote};
 
 /// The [`PeerHandler`] of a node.
 pub(super) struct RaftHandler<SM>
@@ -80,6 +81,12 @@ impl<SM> PeerHandler for RaftHandler<SM>
 where
     SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
 {
+    fn members(&self) -> HashSet<NodeId> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.membership().nodes().map(|(id, _)| *id).collect()
+    }
+
     fn append_session(
         &self,
         requests: BoxStream<'static, AppendRequest>,

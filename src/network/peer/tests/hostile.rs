@@ -13,13 +13,18 @@ use crate::network::peer::frame::{FrameHeader, FrameKind, encode_header};
 use crate::network::peer::greeting::{self, Hello};
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::{Append, Heartbeat, Method, VoteRequest};
+use crate::types::NodeId;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A raw connection that has greeted as node 9, so that it disturbs no other's place.
 async fn greeted(node: &FakeNode, purpose: Purpose) -> TcpStream {
+    greeted_as(9, node, purpose).await
+}
+
+async fn greeted_as(id: NodeId, node: &FakeNode, purpose: Purpose) -> TcpStream {
     let mut stream = TcpStream::connect(&node.addr).await.unwrap();
-    let hello = Hello { purpose, sender: identity(9), target: 1 };
+    let hello = Hello { purpose, sender: identity(id), target: 1 };
     greeting::connect(&mut stream, &hello).await.unwrap();
     stream
 }
@@ -182,6 +187,57 @@ async fn greeted_connections_are_bounded_and_a_peer_keeps_its_place() {
     let again = link(&node.addr, Purpose::Control).connection().await.unwrap();
     within("the older one goes", own.closer().closed()).await;
     again.call(&VoteRequest::new(vote(1), None), PATIENCE).await.unwrap();
+    node.stop().await;
+}
+
+/// Strangers that greet with invented ids make room for each other, and members get in.
+#[tokio::test]
+async fn greeted_strangers_keep_no_member_out() {
+    let few = PeerSettings { connections_max: 3, ..settings() };
+    let node = FakeNode::start(few).await;
+    let before = link(&node.addr, Purpose::Control).connection().await.unwrap();
+    let mut strangers = Vec::new();
+    for id in 1000..1300 {
+        strangers.push(greeted_as(id, &node, Purpose::Append).await);
+    }
+    for id in [3, 4] {
+        let member = link_from(identity(id), &node.addr, Purpose::Append);
+        within("a member connects", member.connection()).await.unwrap();
+    }
+    before.call(&VoteRequest::new(vote(1), None), PATIENCE).await.unwrap();
+    let newest = strangers.pop().unwrap();
+    assert_eq!(newest.try_read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    closed(strangers.swap_remove(0)).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn who_says_that_it_is_this_node_is_refused() {
+    let node = FakeNode::start(settings()).await;
+    let mut stream = TcpStream::connect(&node.addr).await.unwrap();
+    let hello = Hello { purpose: Purpose::Control, sender: identity(1), target: 1 };
+    greeting::connect(&mut stream, &hello).await.unwrap_err();
+    still_works(&node).await;
+    node.stop().await;
+}
+
+/// Half frames are given up in time, and meanwhile they hold up no member, not even a large frame.
+#[tokio::test]
+async fn half_frames_end_in_time_and_hold_up_no_member() {
+    let node = FakeNode::start(settings()).await;
+    let peer = link(&node.addr, Purpose::Control).connection().await.unwrap();
+    let large = framed(Method::Append.number(), 1, &vec![7; 1 << 20]);
+    let mut halves = Vec::new();
+    for id in 1000..1016 {
+        let mut stream = greeted_as(id, &node, Purpose::Append).await;
+        stream.write_all(&large[..100_000]).await.unwrap();
+        halves.push(stream);
+    }
+    peer.call(&Heartbeat(append(1, 1, 900 << 10)), PATIENCE).await.unwrap();
+    for half in halves {
+        closed(half).await;
+    }
+    assert!(!peer.closer().is_closed());
     node.stop().await;
 }
 

@@ -1,6 +1,6 @@
 //! A node whose Raft is a fake, and what tests need around it.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -56,6 +56,7 @@ pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendReques
 pub(super) fn settings() -> PeerSettings {
     PeerSettings {
         frame_bytes_max: 1 << 20,
+        frame_timeout: Duration::from_secs(1),
         greeting_timeout: Duration::from_millis(500),
         connect_timeout: Duration::from_secs(5),
         reply_timeout: Duration::from_secs(5),
@@ -148,6 +149,11 @@ impl Fake {
 
 #[async_trait]
 impl PeerHandler for Fake {
+    /// All nodes of these tests except those that are strangers on purpose.
+    fn members(&self) -> HashSet<NodeId> {
+        (1..100).collect()
+    }
+
     fn append_session(
         &self,
         requests: BoxStream<'static, AppendRequest>,
