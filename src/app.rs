@@ -26,6 +26,7 @@ use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
 use crate::read_gate::ReadGate;
 use crate::ring::{Ring, RingNode, RingTable};
+use crate::store::formation::Formation;
 use crate::store::{Lookup, StateReader};
 use crate::telemetry::{Operation, Telemetry};
 use crate::types::{
@@ -81,6 +82,7 @@ struct Inner {
     limits: Limits,
     raft: Raft,
     reader: StateReader,
+    formation: Formation,
     gate: ReadGate,
     peers: PeerNetwork,
     in_flight: Arc<Semaphore>,
@@ -96,14 +98,25 @@ impl App {
         limits: Limits,
         raft: Raft,
         reader: StateReader,
+        formation: Formation,
         gate: ReadGate,
         peers: PeerNetwork,
     ) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
         let telemetry = Telemetry::new();
         let tasks = TaskTracker::new();
-        let inner =
-            Inner { identity, limits, raft, reader, gate, peers, in_flight, telemetry, tasks };
+        let inner = Inner {
+            identity,
+            limits,
+            raft,
+            reader,
+            formation,
+            gate,
+            peers,
+            in_flight,
+            telemetry,
+            tasks,
+        };
         Self { inner: Arc::new(inner) }
     }
 

@@ -133,7 +133,7 @@ impl Node {
             .map_err(|error| StartError::Raft(format!("opening the store died: {error}")))??;
 
         let identity = PeerIdentity { cluster: options.cluster.clone(), node_id: options.id };
-        let network = PeerNetwork::new(identity.clone(), config);
+        let network = PeerNetwork::new(identity.clone(), store.formation(), config);
         let raft_config = raft_config(&options.cluster, &config.raft)?;
         let (log, machine) = (store.log(), store.state_machine());
         let raft = Raft::new(options.id, raft_config, network.clone(), log, machine)
@@ -146,14 +146,29 @@ impl Node {
         };
         warn_if_moved(&raft, options.id, &addrs);
         let shutdown = CancellationToken::new();
-        let stager = store.stager();
-        let peers =
-            PeerServer::serve(rpc, identity, raft.clone(), stager, config, shutdown.clone());
+        let (formation, stager) = (store.formation(), store.stager());
+        let peers = PeerServer::serve(
+            rpc,
+            identity,
+            formation,
+            raft.clone(),
+            stager,
+            config,
+            shutdown.clone(),
+        );
         let (gate, gate_task) = ReadGate::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
         let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };
         let limits = config.limits.clone();
-        let app = App::new(identity, limits, raft.clone(), store.reader(), gate, network.clone());
+        let app = App::new(
+            identity,
+            limits,
+            raft.clone(),
+            store.reader(),
+            store.formation(),
+            gate,
+            network.clone(),
+        );
         let http = HttpServer::serve(http, app.clone(), shutdown.clone());
         tracing::info!(%http_addr, %rpc_addr, dir = %options.data_dir.display(), "node started");
         Ok(Self {

@@ -26,6 +26,7 @@
 
 mod engine;
 mod flusher;
+pub mod formation;
 mod image;
 pub mod log;
 mod marker;
@@ -48,6 +49,7 @@ use crate::types::{ClusterId, NodeId};
 
 use engine::Engine;
 use flusher::Flusher;
+use formation::Formation;
 pub use log::LogStore;
 use marker::Marker;
 pub use reader::{Lookup, StateReader};
@@ -150,6 +152,7 @@ pub struct Store {
     flusher: Flusher,
     log: LogStore,
     state: StateMachine,
+    formation: Formation,
     /// Held for its lock only.
     _lock: std::fs::File,
 }
@@ -191,7 +194,11 @@ impl Store {
         marker
             .check_kept(log.vote(), durable)
             .map_err(|message| OpenError::LostData { path: db_path.clone(), message })?;
-        Ok(Self { engine, flusher, log, state, _lock: lock })
+        if log.vote().is_none() && durable.is_none() {
+            marker.forget_formation().map_err(|source| io_error(&marker_path, source))?;
+        }
+        let formation = Formation::new(marker);
+        Ok(Self { engine, flusher, log, state, formation, _lock: lock })
     }
 
     /// The log half, for openraft. Clones share one log.
@@ -209,6 +216,11 @@ impl Store {
         self.state.reader()
     }
 
+    /// Which forming of its cluster the node belongs to.
+    pub fn formation(&self) -> Formation {
+        self.formation.clone()
+    }
+
     /// The receiving end of snapshot transfers.
     pub fn stager(&self) -> snapshot::SnapshotStager {
         self.state.stager()
@@ -219,7 +231,7 @@ impl Store {
     /// Other holders of the store's parts must be dropped by now; it waits a little for stragglers,
     /// because the directory can be opened again only when the last of them is gone.
     pub fn close(self) -> io::Result<()> {
-        let Self { engine, flusher, log, state, _lock } = self;
+        let Self { engine, flusher, log, state, formation: _, _lock } = self;
         let flushed = flusher.stop();
         drop(log);
         drop(state);

@@ -267,12 +267,17 @@ fn idle_connections_on_the_http_port_keep_no_client_out() {
 #[test]
 fn a_node_of_another_cluster_does_not_join() {
     let ours = Cluster::formed(1, FAST);
-    let theirs = Cluster::start_as("c2", 1, FAST);
+    let mut theirs = Cluster::start_as("c2", 1, FAST);
     let watch = Watch::new(&ours, 1);
     let learner = json!([2, theirs.http(1), theirs.rpc(1)]).to_string();
-    // It may be listed, but it must never get an entry.
-    let added = ours.post(1, "/cluster/add-learner", &learner);
-    assert!(matches!(added.status, 200 | 409 | 504), "{} {}", added.status, added.text());
+    let refused = ours.post(1, "/cluster/add-learner", &learner);
+    refused.assert_error(409, "CONFLICT", "not_applied");
+    assert!(refused.text().contains("it belongs to cluster c2"), "{}", refused.text());
+    assert_eq!(ours.metrics(1).unwrap()["learners"], json!([]));
+    // Unless it cannot be asked. Then it is listed, but must never get an entry.
+    theirs.pause(1);
+    expect_ok(&ours.post(1, "/cluster/add-learner", &learner));
+    theirs.resume(1);
     ours.put(1, "secret", "s");
     eventually("the log says that the other belongs elsewhere", || {
         ours.log(1).contains("it belongs to cluster c2, this node to c1").then_some(())
@@ -289,4 +294,33 @@ fn a_node_of_another_cluster_does_not_join() {
     );
     ours.put(1, "secret", "t");
     watch.check();
+}
+
+/// Two nodes that were both told to form the cluster are two clusters: neither takes the other in, and
+/// both go on.
+#[test]
+fn clusters_that_were_formed_apart_are_not_mixed() {
+    let mut nodes = Cluster::start(2, FAST);
+    for id in [1, 2] {
+        expect_ok(&nodes.post(id, "/cluster/init", "{}"));
+    }
+    nodes.await_ready();
+    nodes.put(1, "k", "one");
+    nodes.put(2, "k", "two");
+    let learner = json!([2, nodes.http(2), nodes.rpc(2)]).to_string();
+    let refused = nodes.post(1, "/cluster/add-learner", &learner);
+    refused.assert_error(409, "CONFLICT", "not_applied");
+    assert!(refused.text().contains("initialized apart"), "{}", refused.text());
+    // Not even when it is listed, because it could not be asked.
+    nodes.pause(2);
+    expect_ok(&nodes.post(1, "/cluster/add-learner", &learner));
+    nodes.resume(2);
+    eventually("the log says why it does not follow", || {
+        nodes.log(1).contains("were initialized apart").then_some(())
+    });
+    for (id, value) in [(1, "one"), (2, "two")] {
+        nodes.put(id, "after", value);
+        assert_eq!(nodes.get(id, "/v1/kv/k").text(), value);
+        assert_eq!(nodes.get(id, "/v1/kv/after").text(), value);
+    }
 }

@@ -1,6 +1,8 @@
 //! Use cases of membership: form the cluster, add learners, change the voters.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use openraft::LogIdOptionExt;
@@ -10,6 +12,7 @@ use openraft::raft::ClientWriteResponse;
 use tokio::time::Instant;
 
 use crate::network::error::{ApiError, Outcome};
+use crate::store::formation::Joined;
 use crate::types::{NodeAddrs, NodeId, TypeConfig};
 
 use super::{App, Consistency, Metrics, POLL_INTERVAL};
@@ -25,9 +28,16 @@ type ChangeResult =
     Result<ClientWriteResponse<TypeConfig>, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>;
 
 impl App {
-    /// Forms the cluster with this node as its only voter.
+    /// Forms the cluster with this node as its only voter. Cancel safe: what has begun is done.
     pub async fn init(&self) -> Result<(), ApiError> {
         self.check_serving()?;
+        let app = self.clone();
+        let forming = self.inner.tasks.spawn(async move { app.form().await });
+        forming.await.unwrap_or(Err(ApiError::Stopping { outcome: Outcome::Unknown }))
+    }
+
+    async fn form(&self) -> Result<(), ApiError> {
+        self.begin_formation().await?;
         let identity = &self.inner.identity;
         let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
@@ -45,11 +55,23 @@ impl App {
                 let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(formed, "formed").await;
                 Ok(())
             }
-            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
-                Err(ApiError::Conflict("this node is already initialized".into()))
-            }
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Err(already_initialized()),
             Err(RaftError::APIError(error)) => Err(ApiError::Conflict(error.to_string())),
             Err(RaftError::Fatal(error)) => Err(self.fatal(&error, Outcome::Unknown)),
+        }
+    }
+
+    /// Draws the id that tells this cluster from others of its name, before its log begins.
+    async fn begin_formation(&self) -> Result<(), ApiError> {
+        let formation = self.inner.formation.clone();
+        let drawn = NonZeroU64::new(rand::random()).unwrap_or(NonZeroU64::MIN);
+        let joined = tokio::task::spawn_blocking(move || formation.join(drawn)).await;
+        match joined.map_err(io::Error::other).flatten() {
+            Ok(Joined::Adopted) => Ok(()),
+            Ok(Joined::Same | Joined::Other) => Err(already_initialized()),
+            Err(error) => {
+                Err(ApiError::Storage { message: error.to_string(), outcome: Outcome::NotApplied })
+            }
         }
     }
 
@@ -78,6 +100,9 @@ impl App {
                 return Err(ApiError::Conflict(text));
             }
             None => {}
+        }
+        if let Some(why) = self.inner.peers.refusal_of(id, &addrs).await {
+            return Err(ApiError::Conflict(format!("node {id} cannot join: {why}")));
         }
         let raft = self.inner.raft.clone();
         let added = async move { raft.add_learner(id, addrs, false).await };
@@ -170,6 +195,11 @@ impl App {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
+}
+
+/// Formed by itself, or claimed by the cluster that it was told to follow.
+fn already_initialized() -> ApiError {
+    ApiError::Conflict("this node is already initialized".into())
 }
 
 /// The membership tells the other nodes where to connect; a wildcard would send them to themselves.

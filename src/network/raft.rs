@@ -18,6 +18,7 @@ mod admit;
 mod cluster_test;
 mod handler;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use super::peer::quiet::Quiet;
 use super::peer::service::{self, Session};
 use super::peer::settings::PeerSettings;
 use crate::config::Config;
+use crate::store::formation::{Formation, Joined};
 use crate::store::snapshot::{SnapshotData, SnapshotStager};
 use crate::types::TypeConfig;
 use admit::{Greeted, Greetings};
@@ -62,6 +64,7 @@ impl PeerServer {
     pub fn serve<SM>(
         listener: TcpListener,
         identity: PeerIdentity,
+        formation: Formation,
         raft: Raft<TypeConfig, SM>,
         stager: SnapshotStager,
         config: &Config,
@@ -74,13 +77,14 @@ impl PeerServer {
         // A leader that cannot confirm itself says so while the asking node still listens.
         let read_index_timeout = settings.reply_timeout / 2;
         let handler = Arc::new(RaftHandler::new(raft, stager, read_index_timeout));
-        Self::serve_handler(listener, identity, handler, settings, shutdown)
+        Self::serve_handler(listener, identity, formation, handler, settings, shutdown)
     }
 
     /// [`Self::serve`] with any handler.
     pub(super) fn serve_handler(
         listener: TcpListener,
         identity: PeerIdentity,
+        formation: Formation,
         handler: Arc<dyn PeerHandler>,
         settings: PeerSettings,
         shutdown: CancellationToken,
@@ -88,6 +92,7 @@ impl PeerServer {
         let tracker = TaskTracker::new();
         let acceptor = Arc::new(Acceptor {
             identity,
+            formation,
             handler,
             greetings: Greetings::new(GREETINGS_MAX),
             greeted: Greeted::new(settings.connections_max),
@@ -113,6 +118,7 @@ impl PeerServer {
 
 struct Acceptor {
     identity: PeerIdentity,
+    formation: Formation,
     handler: Arc<dyn PeerHandler>,
     settings: PeerSettings,
     greetings: Greetings,
@@ -208,6 +214,10 @@ impl Acceptor {
         if hello.sender.node_id == self.identity.node_id {
             return Err(GreetingError::Malformed("it says that it is this node"));
         }
+        if !self.belongs_together(&hello).await? {
+            greeting::answer(stream, &self.identity, Some(&Refusal::Formation)).await?;
+            return Err(GreetingError::Refused(Refusal::Formation));
+        }
         let closer = Closer::under(&self.shutdown);
         let key = (hello.sender.node_id, hello.purpose);
         let Some(place) = self.greeted.enter(key, closer, &self.handler.members()) else {
@@ -216,5 +226,14 @@ impl Acceptor {
         };
         greeting::answer(stream, &self.identity, None).await?;
         Ok((hello, place))
+    }
+
+    /// Compares the formations. A blank node adopts the peer's, on disk, before a message can reach Raft.
+    async fn belongs_together(&self, hello: &Hello) -> Result<bool, GreetingError> {
+        let (own, theirs) = (self.formation.id(), hello.formation);
+        let Some(theirs) = theirs.filter(|_| own.is_none()) else { return Ok(own == theirs) };
+        let formation = self.formation.clone();
+        let joined = tokio::task::spawn_blocking(move || formation.join(theirs)).await;
+        Ok(joined.map_err(io::Error::other)?? != Joined::Other)
     }
 }

@@ -28,7 +28,8 @@ pub use super::peer::PeerIdentity;
 
 use super::peer::Purpose;
 use super::peer::connection::CallError;
-use super::peer::link::{Link, LinkContext};
+use super::peer::greeting::Refusal;
+use super::peer::link::{ConnectError, Link, LinkContext};
 use super::peer::pipeline::{PipelineError, append_stream};
 use super::peer::quiet::Quiet;
 use super::peer::rounds::{self, RoundError};
@@ -39,6 +40,7 @@ use super::peer::wire::{
     TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
 use crate::config::Config;
+use crate::store::formation::Formation;
 use crate::store::snapshot::SnapshotData;
 use crate::types::{LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote};
 
@@ -83,9 +85,10 @@ impl Drop for Shared {
 
 impl PeerNetwork {
     /// Connects to nobody yet.
-    pub fn new(identity: PeerIdentity, config: &Config) -> Self {
+    pub fn new(identity: PeerIdentity, formation: Formation, config: &Config) -> Self {
         let context = LinkContext {
             identity,
+            formation,
             settings: Arc::new(PeerSettings::new(config)),
             shutdown: CancellationToken::new(),
             tracker: TaskTracker::new(),
@@ -110,6 +113,18 @@ impl PeerNetwork {
             }
             Ok(Err(error)) => Err(ReadIndexError::Unavailable(error.to_string())),
             Err(_) => Err(ReadIndexError::Timeout),
+        }
+    }
+
+    /// Greets a node that is about to become a member. `Some` says why it and this node do not belong
+    /// together; a node that does not answer may do so later. Takes a connection's time at most.
+    pub async fn refusal_of(&self, target: NodeId, addrs: &NodeAddrs) -> Option<String> {
+        let context = self.shared.context.clone();
+        let link = Arc::new(Link::new(context, target, addrs.rpc.clone(), Purpose::Control));
+        match link.connection().await {
+            Err(ConnectError::Refused { refusal: Refusal::Full, .. }) => None,
+            Err(error @ ConnectError::Refused { .. }) => Some(error.to_string()),
+            _ => None,
         }
     }
 

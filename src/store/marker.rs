@@ -6,8 +6,9 @@
 //! lower bound of what the database must contain.
 //!
 //! ```text
-//! magic     8 bytes  "dkvmark1"
+//! magic     8 bytes  "dkvmark2"
 //! node id   u64
+//! formation u64      0: none yet ([`super::formation`])
 //! vote      u8 length, then the vote's record (length 0: none)
 //! log id    u8 length, then the record of a log id that was durable (length 0: none)
 //! cluster   u8 length, then the id
@@ -20,6 +21,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -27,16 +29,18 @@ use bytes::{Buf, BufMut};
 
 use crate::types::{ClusterId, LogId, NodeId, Vote};
 
+use super::formation::Joined;
 use super::{OpenError, meta};
 
 pub(super) const FILE_NAME: &str = "marker";
 /// Where a new marker is written before it takes the old one's place.
 pub(super) const TEMPORARY_NAME: &str = "marker.tmp";
-const MAGIC: &[u8; 8] = b"dkvmark1";
+const MAGIC: &[u8; 8] = b"dkvmark2";
 
 #[derive(Debug, Clone, PartialEq)]
 struct Claims {
     node_id: NodeId,
+    formation: Option<NonZeroU64>,
     cluster: ClusterId,
     vote: Option<Vote>,
     durable: Option<LogId>,
@@ -51,7 +55,13 @@ impl Marker {
     /// Reads the marker, or writes a new one that claims nothing.
     pub(super) fn open(path: &Path, id: NodeId, cluster: &ClusterId) -> Result<Self, OpenError> {
         let io_error = |source| OpenError::Io { path: path.into(), source };
-        let mine = Claims { node_id: id, cluster: cluster.clone(), vote: None, durable: None };
+        let mine = Claims {
+            node_id: id,
+            formation: None,
+            cluster: cluster.clone(),
+            vote: None,
+            durable: None,
+        };
         let claims = match std::fs::read(path) {
             Ok(bytes) => decode(&bytes)
                 .map_err(|message| OpenError::MarkerCorrupt { path: path.into(), message })?,
@@ -110,6 +120,28 @@ impl Marker {
         self.change(|claims| claims.durable = claims.durable.min(last))
     }
 
+    pub(super) fn formation(&self) -> Option<NonZeroU64> {
+        self.lock().formation
+    }
+
+    pub(super) fn join_formation(&self, id: NonZeroU64) -> io::Result<Joined> {
+        let mut joined = Joined::Same;
+        self.change(|claims| match claims.formation {
+            None => {
+                claims.formation = Some(id);
+                joined = Joined::Adopted;
+            }
+            Some(own) if own == id => {}
+            Some(_) => joined = Joined::Other,
+        })?;
+        Ok(joined)
+    }
+
+    /// The node has neither voted nor appended: whatever cluster it heard of, it may yet join any.
+    pub(super) fn forget_formation(&self) -> io::Result<()> {
+        self.change(|claims| claims.formation = None)
+    }
+
     fn change(&self, change: impl FnOnce(&mut Claims)) -> io::Result<()> {
         let mut claims = self.lock();
         let mut next = claims.clone();
@@ -133,6 +165,7 @@ fn show<T: std::fmt::Display>(value: &Option<T>) -> String {
 fn encode(claims: &Claims) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.put_u64(claims.node_id);
+    bytes.put_u64(claims.formation.map_or(0, NonZeroU64::get));
     put_block(&claims.vote.as_ref().map(meta::encode_vote).unwrap_or_default(), &mut bytes);
     put_block(&claims.durable.as_ref().map(meta::encode_log_id).unwrap_or_default(), &mut bytes);
     put_block(claims.cluster.as_str().as_bytes(), &mut bytes);
@@ -152,6 +185,7 @@ fn decode(bytes: &[u8]) -> Result<Claims, String> {
         return Err("it is of an unknown format".into());
     };
     let node_id = rest.try_get_u64().map_err(|e| e.to_string())?;
+    let formation = NonZeroU64::new(rest.try_get_u64().map_err(|e| e.to_string())?);
     let vote = match get_block(&mut rest)? {
         [] => None,
         record => Some(meta::decode_vote(record).map_err(|e| e.to_string())?),
@@ -162,7 +196,7 @@ fn decode(bytes: &[u8]) -> Result<Claims, String> {
     };
     let cluster = std::str::from_utf8(get_block(&mut rest)?).map_err(|e| e.to_string())?;
     let cluster = cluster.parse().map_err(|e: crate::types::InvalidClusterId| e.to_string())?;
-    Ok(Claims { node_id, cluster, vote, durable })
+    Ok(Claims { node_id, formation, cluster, vote, durable })
 }
 
 fn put_block(block: &[u8], bytes: &mut Vec<u8>) {
@@ -216,6 +250,22 @@ mod tests {
         assert!(marker.check_kept(Some(Vote::new(1, 1)), Some(log_id(1, 9))).is_err());
         marker.lower_durable(Some(log_id(1, 2))).unwrap();
         assert!(marker.check_kept(vote, Some(log_id(1, 2))).is_ok());
+    }
+
+    #[test]
+    fn a_formation_is_joined_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let cluster: ClusterId = "c1".parse().unwrap();
+        let (first, second) = (NonZeroU64::new(7).unwrap(), NonZeroU64::new(8).unwrap());
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        assert_eq!(marker.formation(), None);
+        assert_eq!(marker.join_formation(first).unwrap(), Joined::Adopted);
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        assert_eq!(marker.join_formation(second).unwrap(), Joined::Other);
+        assert_eq!(marker.join_formation(first).unwrap(), Joined::Same);
+        marker.forget_formation().unwrap();
+        assert_eq!(marker.join_formation(second).unwrap(), Joined::Adopted);
     }
 
     #[test]

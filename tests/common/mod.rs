@@ -11,7 +11,7 @@ pub mod line;
 pub mod load;
 pub mod proxy;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::path::PathBuf;
@@ -140,9 +140,18 @@ impl NodeProcess {
         eventually("the node ends after SIGTERM", || self.child.try_wait().unwrap())
     }
 
-    /// SIGSTOP.
+    /// SIGSTOP. Returns when every thread has stopped: until then the node may still answer.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        eventually("the node is stopped", || {
+            let mut stopped = fs::read_dir(&tasks).unwrap().map(|task| {
+                // `PID (NAME) STATE ...`; a thread that has just ended has no file.
+                fs::read_to_string(task.unwrap().path().join("stat"))
+                    .is_ok_and(|stat| stat.rsplit(") ").next().unwrap().starts_with('T'))
+            });
+            stopped.all(|stopped| stopped).then_some(())
+        });
     }
 
     /// SIGCONT.

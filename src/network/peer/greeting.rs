@@ -2,10 +2,12 @@
 //!
 //! A node must never feed its Raft with the messages of another cluster, of another version, or meant
 //! for another node that had its address before. So the connector says all of it, the acceptor
-//! compares, and answers either that it is welcome or, typed, what differs.
+//! compares, and answers either that it is welcome or, typed, what differs. Nor must two clusters of
+//! one name be mixed, so it also says to which forming of the cluster it belongs
+//! ([`crate::store::formation`]).
 //!
 //! ```text
-//! hello  = magic:8, version:u16, purpose:u8, sender:u64, target:u64, cluster:text8
+//! hello  = magic:8, version:u16, purpose:u8, sender:u64, target:u64, formation:u64, cluster:text8
 //! answer = magic:8, version:u16, verdict:u8, node:u64, cluster:text8     the acceptor's own
 //! text8  = length:u8, bytes
 //! ```
@@ -13,6 +15,7 @@
 //! the version is not its own. Who does not start with the magic is not a peer and gets no answer.
 
 use std::io;
+use std::num::NonZeroU64;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -30,6 +33,7 @@ const OTHER_VERSION: u8 = 1;
 const OTHER_CLUSTER: u8 = 2;
 const OTHER_NODE: u8 = 3;
 const FULL: u8 = 4;
+const OTHER_FORMATION: u8 = 5;
 
 /// What the connector says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub(in crate::network) struct Hello {
     pub(in crate::network) sender: PeerIdentity,
     /// The node that the connector believes to live at this address.
     pub(in crate::network) target: NodeId,
+    /// To which forming of its cluster the sender belongs. A node that belongs to none calls nobody.
+    pub(in crate::network) formation: Option<NonZeroU64>,
 }
 
 /// Why a node does not talk to another. Each names what the other side said about itself.
@@ -52,6 +58,9 @@ pub(in crate::network) enum Refusal {
     /// The address belongs to another node of the cluster.
     #[error("the connection is meant for node {meant}, and node {found} answers there")]
     Node { meant: NodeId, found: NodeId },
+    /// Both clusters have the same name, and are two.
+    #[error("it belongs to another cluster of the same name: the two were initialized apart")]
+    Formation,
     /// The acceptor holds as many connections as it may.
     #[error("it has too many connections")]
     Full,
@@ -84,6 +93,7 @@ where
     out.push(hello.purpose.number());
     out.extend(hello.sender.node_id.to_be_bytes());
     out.extend(hello.target.to_be_bytes());
+    out.extend(hello.formation.map_or(0, NonZeroU64::get).to_be_bytes());
     put_cluster(&hello.sender.cluster, &mut out);
     stream.write_all(&out).await?;
     read_answer(stream, hello).await
@@ -106,13 +116,14 @@ where
         OTHER_CLUSTER => Refusal::Cluster { theirs: cluster, ours: hello.sender.cluster.clone() },
         OTHER_NODE => Refusal::Node { meant: hello.target, found },
         FULL => Refusal::Full,
+        OTHER_FORMATION => Refusal::Formation,
         _ => return Err(GreetingError::Malformed("unknown verdict")),
     };
     Err(GreetingError::Refused(refusal))
 }
 
-/// Reads a hello and compares it. A refusal is answered here; a welcome is the caller's to answer,
-/// with [`answer`], once it has a place for the connection. The caller bounds the time.
+/// Reads a hello and compares who calls whom. A refusal is answered here; a welcome is the caller's to
+/// answer, with [`answer`], once it has compared the formation and has a place for the connection. The caller bounds the time.
 pub(in crate::network) async fn accept<S>(
     stream: &mut S,
     own: &PeerIdentity,
@@ -130,13 +141,14 @@ where
         .map_err(|_| GreetingError::Malformed("unknown purpose"))?;
     let node_id = stream.read_u64().await?;
     let target = stream.read_u64().await?;
+    let formation = NonZeroU64::new(stream.read_u64().await?);
     let cluster = read_cluster(stream).await?;
     let refusal = if cluster != own.cluster {
         Refusal::Cluster { theirs: cluster, ours: own.cluster.clone() }
     } else if target != own.node_id {
         Refusal::Node { meant: target, found: own.node_id }
     } else {
-        return Ok(Hello { purpose, sender: PeerIdentity { cluster, node_id }, target });
+        return Ok(Hello { purpose, sender: PeerIdentity { cluster, node_id }, target, formation });
     };
     answer(stream, own, Some(&refusal)).await?;
     Err(GreetingError::Refused(refusal))
@@ -159,6 +171,7 @@ where
         Some(Refusal::Cluster { .. }) => OTHER_CLUSTER,
         Some(Refusal::Node { .. }) => OTHER_NODE,
         Some(Refusal::Full) => FULL,
+        Some(Refusal::Formation) => OTHER_FORMATION,
     });
     out.extend(own.node_id.to_be_bytes());
     put_cluster(&own.cluster, &mut out);
@@ -217,7 +230,12 @@ mod tests {
 
     #[tokio::test]
     async fn members_of_one_cluster_are_welcome() {
-        let hello = Hello { purpose: Purpose::Snapshot, sender: identity("c1", 2), target: 1 };
+        let hello = Hello {
+            purpose: Purpose::Snapshot,
+            sender: identity("c1", 2),
+            target: 1,
+            formation: NonZeroU64::new(5),
+        };
         let (accepted, connected) = greet(hello.clone(), identity("c1", 1)).await;
         assert_eq!(accepted, Some(hello));
         connected.unwrap();
@@ -225,7 +243,12 @@ mod tests {
 
     #[tokio::test]
     async fn what_differs_is_named() {
-        let hello = Hello { purpose: Purpose::Append, sender: identity("c1", 2), target: 1 };
+        let hello = Hello {
+            purpose: Purpose::Append,
+            sender: identity("c1", 2),
+            target: 1,
+            formation: NonZeroU64::new(5),
+        };
         let (_, other_cluster) = greet(hello.clone(), identity("c2", 1)).await;
         let Err(GreetingError::Refused(Refusal::Cluster { theirs, .. })) = other_cluster else {
             panic!("{other_cluster:?}");

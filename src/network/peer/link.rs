@@ -20,6 +20,7 @@ use super::quiet::Quiet;
 use super::rounds::Rounds;
 use super::settings::PeerSettings;
 use super::{PeerIdentity, Purpose};
+use crate::store::formation::Formation;
 use crate::types::NodeId;
 
 /// The pause after a first failure.
@@ -52,6 +53,7 @@ type Attempt = watch::Receiver<Option<Result<Arc<Connection>, ConnectError>>>;
 #[derive(Clone)]
 pub(in crate::network) struct LinkContext {
     pub(in crate::network) identity: PeerIdentity,
+    pub(in crate::network) formation: Formation,
     pub(in crate::network) settings: Arc<PeerSettings>,
     pub(in crate::network) shutdown: CancellationToken,
     pub(in crate::network) tracker: TaskTracker,
@@ -176,6 +178,7 @@ impl Link {
             purpose: self.purpose,
             sender: self.context.identity.clone(),
             target: self.target,
+            formation: self.context.formation.id(),
         };
         greeting::connect(&mut stream, &hello).await?;
         Ok(stream)

@@ -2,6 +2,7 @@
 //! followers serve linearizable reads, and brings a new node up by snapshot.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,14 +54,15 @@ impl TestNode {
             ..Default::default()
         };
         let raft_config = Arc::new(raft_config.validate().unwrap());
-        let network = PeerNetwork::new(identity.clone(), &config);
+        let network = PeerNetwork::new(identity.clone(), store.formation(), &config);
         let machine = store.state_machine();
         let raft = Raft::new(id, raft_config, network.clone(), store.log(), machine).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let rpc = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
-        let (stager, token) = (store.stager(), shutdown.clone());
-        let server = PeerServer::serve(listener, identity, raft.clone(), stager, &config, token);
+        let (formation, stager, token) = (store.formation(), store.stager(), shutdown.clone());
+        let server =
+            PeerServer::serve(listener, identity, formation, raft.clone(), stager, &config, token);
         let addrs = NodeAddrs { http: String::new(), rpc };
         Self { id, addrs, raft, network, server, store, shutdown }
     }
@@ -102,6 +104,7 @@ async fn a_cluster_replicates_fails_over_and_brings_a_node_up_by_snapshot() {
         nodes.push(TestNode::start(dir.path(), id).await);
     }
     let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
+    nodes[0].store.formation().join(NonZeroU64::new(7).unwrap()).unwrap();
     nodes[0].raft.initialize(members).await.unwrap();
     let first = leader(&nodes).await;
 

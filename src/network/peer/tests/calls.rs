@@ -14,6 +14,7 @@ use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::*;
 use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
+use crate::store::formation::Formation;
 use crate::types::NodeAddrs;
 
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -47,6 +48,11 @@ async fn who_does_not_belong_is_refused_by_name() {
         panic!("another cluster's node was not refused as such");
     };
     assert_eq!((theirs.as_str(), ours.as_str()), ("c1", "c2"));
+    let namesake = PeerNetwork::new(identity(2), Formation::of(FORMATION + 1), &Config::default());
+    let addrs = NodeAddrs { http: String::new(), rpc: node.addr.clone() };
+    let refused = namesake.refusal_of(1, &addrs).await.unwrap();
+    assert!(refused.contains("initialized apart"), "{refused}");
+    namesake.shutdown().await;
     node.stop().await;
 }
 
@@ -148,7 +154,7 @@ async fn a_peer_that_comes_back_is_found_again() {
 async fn read_index_calls_share_rounds() {
     let node = FakeNode::start(settings()).await;
     node.fake.heartbeats.forget_permits(usize::MAX);
-    let network = PeerNetwork::new(identity(2), &Config::default());
+    let network = PeerNetwork::new(identity(2), Formation::of(FORMATION), &Config::default());
     let addrs = NodeAddrs { http: String::new(), rpc: node.addr.clone() };
     let deadline = Instant::now() + PATIENCE;
     let first = network.read_index(1, &addrs, deadline);
@@ -170,7 +176,7 @@ async fn read_index_calls_share_rounds() {
 async fn a_read_index_keeps_to_its_deadline() {
     let node = FakeNode::start(settings()).await;
     node.fake.heartbeats.forget_permits(usize::MAX);
-    let network = PeerNetwork::new(identity(2), &Config::default());
+    let network = PeerNetwork::new(identity(2), Formation::of(FORMATION), &Config::default());
     let addrs = NodeAddrs { http: String::new(), rpc: node.addr.clone() };
     let deadline = Instant::now() + Duration::from_millis(50);
     assert_eq!(network.read_index(1, &addrs, deadline).await, Err(ReadIndexError::Timeout));

@@ -10,7 +10,7 @@ use super::support::*;
 use crate::network::peer::Purpose;
 use crate::network::peer::envelope::{encode_message, seal_request};
 use crate::network::peer::frame::{FrameHeader, FrameKind, encode_header};
-use crate::network::peer::greeting::{self, Hello};
+use crate::network::peer::greeting;
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::{Append, Heartbeat, Method, VoteRequest};
 use crate::types::NodeId;
@@ -24,8 +24,8 @@ async fn greeted(node: &FakeNode, purpose: Purpose) -> TcpStream {
 
 async fn greeted_as(id: NodeId, node: &FakeNode, purpose: Purpose) -> TcpStream {
     let mut stream = TcpStream::connect(&node.addr).await.unwrap();
-    let hello = Hello { purpose, sender: identity(id), target: 1 };
-    greeting::connect(&mut stream, &hello).await.unwrap();
+    let greeting = hello(purpose, id);
+    greeting::connect(&mut stream, &greeting).await.unwrap();
     stream
 }
 
@@ -136,8 +136,8 @@ async fn a_peer_that_does_not_read_is_held_back() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     let mut stream = socket.connect(node.addr.parse().unwrap()).await.unwrap();
-    let hello = Hello { purpose: Purpose::Control, sender: identity(9), target: 1 };
-    greeting::connect(&mut stream, &hello).await.unwrap();
+    let greeting = hello(Purpose::Control, 9);
+    greeting::connect(&mut stream, &greeting).await.unwrap();
     let message = encode_message(&VoteRequest::new(vote(1), None));
     let flood = async {
         for sequence in 0u64.. {
@@ -215,8 +215,8 @@ async fn greeted_strangers_keep_no_member_out() {
 async fn who_says_that_it_is_this_node_is_refused() {
     let node = FakeNode::start(settings()).await;
     let mut stream = TcpStream::connect(&node.addr).await.unwrap();
-    let hello = Hello { purpose: Purpose::Control, sender: identity(1), target: 1 };
-    greeting::connect(&mut stream, &hello).await.unwrap_err();
+    let greeting = hello(Purpose::Control, 1);
+    greeting::connect(&mut stream, &greeting).await.unwrap_err();
     still_works(&node).await;
     node.stop().await;
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::future::Future;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -17,14 +18,24 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::network::peer::greeting::Hello;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::link::{Link, LinkContext};
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::*;
 use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft::PeerServer;
+use crate::store::formation::Formation;
 use crate::store::snapshot::StagingPosition;
 use crate::types::{Command, Condition, Entry, LeaderId, LogId, NodeId, Vote};
+
+/// What all nodes of these tests belong to.
+pub(super) const FORMATION: u64 = 5;
+
+pub(super) fn hello(purpose: Purpose, sender: NodeId) -> Hello {
+    let formation = NonZeroU64::new(FORMATION);
+    Hello { purpose, sender: identity(sender), target: 1, formation }
+}
 
 pub(super) fn identity(node_id: NodeId) -> PeerIdentity {
     PeerIdentity { cluster: "c1".parse().unwrap(), node_id }
@@ -257,8 +268,9 @@ impl FakeNode {
         let addr = listener.local_addr().unwrap().to_string();
         let (fake, shutdown) = (Arc::new(Fake::new()), CancellationToken::new());
         let handler: Arc<dyn PeerHandler> = fake.clone();
+        let (formation, token) = (Formation::of(FORMATION), shutdown.clone());
         let server =
-            PeerServer::serve_handler(listener, identity(1), handler, settings, shutdown.clone());
+            PeerServer::serve_handler(listener, identity(1), formation, handler, settings, token);
         Self { addr, fake, server, shutdown }
     }
 
@@ -281,6 +293,7 @@ pub(super) fn link_with(
 ) -> Arc<Link> {
     let context = LinkContext {
         identity: own,
+        formation: Formation::of(FORMATION),
         settings: Arc::new(settings),
         shutdown: CancellationToken::new(),
         tracker: TaskTracker::new(),
