@@ -204,12 +204,15 @@ impl RaftLogReader<TypeConfig> for LogStore {
         self.read(start, end, usize::MAX)
     }
 
+    /// For replicating. Nothing if `start` was purged: what follows would be sent as if it came there.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        self.read(start, end, self.read_bytes_max)
+        let entries = self.read(start, end, self.read_bytes_max)?;
+        let starts_there = entries.first().is_some_and(|entry| entry.index() == start);
+        Ok(if starts_there { entries } else { Vec::new() })
     }
 
     /// For applying: reads step by step, so that a node that catches up on a long log holds little of
-    /// it in memory.
+    /// it in memory. What is to be applied cannot have been purged.
     async fn entries_stream<RB>(
         &mut self,
         range: RB,
@@ -223,7 +226,12 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 return Ok::<_, io::Error>(None);
             }
             let entries = log.read(next, end, APPLY_READ_BYTES_MAX)?;
-            let Some(last) = entries.last() else { return Ok(None) };
+            let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
+                return Ok(None);
+            };
+            if next != start && first.index() != next {
+                return Err(corrupt("the log", format_args!("entry {next} is missing")));
+            }
             let after = last.index() + 1;
             Ok(Some((stream::iter(entries.into_iter().map(Ok)), (log, after))))
         });
