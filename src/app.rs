@@ -33,20 +33,11 @@ use crate::types::{
     Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig,
 };
 
+pub use crate::types::Consistency;
+
 mod health;
 mod membership;
 mod refusal;
-
-/// How old a read's answer may be, and who gives it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Consistency {
-    /// As of some moment after the request arrived; answered by the leader.
-    Linearizable,
-    /// The same, answered by any member after asking the leader how far it must have applied.
-    LinearizableOnFollower,
-    /// Whatever the asked node has applied.
-    Stale,
-}
 
 /// What a delete did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

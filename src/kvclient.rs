@@ -17,12 +17,13 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::raft_node::pace::{Backoff, Budget};
-use crate::raft_node::{Answer, Call, TIMEOUT_DEFAULT};
+use crate::raft_node::{Answer, Call, TIMEOUT_DEFAULT, key_operations};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Condition, Epoch, Record, Revision};
 
 pub use crate::client_error::ClientError;
-pub use crate::raft_node::{Consistency, Deleted};
+pub use crate::raft_node::Deleted;
+pub use crate::types::Consistency;
 
 mod endpoints;
 mod refresh;
@@ -57,6 +58,8 @@ impl fmt::Debug for KVClient {
     }
 }
 
+key_operations!(KVClient);
+
 impl KVClient {
     /// A client of the clusters in a nodes file (`all_nodes.json`), with their ring.
     ///
@@ -82,66 +85,6 @@ impl KVClient {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
-    }
-
-    /// Stores `value` under `key` and returns the revision.
-    pub async fn write(
-        &self,
-        key: impl AsRef<[u8]>,
-        value: impl AsRef<[u8]>,
-    ) -> Result<Revision, ClientError> {
-        self.write_if(key, value, Condition::Always).await
-    }
-
-    /// Stores `value` under `key` if `condition` holds, else [`ClientError::ConditionFailed`].
-    pub async fn write_if(
-        &self,
-        key: impl AsRef<[u8]>,
-        value: impl AsRef<[u8]>,
-        condition: Condition,
-    ) -> Result<Revision, ClientError> {
-        let key = key.as_ref();
-        self.run(key, Call::put(key, value.as_ref(), condition)).await?.written()
-    }
-
-    /// Removes `key`. That there was nothing to remove is no error.
-    pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<Deleted, ClientError> {
-        self.delete_if(key, Condition::Always).await
-    }
-
-    /// Removes `key` if `condition` holds, else [`ClientError::ConditionFailed`]. The server refuses
-    /// [`Condition::Absent`], under which there is never anything to do.
-    pub async fn delete_if(
-        &self,
-        key: impl AsRef<[u8]>,
-        condition: Condition,
-    ) -> Result<Deleted, ClientError> {
-        let key = key.as_ref();
-        self.run(key, Call::delete(key, condition)).await?.deleted()
-    }
-
-    /// Reads from any node of the owning cluster. The value may be old; `None` when the key is
-    /// absent there.
-    pub async fn read(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>, ClientError> {
-        Ok(self.get(key, Consistency::Stale).await?.map(|record| record.value))
-    }
-
-    /// Reads what the last acknowledged write left (linearizable); `None` when the key is absent.
-    pub async fn consistent_read(
-        &self,
-        key: impl AsRef<[u8]>,
-    ) -> Result<Option<Bytes>, ClientError> {
-        Ok(self.get(key, Consistency::Linearizable).await?.map(|record| record.value))
-    }
-
-    /// Reads a value together with its revision.
-    pub async fn get(
-        &self,
-        key: impl AsRef<[u8]>,
-        consistency: Consistency,
-    ) -> Result<Option<Record>, ClientError> {
-        let key = key.as_ref();
-        self.run(key, Call::get(key, consistency)).await?.record()
     }
 
     /// The cluster that owns `key` by the ring in hand; `None` without a ring. Asks nobody.

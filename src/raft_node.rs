@@ -28,15 +28,19 @@ use crate::network::error::Outcome;
 use crate::ring::Ring;
 use crate::types::{Condition, NodeId, Record, Revision};
 
+pub use crate::types::Consistency;
+
 mod call;
 mod journey;
+mod operations;
 pub(crate) mod pace;
 mod verdict;
 mod view;
 
+pub use call::Deleted;
 pub(crate) use call::{Answer, Call};
-pub use call::{Consistency, Deleted};
 use journey::Journey;
+pub(crate) use operations::key_operations;
 use pace::Budget;
 use verdict::{Reason, Verdict, judge};
 use view::View;
@@ -71,6 +75,8 @@ struct Shared {
     turn: AtomicUsize,
 }
 
+key_operations!(RaftNode);
+
 impl RaftNode {
     /// A client of the cluster whose nodes serve HTTP at these addresses (`HOST:PORT`). Some of them
     /// are enough: others are learned when they lead. Connects to nobody yet.
@@ -94,62 +100,6 @@ impl RaftNode {
     /// The addresses known at the moment: the given ones, then learned ones.
     pub fn nodes(&self) -> Vec<String> {
         self.shared.view.load().nodes().to_vec()
-    }
-
-    /// Stores `value` under `key` and returns the revision.
-    pub async fn write(
-        &self,
-        key: impl AsRef<[u8]>,
-        value: impl AsRef<[u8]>,
-    ) -> Result<Revision, ClientError> {
-        self.write_if(key, value, Condition::Always).await
-    }
-
-    /// Stores `value` under `key` if `condition` holds, else [`ClientError::ConditionFailed`].
-    pub async fn write_if(
-        &self,
-        key: impl AsRef<[u8]>,
-        value: impl AsRef<[u8]>,
-        condition: Condition,
-    ) -> Result<Revision, ClientError> {
-        self.run(&Call::put(key.as_ref(), value.as_ref(), condition)).await?.written()
-    }
-
-    /// Removes `key`. That there was nothing to remove is no error.
-    pub async fn delete(&self, key: impl AsRef<[u8]>) -> Result<Deleted, ClientError> {
-        self.delete_if(key, Condition::Always).await
-    }
-
-    /// Removes `key` if `condition` holds, else [`ClientError::ConditionFailed`]. The server refuses
-    /// [`Condition::Absent`], under which there is never anything to do.
-    pub async fn delete_if(
-        &self,
-        key: impl AsRef<[u8]>,
-        condition: Condition,
-    ) -> Result<Deleted, ClientError> {
-        self.run(&Call::delete(key.as_ref(), condition)).await?.deleted()
-    }
-
-    /// Reads from any node. The value may be old; `None` when the key is absent there.
-    pub async fn read(&self, key: impl AsRef<[u8]>) -> Result<Option<Bytes>, ClientError> {
-        Ok(self.get(key, Consistency::Stale).await?.map(|record| record.value))
-    }
-
-    /// Reads what the last acknowledged write left (linearizable); `None` when the key is absent.
-    pub async fn consistent_read(
-        &self,
-        key: impl AsRef<[u8]>,
-    ) -> Result<Option<Bytes>, ClientError> {
-        Ok(self.get(key, Consistency::Linearizable).await?.map(|record| record.value))
-    }
-
-    /// Reads a value together with its revision.
-    pub async fn get(
-        &self,
-        key: impl AsRef<[u8]>,
-        consistency: Consistency,
-    ) -> Result<Option<Record>, ClientError> {
-        self.run(&Call::get(key.as_ref(), consistency)).await?.record()
     }
 
     /// Forms a cluster of one out of the first address given to [`Self::new`], and of that one only:
@@ -176,7 +126,7 @@ impl RaftNode {
 
     /// What any reachable node says about itself.
     pub async fn metrics(&self) -> Result<NodeMetrics, ClientError> {
-        self.run(&Call::inspect("/cluster/metrics")).await?.json()
+        self.ask(&Call::inspect("/cluster/metrics")).await?.json()
     }
 
     /// What the node at this address says about itself. Asks nobody else.
@@ -186,7 +136,7 @@ impl RaftNode {
 
     /// The ring that any reachable node lives by; of epoch 0 when it has none.
     pub async fn get_hash_ring(&self) -> Result<Ring, ClientError> {
-        self.run(&Call::inspect("/v1/ring")).await?.json()
+        self.ask(&Call::inspect("/v1/ring")).await?.json()
     }
 
     /// The ring that the node at this address lives by. Asks nobody else.
@@ -202,11 +152,16 @@ impl RaftNode {
 
     async fn manage(&self, path: &str, body: &impl serde::Serialize) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).expect("ids, addresses and rings are always JSON");
-        self.run(&Call::manage(path, body)).await?;
+        self.ask(&Call::manage(path, body)).await?;
         Ok(())
     }
 
-    async fn run(&self, call: &Call) -> Result<Answer, ClientError> {
+    /// Which key a call is about is of no concern here: all of them are this cluster's.
+    async fn run(&self, _key: &[u8], call: Call) -> Result<Answer, ClientError> {
+        self.ask(&call).await
+    }
+
+    async fn ask(&self, call: &Call) -> Result<Answer, ClientError> {
         self.execute(call, Budget::new(self.timeout)).await
     }
 

@@ -108,6 +108,17 @@ impl NodeAddrs {
     }
 }
 
+/// How old a read's answer may be, and who gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// It sees every write that was acknowledged before it began. The leader answers.
+    Linearizable,
+    /// The same, answered by any node after it asked the leader how far it must have applied.
+    LinearizableOnFollower,
+    /// Whatever the asked node has applied: it may be old, but is never invented.
+    Stale,
+}
+
 /// What must hold of a key's current record for a write to take place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Condition {

@@ -10,9 +10,9 @@ use serde::de::DeserializeOwned;
 use crate::client_error::ClientError;
 use crate::http_client::{HttpRequest, HttpResponse};
 use crate::key_path;
-use crate::network::call::ROUTING;
+use crate::network::call::{READ, ROUTING};
 use crate::network::error::{Outcome, etag};
-use crate::types::{Condition, Record, Revision};
+use crate::types::{Condition, Consistency, Record, Revision};
 
 /// How long one attempt of a read may take before another node is asked: longer than an election and
 /// than any read of a healthy node, short enough for several attempts before the deadline.
@@ -20,24 +20,6 @@ const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The shortest attempt of a read, when the deadline is near: a healthy node needs far less.
 const READ_ATTEMPT_MIN: Duration = Duration::from_millis(100);
-
-/// How fresh a read must be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Consistency {
-    /// It sees every write that was acknowledged before it began.
-    Linearizable,
-    /// It may be old, but is never invented. Any node answers from its own state.
-    Stale,
-}
-
-impl Consistency {
-    fn query(self) -> &'static str {
-        match self {
-            Self::Linearizable => "linearizable",
-            Self::Stale => "stale",
-        }
-    }
-}
 
 /// What became of a delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -55,7 +37,7 @@ pub(crate) enum Kind {
     Write,
     /// A linearizable read of a key: by the leader.
     LeaderRead,
-    /// A stale read of a key: by any node.
+    /// A read of a key that any node can answer: a stale one, or one through a follower.
     AnyRead,
     /// A question about the node or the ring: to any node.
     Inspect,
@@ -119,12 +101,17 @@ impl Call {
     }
 
     pub(crate) fn get(key: &[u8], consistency: Consistency) -> Self {
-        let kind = match consistency {
-            Consistency::Linearizable => Kind::LeaderRead,
-            Consistency::Stale => Kind::AnyRead,
+        let (kind, query) = match consistency {
+            Consistency::Linearizable => (Kind::LeaderRead, "linearizable"),
+            Consistency::LinearizableOnFollower => (Kind::AnyRead, "linearizable"),
+            Consistency::Stale => (Kind::AnyRead, "stale"),
         };
-        let path = format!("{}?consistency={}", key_path_of(key), consistency.query());
-        Self::new(kind, Method::GET, path)
+        let path = format!("{}?consistency={query}", key_path_of(key));
+        let mut call = Self::new(kind, Method::GET, path);
+        if consistency == Consistency::LinearizableOnFollower {
+            call.headers.insert(READ, HeaderValue::from_static("follower"));
+        }
+        call
     }
 
     pub(super) fn inspect(path: &str) -> Self {
@@ -271,5 +258,15 @@ mod tests {
         let call = Call::put(b"k", b"v", Condition::Absent);
         assert_eq!(call.headers[header::IF_NONE_MATCH], "*");
         assert_eq!(Call::delete(b"k", Condition::Always).headers.len(), 1);
+    }
+
+    #[test]
+    fn a_read_through_a_follower_asks_any_node_and_says_so() {
+        let call = Call::get(b"k", Consistency::LinearizableOnFollower);
+        assert_eq!((call.kind, &call.headers[READ]), (Kind::AnyRead, &"follower".parse().unwrap()));
+        assert!(call.path_and_query.ends_with("?consistency=linearizable"));
+        for other in [Consistency::Linearizable, Consistency::Stale] {
+            assert!(!Call::get(b"k", other).headers.contains_key(READ));
+        }
     }
 }
