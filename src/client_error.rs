@@ -52,6 +52,18 @@ pub enum ClientError {
         /// What stood in the way last.
         last: String,
     },
+    /// This client's earlier requests to a node took all turns, and kept them for too long. Nothing
+    /// was sent that may still be in flight.
+    #[error(
+        "too many requests are in flight at {address}: this one got no turn within {} ms and was not sent",
+        .waited.as_millis()
+    )]
+    TooManyInFlight {
+        /// The node.
+        address: String,
+        /// How long a turn was waited for.
+        waited: Duration,
+    },
     /// The request went out, but no answer came back.
     #[error("{message}; it may or may not take effect")]
     AnswerLost {
@@ -123,6 +135,7 @@ impl ClientError {
         let may_pass = match self {
             Self::Unreachable { .. }
             | Self::Timeout { .. }
+            | Self::TooManyInFlight { .. }
             | Self::WrongCluster { .. }
             | Self::TooManyRedirects { .. } => true,
             Self::Server { status, .. } => *status >= 500 && *status != 501,
@@ -168,6 +181,8 @@ mod tests {
         assert!(!server(501, Outcome::NotApplied).is_retryable());
         assert!(!ClientError::AnswerLost { message: String::new() }.is_retryable());
         assert!(ClientError::Unreachable { tried: Vec::new() }.is_retryable());
+        let waited = Duration::from_secs(1);
+        assert!(ClientError::TooManyInFlight { address: "a:1".into(), waited }.is_retryable());
         assert!(!ClientError::ConditionFailed { current: None }.is_retryable());
     }
 }

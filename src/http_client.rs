@@ -77,10 +77,12 @@ pub enum SendError {
         message: String,
     },
     /// The deadline passed; the request may have arrived.
-    #[error("no answer from {address} within the deadline")]
+    #[error("no answer from {address} within {} ms", .waited.as_millis())]
     TimedOut {
         /// The node.
         address: String,
+        /// How long the answer was waited for.
+        waited: Duration,
     },
 }
 
@@ -126,9 +128,10 @@ impl HttpClient {
         deadline: Instant,
     ) -> Result<HttpResponse, SendError> {
         let address = request.address.clone();
+        let started = Instant::now();
         match tokio::time::timeout_at(deadline, self.exchange(request)).await {
             Ok(result) => result,
-            Err(_) => Err(SendError::TimedOut { address }),
+            Err(_) => Err(SendError::TimedOut { address, waited: started.elapsed() }),
         }
     }
 

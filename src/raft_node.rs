@@ -165,12 +165,13 @@ impl RaftNode {
         self.execute(call, Budget::new(self.timeout)).await
     }
 
-    /// One attempt at one node.
+    /// One attempt at one node, which has all the time there is.
     async fn ask_one(&self, call: &Call, address: String) -> Result<Answer, ClientError> {
-        let result = self.attempt(call, &address, Budget::new(self.timeout)).await;
-        match judge(call.kind, &address, result) {
+        let budget = Budget::new(self.timeout);
+        match self.attempt(call, &address, budget, budget.left()).await {
             Verdict::Answer(response) => Ok(Answer { kind: call.kind, address, response }),
-            Verdict::Fail(error) | Verdict::Elsewhere(Reason::Declined(error)) => Err(error),
+            Verdict::Fail(error)
+            | Verdict::Elsewhere(Reason::Declined(error) | Reason::NoTurn(error)) => Err(error),
             Verdict::Redirect(last) => Err(ClientError::TooManyRedirects { count: 1, last }),
             Verdict::Elsewhere(Reason::Refused(error)) => {
                 Err(ClientError::Unreachable { tried: vec![error.to_string()] })
@@ -179,7 +180,7 @@ impl RaftNode {
                 if call.kind.outcome_when_in_doubt() == Outcome::Unknown {
                     return Err(ClientError::AnswerLost { message });
                 }
-                Err(ClientError::Timeout { waited: self.timeout, last: message })
+                Err(ClientError::Timeout { waited: budget.elapsed(), last: message })
             }
         }
     }
@@ -190,8 +191,8 @@ impl RaftNode {
         let mut address = self.first_for(call).ok_or_else(no_nodes)?;
         loop {
             journey.check_time()?;
-            let result = self.attempt(call, &address, budget).await;
-            let (pause, next) = match judge(call.kind, &address, result) {
+            let patience = call.kind.attempt_timeout(budget.left());
+            let (pause, next) = match self.attempt(call, &address, budget, patience).await {
                 Verdict::Answer(response) => {
                     self.trust(&address, call.kind.needs_leader());
                     return Ok(Answer { kind: call.kind, address, response });
@@ -217,22 +218,34 @@ impl RaftNode {
         }
     }
 
-    /// Sends once, when it is this call's turn. While a node keeps it waiting, later calls are
-    /// already told to ask others first: otherwise a paused leader would swallow every write until
-    /// the first one's deadline.
+    /// Sends once, when it is this call's turn, and waits for the answer with `patience`.
     async fn attempt(
         &self,
         call: &Call,
         address: &str,
         budget: Budget,
-    ) -> Result<HttpResponse, SendError> {
+        patience: Duration,
+    ) -> Verdict {
         let gate = self.shared.view.load().gate(address);
+        let asked = Instant::now();
         let turn = tokio::time::timeout(SLOW_AFTER.min(budget.left()), gate.acquire_owned()).await;
         let Ok(Ok(_permit)) = turn else {
-            let message = "too many earlier requests wait for its answers".to_owned();
-            return Err(SendError::NotSent { address: address.to_owned(), message });
+            let (address, waited) = (address.to_owned(), asked.elapsed());
+            let error = ClientError::TooManyInFlight { address, waited };
+            return Verdict::Elsewhere(Reason::NoTurn(error));
         };
-        let deadline = Instant::now() + call.kind.attempt_timeout(budget.left());
+        let deadline = budget.deadline().min(Instant::now() + patience);
+        judge(call.kind, address, self.send(call, address, deadline).await)
+    }
+
+    /// While a node keeps a request waiting, later calls are already told to ask others first:
+    /// otherwise a paused leader would swallow every write until the first one's deadline.
+    async fn send(
+        &self,
+        call: &Call,
+        address: &str,
+        deadline: Instant,
+    ) -> Result<HttpResponse, SendError> {
         let sending = self.shared.http.send(call.request_to(address), deadline);
         tokio::pin!(sending);
         match tokio::time::timeout(SLOW_AFTER, &mut sending).await {
@@ -256,7 +269,7 @@ impl RaftNode {
     /// Remembers why `address` did not serve the call, and returns whom to ask instead.
     fn move_on(&self, address: &str, reason: &Reason) -> Option<String> {
         match reason {
-            Reason::Refused(_) | Reason::Silent(_) => self.suspect(address),
+            Reason::Refused(_) | Reason::NoTurn(_) | Reason::Silent(_) => self.suspect(address),
             Reason::Declined(_) => self.change_view(|view| view.not_led_by(address)),
         }
         self.shared.view.load().after(address, Instant::now()).map(str::to_owned)

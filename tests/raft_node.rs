@@ -219,6 +219,45 @@ async fn calls_that_get_no_turn_at_a_paused_leader_go_elsewhere() {
 }
 
 #[tokio::test]
+async fn a_call_without_a_turn_says_so_and_not_that_the_node_is_gone() {
+    let node = start(|_| Reply::Hang);
+    let client = client_of(&[&node]).with_timeout(Duration::from_secs(60));
+    let mut stuck = tokio::task::JoinSet::new();
+    for _ in 0..128 {
+        let client = client.clone();
+        stuck.spawn(async move { client.write("k", "v").await });
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while node.seen(KV).len() < 128 {
+        assert!(Instant::now() < deadline, "{} have arrived", node.seen(KV).len());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let hasty = client.with_timeout(Duration::from_millis(200));
+    for error in [
+        hasty.write("k", "v").await.unwrap_err(),
+        hasty.read("k").await.unwrap_err(),
+        hasty.metrics_of(&node.address).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(&error, ClientError::TooManyInFlight { address, .. } if *address == node.address),
+            "{error}"
+        );
+        assert_eq!((error.outcome(), error.is_retryable()), (Outcome::NotApplied, true));
+    }
+    assert_eq!(node.seen("/").len(), 128);
+}
+
+#[tokio::test]
+async fn a_silent_node_is_reported_with_the_time_that_it_was_waited_for() {
+    let node = start(|_| Reply::Hang);
+    let client = client_of(&[&node]).with_timeout(Duration::from_millis(300));
+    let begun = Instant::now();
+    let error = client.metrics_of(&node.address).await.unwrap_err();
+    let ClientError::Timeout { waited, .. } = error else { panic!("{error}") };
+    assert!(waited <= begun.elapsed(), "{waited:?} of {:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn nodes_that_name_each_other_end_with_an_error() {
     let (a, b) = (fake_node::bind(), fake_node::bind());
     let (to_a, to_b) = (a.address.clone(), b.address.clone());

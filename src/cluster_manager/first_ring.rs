@@ -15,7 +15,7 @@
 
 use futures_util::future::join_all;
 
-use super::forming::{ask_all, leader_of};
+use super::forming::{METRICS_TIMEOUT, ask_all, leader_of};
 use crate::client_error::ClientError;
 use crate::config::RingConfig;
 use crate::metrics::NodeMetrics;
@@ -138,7 +138,7 @@ pub async fn survey(addresses: &[String]) -> Result<Survey, InstallError> {
     // Followers apply a little later than the leader; the node with the newest ring knows best.
     let newest = (0..seen.len()).max_by_key(|i| seen[*i].epoch.unwrap_or(0));
     let newest = newest.expect("a listed cluster has at least one node");
-    let raft = RaftNode::new(addresses.to_vec());
+    let raft = RaftNode::new(addresses.to_vec()).with_timeout(METRICS_TIMEOUT);
     let ring = raft.hash_ring_of(&addresses[newest]).await;
     let ring = ring.map_err(|error| InstallError::Unreachable(error.to_string()))?;
     let keys = seen.iter().filter_map(|node| node.keys).max().unwrap_or(0);

@@ -28,7 +28,7 @@ pub(super) const FORM_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long to wait between two looks while there is nothing to do but wait: well below an election.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// How long one node may take to say how it is. It answers from memory.
+/// How long one node may take to say how it is, or which ring it lives by. It answers from memory.
 pub(super) const METRICS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The one thing to do next.
@@ -166,11 +166,8 @@ pub async fn ask_all(addresses: &[String]) -> Vec<Result<NodeMetrics, String>> {
 }
 
 async fn ask(address: &str) -> Result<NodeMetrics, String> {
-    let raft = RaftNode::new(vec![address.to_owned()]);
-    match tokio::time::timeout(METRICS_TIMEOUT, raft.metrics_of(address)).await {
-        Ok(answer) => answer.map_err(|error| error.to_string()),
-        Err(_) => Err(format!("no answer from {address} within {METRICS_TIMEOUT:?}")),
-    }
+    let raft = RaftNode::new(vec![address.to_owned()]).with_timeout(METRICS_TIMEOUT);
+    raft.metrics_of(address).await.map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use futures_util::future::join_all;
 use serde::Serialize;
 
-use super::forming::{ask_all, leader_of};
+use super::forming::{METRICS_TIMEOUT, ask_all, leader_of};
 use crate::metrics::NodeMetrics;
 use crate::raft_node::RaftNode;
 use crate::ring::{Ring, RingCluster};
@@ -112,7 +112,7 @@ fn group(
 /// The ring of the highest epoch among these nodes; `None` when none of them has one.
 pub async fn newest_ring(nodes: impl Iterator<Item = &NodeMetrics>) -> Option<Ring> {
     let newest = nodes.max_by_key(|node| node.epoch).filter(|node| node.epoch > Some(0))?;
-    let raft = RaftNode::new(vec![newest.http.clone()]);
+    let raft = RaftNode::new(vec![newest.http.clone()]).with_timeout(METRICS_TIMEOUT);
     match raft.hash_ring_of(&newest.http).await {
         Ok(ring) => Some(ring),
         Err(error) => {

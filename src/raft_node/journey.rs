@@ -40,6 +40,8 @@ pub(super) struct Journey {
     refused: Vec<(String, String)>,
     refused_in_round: usize,
     rounds_refused: u32,
+    /// The last attempt that came to nothing did so for want of a turn.
+    no_turn: Option<ClientError>,
     /// Who said last that it is not initialised, without another answer in between.
     uninitialized: Vec<String>,
     last: String,
@@ -56,6 +58,7 @@ impl Journey {
             refused: Vec::new(),
             refused_in_round: 0,
             rounds_refused: 0,
+            no_turn: None,
             uninitialized: Vec::new(),
             last: "there was no time for an attempt".to_owned(),
         }
@@ -93,8 +96,15 @@ impl Journey {
         nodes: usize,
     ) -> Result<Duration, ClientError> {
         self.redirects_in_row = 0;
+        self.no_turn = None;
         match reason {
             Reason::Refused(error) => self.refused(address, error.to_string(), nodes),
+            Reason::NoTurn(error) => {
+                // Says nothing about the node, and was a pause in itself.
+                self.last = error.to_string();
+                self.no_turn = Some(error);
+                self.in_time(Duration::ZERO)
+            }
             Reason::Silent(message) => {
                 self.answered();
                 self.doubt_if_changing(&message);
@@ -169,7 +179,8 @@ impl Journey {
         if Instant::now() + pause < self.budget.deadline() {
             return Ok(pause);
         }
-        let error = if self.rounds_refused > 0 { self.unreachable() } else { self.timed_out() };
+        let unreachable = self.rounds_refused > 0 && self.no_turn.is_none();
+        let error = if unreachable { self.unreachable() } else { self.timed_out() };
         Err(self.give_up(error))
     }
 
@@ -193,6 +204,9 @@ impl Journey {
     }
 
     fn timed_out(&self) -> ClientError {
-        ClientError::Timeout { waited: self.budget.elapsed(), last: self.last.clone() }
+        self.no_turn.clone().unwrap_or_else(|| ClientError::Timeout {
+            waited: self.budget.elapsed(),
+            last: self.last.clone(),
+        })
     }
 }

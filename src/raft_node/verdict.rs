@@ -29,6 +29,8 @@ pub(super) enum Verdict {
 pub(super) enum Reason {
     /// There was no connection.
     Refused(SendError),
+    /// This client's earlier requests to the node took all turns, and kept them.
+    NoTurn(ClientError),
     /// There was no answer, or a senseless one.
     Silent(String),
     /// The node said that it cannot at the moment; nothing was applied.
@@ -105,6 +107,8 @@ fn server_error(address: &str, status: StatusCode, detail: ErrorDetail) -> Clien
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use bytes::Bytes;
     use http::HeaderMap;
 
@@ -134,7 +138,7 @@ mod tests {
     fn a_write_goes_elsewhere_only_when_nothing_was_applied() {
         let not_sent = SendError::NotSent { address: "a".into(), message: "m".into() };
         let maybe_sent = SendError::MaybeSent { address: "a".into(), message: "m".into() };
-        let timed_out = SendError::TimedOut { address: "a".into() };
+        let timed_out = SendError::TimedOut { address: "a".into(), waited: Duration::ZERO };
         for (result, write, read) in [
             (Err(not_sent), "elsewhere", "elsewhere"),
             (Err(maybe_sent), "unknown", "elsewhere"),
