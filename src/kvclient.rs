@@ -77,7 +77,7 @@ impl KVClient {
     /// several clusters without a ring, [`ClientError::Unreachable`] and the like when nobody answers.
     pub async fn from_endpoints(endpoints: impl Into<Endpoints>) -> Result<Self, ClientError> {
         let rings = Rings::find(endpoints.into(), TIMEOUT_DEFAULT).await?;
-        Ok(Self { rings, timeout: TIMEOUT_DEFAULT })
+        Ok(Self { rings: Arc::new(rings), timeout: TIMEOUT_DEFAULT })
     }
 
     /// The same client with another deadline for each operation.
@@ -114,7 +114,7 @@ impl KVClient {
     /// Sends the call to the cluster that owns the key, and from there to whom that names.
     async fn run(&self, key: &[u8], call: Call) -> Result<Answer, ClientError> {
         let budget = Budget::new(self.timeout);
-        self.rings.refresh_if_due(budget).await;
+        self.rings.refresh_if_due();
         let mut target = self.rings.routes().target(key);
         let mut backoff = Backoff::new();
         let mut redirects = 0;
@@ -148,7 +148,7 @@ impl KVClient {
         let by_ring = routes.target(key);
         let ring_knows_better = routes.epoch() >= epoch && by_ring.id != refused.id;
         match named {
-            Some(owner) if !ring_knows_better => routes.target_named(owner, &self.rings.http),
+            Some(owner) if !ring_knows_better => routes.target_named(owner, self.rings.http()),
             _ => by_ring,
         }
     }

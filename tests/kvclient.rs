@@ -189,6 +189,33 @@ async fn the_ring_is_confirmed_after_its_time_and_only_a_higher_epoch_replaces_i
 }
 
 #[tokio::test]
+async fn a_call_does_not_wait_for_the_ring_to_be_confirmed() {
+    let (a, b) = (bind(), bind());
+    let before = Ring { list_ttl_s: 1, ..ring(5, vec![cluster("x", &[&a.address])]) };
+    let after = ring(6, vec![cluster("x", &[&b.address])]);
+    // Nobody answers the second question about the ring until it is asked for a third time.
+    let asked = AtomicUsize::new(0);
+    let a = a.serve(move |seen| match seen.path.as_str() {
+        RING => match asked.fetch_add(1, Ordering::SeqCst) {
+            0 => ring_reply(&before),
+            1 => Reply::Hang,
+            _ => ring_reply(&after),
+        },
+        _ => written(5),
+    });
+    let b = b.serve(|_| written(6));
+    let client = client_of(&[&a]).await.unwrap();
+    wait_until("the ring's time is over", async || {
+        client.write("k", "v").await.unwrap();
+        a.seen(RING).len() > 1
+    })
+    .await;
+    // A call that had waited would have come back with the newer ring.
+    assert_eq!((client.ring().epoch, b.seen(KV).len()), (5, 0));
+    wait_until("the newer ring is used", async || client.write("k", "v").await.unwrap() == 6).await;
+}
+
+#[tokio::test]
 async fn a_named_owner_is_followed_even_when_nobody_has_its_ring_yet() {
     let (a, b) = (bind(), bind());
     let before = ring(1, vec![cluster("a", &[&a.address])]);

@@ -4,6 +4,10 @@
 //! Only a higher epoch replaces the ring in hand. An equal one confirms it; a lower one comes from a
 //! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
 //! servers check ownership again and name the owner, so an old ring costs a detour at most.
+//!
+//! There are two reasons to refresh. A call that was told of a newer ring needs it, and waits. A ring
+//! whose time is over only wants confirming: that happens in the background, and the call that found
+//! it so goes on with the ring in hand.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,11 +18,12 @@ use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::client_error::ClientError;
 use crate::http_client::HttpClient;
-use crate::raft_node::RaftNode;
 use crate::raft_node::pace::Budget;
+use crate::raft_node::{RaftNode, TIMEOUT_DEFAULT};
 use crate::ring::Ring;
 use crate::types::Epoch;
 
@@ -32,6 +37,10 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// the first few are enough to find one that has it.
 const CLUSTERS_ASKED_MAX: usize = 8;
 
+/// How long one refresh may take with all that it asks: as long as an operation, and so as long as any
+/// call may want to wait for it.
+const REFRESH_TIMEOUT: Duration = TIMEOUT_DEFAULT;
+
 /// The pause between refreshes that calls ask for because a node named a newer ring. It bounds what
 /// a cluster is asked when nobody has that ring to give.
 const REFRESH_PAUSE: Duration = Duration::from_millis(100);
@@ -44,12 +53,19 @@ const TTL_MIN: Duration = Duration::from_secs(1);
 
 type Flight = Shared<BoxFuture<'static, ()>>;
 
-/// The ring in hand and what it takes to get a newer one.
+/// The ring in hand and what it takes to get a newer one. Dropping it ends what runs in the
+/// background, which for its part holds the [`Core`] only.
 pub(super) struct Rings {
-    pub(super) http: HttpClient,
+    core: Arc<Core>,
+    /// The refresh that no call waits for, at most one.
+    background: Mutex<Option<AbortOnDropHandle<()>>>,
+}
+
+struct Core {
+    http: HttpClient,
     seeds: Endpoints,
     routes: ArcSwap<Routes>,
-    /// The refresh under way. Weak: it belongs to the calls that wait for it, and ends with the last.
+    /// The refresh under way. Weak: it belongs to those who wait for it, and ends with the last.
     flight: Mutex<Option<WeakShared<BoxFuture<'static, ()>>>>,
     clock: Clock,
     /// When the ring's time is over.
@@ -73,13 +89,14 @@ impl Clock {
 
 impl Rings {
     /// Gets the first ring from whichever node answers.
-    pub(super) async fn find(
-        seeds: Endpoints,
-        timeout: Duration,
-    ) -> Result<Arc<Self>, ClientError> {
+    pub(super) async fn find(seeds: Endpoints, timeout: Duration) -> Result<Self, ClientError> {
         let http = HttpClient::new();
         let routes = first_routes(&seeds, &http, Budget::new(timeout)).await?;
-        let rings = Self {
+        Ok(Self::new(http, seeds, routes))
+    }
+
+    fn new(http: HttpClient, seeds: Endpoints, routes: Routes) -> Self {
+        let core = Core {
             http,
             seeds,
             routes: ArcSwap::from_pointee(routes),
@@ -88,34 +105,55 @@ impl Rings {
             due_ms: AtomicU64::new(0),
             not_before_ms: AtomicU64::new(0),
         };
-        rings.renew();
-        Ok(Arc::new(rings))
+        core.renew();
+        Self { core: Arc::new(core), background: Mutex::new(None) }
     }
 
     pub(super) fn routes(&self) -> Arc<Routes> {
-        self.routes.load_full()
+        self.core.routes()
     }
 
-    /// Confirms the ring when its time is over. One call does so; others go on with what there is.
-    pub(super) async fn refresh_if_due(self: &Arc<Self>, budget: Budget) {
-        let due = self.due_ms.load(Ordering::Relaxed);
-        if self.clock.now_ms() < due {
+    pub(super) fn http(&self) -> &HttpClient {
+        &self.core.http
+    }
+
+    /// Begins to confirm the ring when its time is over. Waits for nothing.
+    pub(super) fn refresh_if_due(&self) {
+        if !self.core.is_due() {
             return;
         }
-        let later = self.clock.in_ms(CONFIRM_AGAIN_AFTER);
-        let mine = self.due_ms.compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed);
-        if mine.is_ok() {
-            let flight = self.join_flight(self.routes().epoch(), None);
-            within(budget, flight).await;
-        }
+        let Some(flight) = self.core.join_flight(self.routes().epoch(), None) else { return };
+        let task = AbortOnDropHandle::new(tokio::spawn(flight));
+        // One before that still runs waits for the same refresh, and need not any more.
+        *self.background.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
     }
 
     /// Tries to get a ring of at least this epoch, which the node at `address` lives by.
-    pub(super) async fn refresh_to(self: &Arc<Self>, epoch: Epoch, address: &str, budget: Budget) {
-        if self.routes.load().epoch() >= epoch {
+    pub(super) async fn refresh_to(&self, epoch: Epoch, address: &str, budget: Budget) {
+        if self.routes().epoch() >= epoch {
             return;
         }
-        within(budget, self.join_flight(epoch, Some(address.to_owned()))).await;
+        if let Some(flight) = self.core.join_flight(epoch, Some(address.to_owned())) {
+            // Out of time is the caller's own concern: its next attempt finds that out.
+            let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
+        }
+    }
+}
+
+impl Core {
+    fn routes(&self) -> Arc<Routes> {
+        self.routes.load_full()
+    }
+
+    /// Whether the ring's time is over; says so to one caller only, until it is time to try again.
+    fn is_due(&self) -> bool {
+        let due = self.due_ms.load(Ordering::Relaxed);
+        let later = self.clock.in_ms(CONFIRM_AGAIN_AFTER);
+        self.clock.now_ms() >= due
+            && self
+                .due_ms
+                .compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 
     /// The refresh under way, or a new one; `None` when the last one ended just now.
@@ -128,13 +166,25 @@ impl Rings {
         if self.clock.now_ms() < self.not_before_ms.load(Ordering::Relaxed) {
             return None;
         }
-        let rings = self.clone();
-        let flight = async move { rings.refresh(epoch, address).await }.boxed().shared();
+        let core = self.clone();
+        let flight = async move { core.refresh(epoch, address).await }.boxed().shared();
         *slot = flight.downgrade();
         Some(flight)
     }
 
     async fn refresh(&self, epoch: Epoch, address: Option<String>) {
+        let search = self.search(epoch, address);
+        let found = tokio::time::timeout(REFRESH_TIMEOUT, search).await.unwrap_or(false);
+        self.not_before_ms.store(self.clock.in_ms(REFRESH_PAUSE), Ordering::Relaxed);
+        if found {
+            self.renew();
+        } else {
+            tracing::debug!(epoch, "no node told a ring of this epoch");
+        }
+    }
+
+    /// Asks for a ring of this epoch, first the node at `address`; whether there was one.
+    async fn search(&self, epoch: Epoch, address: Option<String>) -> bool {
         let mut clients = self.routes().clients();
         let start = rand::random_range(0..clients.len().max(1));
         clients.rotate_left(start);
@@ -142,25 +192,19 @@ impl Rings {
         // The seeds last: all nodes of the ring in hand may have been replaced meanwhile.
         let seeds = self.seeds.groups().into_iter().take(CLUSTERS_ASKED_MAX);
         clients.extend(seeds.map(|nodes| RaftNode::with_http(nodes, self.http.clone())));
-        let named = address.zip(clients.first().cloned());
-        let mut found = false;
-        if let Some((address, client)) = named {
+        if let Some((address, client)) = address.zip(clients.first().cloned()) {
             let ring = client.with_timeout(ASK_TIMEOUT).hash_ring_of(&address).await;
-            found = self.take(ring, epoch);
+            if self.take(ring, epoch) {
+                return true;
+            }
         }
         for client in clients {
-            if found {
-                break;
-            }
             let ring = client.with_timeout(ASK_TIMEOUT).get_hash_ring().await;
-            found = self.take(ring, epoch);
+            if self.take(ring, epoch) {
+                return true;
+            }
         }
-        self.not_before_ms.store(self.clock.in_ms(REFRESH_PAUSE), Ordering::Relaxed);
-        if found {
-            self.renew();
-        } else {
-            tracing::debug!(epoch, "no node told a ring of this epoch");
-        }
+        false
     }
 
     /// Takes a ring if it is newer. Says whether the ring in hand is of the wanted epoch then, and
@@ -197,13 +241,6 @@ impl Rings {
     fn renew(&self) {
         let ttl = Duration::from_secs(self.routes.load().ring().list_ttl_s).max(TTL_MIN);
         self.due_ms.store(self.clock.in_ms(ttl), Ordering::Relaxed);
-    }
-}
-
-async fn within(budget: Budget, flight: Option<Flight>) {
-    if let Some(flight) = flight {
-        // Out of time is the caller's own concern: its next attempt finds that out.
-        let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
     }
 }
 
@@ -282,4 +319,51 @@ fn none_answered(errors: Vec<ClientError>) -> ClientError {
         }
     }
     ClientError::Unreachable { tried: all_tried }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rings whose time is over, of a cluster whose one node accepts connections and says nothing.
+    async fn overdue() -> (Rings, tokio::net::TcpListener) {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let nodes = vec![silent.local_addr().unwrap().to_string()];
+        let http = HttpClient::new();
+        let routes = sole(&nodes, &http);
+        let rings = Rings::new(http, Endpoints::Flat(nodes), routes);
+        rings.core.due_ms.store(0, Ordering::Relaxed);
+        (rings, silent)
+    }
+
+    fn under_way(rings: &Rings) -> Flight {
+        rings.core.flight.lock().unwrap().as_ref().and_then(WeakShared::upgrade).unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_refresh_at_a_time_runs_in_the_background_and_calls_join_it() {
+        let (rings, silent) = overdue().await;
+        rings.refresh_if_due();
+        let first = under_way(&rings);
+        // Connected, so it is being driven, and nobody answers.
+        let _connection = silent.accept().await.unwrap();
+        rings.core.due_ms.store(0, Ordering::Relaxed);
+        rings.refresh_if_due();
+        assert!(first.ptr_eq(&under_way(&rings)));
+        assert!(first.ptr_eq(&rings.core.join_flight(9, None).unwrap()));
+    }
+
+    #[tokio::test]
+    async fn the_refresh_in_the_background_ends_with_the_client() {
+        let (rings, silent) = overdue().await;
+        rings.refresh_if_due();
+        let _connection = silent.accept().await.unwrap();
+        let core = Arc::downgrade(&rings.core);
+        drop(rings);
+        // A few turns of this one thread, in which an aborted task is dropped.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(core.strong_count(), 0);
+    }
 }
