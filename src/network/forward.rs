@@ -5,8 +5,12 @@
 //! nodes on a request's way share **one deadline and one count of hops**, so that nodes that disagree
 //! about the leader or the ring cannot pass a request around for ever.
 //!
-//! This is also the one place that waits out an election, see [`Forwarder::serve`].
+//! This is also the one place that waits out an election, see [`Forwarder::serve`]. That one node in
+//! trouble does not slow down what goes elsewhere is the business of `targets`.
 
+mod targets;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -20,6 +24,7 @@ use super::call::{
 };
 use super::error::{ApiError, Outcome};
 use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
+use targets::Targets;
 
 /// How long a request waits for a leader: two elections with the default timing. Scripts and people
 /// at a terminal then do not notice a leader change; without a majority the answer is 503. Only the
@@ -32,9 +37,14 @@ const PAUSE_FIRST: Duration = Duration::from_millis(10);
 /// Asking is cheap, and what this adds to an election's length is the most of it that is seen.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 
-/// How long one node may take over a read before the next one is asked: longer than it may wait for
-/// a leader itself. A write has only one try and gets all the time there is.
-const READ_ATTEMPT: Duration = Duration::from_secs(3);
+/// How long a node may keep a request waiting before it is a suspect and, if the request is a read,
+/// another node is asked: above an election, so that a node that only waits for one is rarely taken
+/// for dead. A write has only one try and gets all the time there is.
+const SLOW_AFTER: Duration = Duration::from_secs(1);
+
+/// The same for a read when there is nobody else to ask: longer than the node may wait for a leader
+/// itself.
+const READ_ATTEMPT_LAST: Duration = Duration::from_secs(3);
 
 /// The headers that say what a request wants, and go on with it.
 const PASSED_ON: [HeaderName; 6] = [
@@ -118,10 +128,12 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Passes requests on over pooled connections. Cloning shares the pool.
+/// Passes requests on over pooled connections. Cloning shares the pool, and what is known about the
+/// nodes.
 #[derive(Debug, Clone, Default)]
 pub struct Forwarder {
     client: HttpClient,
+    targets: Arc<Targets>,
 }
 
 impl Forwarder {
@@ -170,14 +182,16 @@ impl Forwarder {
         effect: Effect,
         error: ApiError,
     ) -> Result<Response, ApiError> {
-        let Some(addresses) = addresses_in(&error) else { return Err(error) };
+        let Some(mut addresses) = addresses_in(&error) else { return Err(error) };
         if call.hops >= HOPS_MAX {
             return Err(ApiError::TooManyHops { hops: call.hops });
         }
+        self.targets.suspects_last(&mut addresses, Instant::now());
         let mut failure = error;
-        for address in addresses {
-            let sent = self.send(call, body, effect, &address).await;
-            match sent {
+        let mut rest = addresses.iter();
+        while let Some(address) = rest.next() {
+            let attempt_max = attempt_max(effect, rest.len());
+            match self.send(call, body, effect, address, attempt_max).await {
                 Ok(response) => return Ok(response),
                 Err(Failed { error, last_word: true }) => return Err(error),
                 Err(Failed { error, last_word: false }) => failure = error,
@@ -186,23 +200,27 @@ impl Forwarder {
         Err(failure)
     }
 
+    /// Sends the request to one node, when there is a turn, and waits for its answer for at most
+    /// `attempt_max`.
     async fn send(
         &self,
         call: &Call,
         body: &Bytes,
         effect: Effect,
         address: &str,
+        attempt_max: Duration,
     ) -> Result<Response, Failed> {
-        let now = Instant::now();
-        let attempt_ends = match effect {
-            Effect::Read => call.deadline.min(now + READ_ATTEMPT),
-            Effect::Write => call.deadline,
+        let Some(_turn) = self.targets.turn(address, call.deadline).await else {
+            return Err(Failed { error: ApiError::Overloaded, last_word: false });
         };
+        let now = Instant::now();
         if call.deadline <= now {
             return Err(Failed { error: out_of_time(Outcome::NotApplied), last_word: true });
         }
-        let request = request_for(call, body, address, attempt_ends - now);
-        let error = match self.client.send(request, attempt_ends).await {
+        // The node may use all the time that is left: an answer that comes too late is dropped here.
+        let request = request_for(call, body, address, call.deadline - now);
+        let attempt_ends = now + attempt_max.min(call.deadline - now);
+        let error = match self.send_watched(request, attempt_ends).await {
             Ok(response) => return Ok(relay(response)),
             Err(error) => error,
         };
@@ -215,6 +233,39 @@ impl Forwarder {
             error => ApiError::Forward { message: error.to_string(), outcome },
         };
         Err(Failed { error, last_word: may_be_applied || too_late })
+    }
+
+    /// Sends a request and remembers how the node dealt with it. While it keeps one waiting, later
+    /// requests already ask others first.
+    async fn send_watched(
+        &self,
+        request: HttpRequest,
+        deadline: Instant,
+    ) -> Result<HttpResponse, SendError> {
+        let address = request.address.clone();
+        let sending = self.client.send(request, deadline);
+        tokio::pin!(sending);
+        let result = match tokio::time::timeout(SLOW_AFTER, &mut sending).await {
+            Ok(result) => result,
+            Err(_) => {
+                self.targets.suspect(&address);
+                sending.await
+            }
+        };
+        match &result {
+            Ok(_) => self.targets.trust(&address),
+            Err(_) => self.targets.suspect(&address),
+        }
+        result
+    }
+}
+
+/// How long one node may take when `others` could be asked after it.
+fn attempt_max(effect: Effect, others: usize) -> Duration {
+    match (effect, others) {
+        (Effect::Write, _) => Duration::MAX,
+        (Effect::Read, 0) => READ_ATTEMPT_LAST,
+        (Effect::Read, _) => SLOW_AFTER,
     }
 }
 

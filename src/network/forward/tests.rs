@@ -93,10 +93,19 @@ async fn serve(
     effect: Effect,
     local: impl Fn() -> Result<u64, ApiError>,
 ) -> Result<Served<u64>, Refusal> {
+    serve_by(&Forwarder::default(), call, effect, local).await
+}
+
+async fn serve_by(
+    forwarder: &Forwarder,
+    call: &Call,
+    effect: Effect,
+    local: impl Fn() -> Result<u64, ApiError>,
+) -> Result<Served<u64>, Refusal> {
     let body = Bytes::from_static(b"value.");
     let body = if effect == Effect::Write { body } else { Bytes::new() };
     let local = || std::future::ready(local());
-    Forwarder::default().serve(call, &body, effect, local).await
+    forwarder.serve(call, &body, effect, local).await
 }
 
 async fn failure(call: &Call, effect: Effect, error: ApiError) -> ApiError {
@@ -190,6 +199,108 @@ async fn a_silent_node_runs_into_the_deadline() {
     let read = get(&soon);
     let error = failure(&read, Effect::Read, not_leader(&silent.address)).await;
     assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }), "{error:?}");
+}
+
+/// A node that kept a request waiting, or refused it, is asked after the others from then on: no
+/// later request pays for it, be it a read or a write.
+#[tokio::test]
+async fn a_node_that_did_not_answer_is_asked_last() {
+    let silent = Played::start(Script::StaySilent).await;
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    let forwarder = Forwarder::default();
+    let soon = get(&[("kv-deadline-ms", "100")]);
+    let to_silent = || Err(wrong_cluster(&[&silent.address]));
+    assert!(serve_by(&forwarder, &soon, Effect::Read, to_silent).await.is_err());
+    assert_eq!(silent.arrived(), 1);
+    for _ in 0..20 {
+        let owner = || Err(wrong_cluster(&[&silent.address, &alive.address]));
+        for (call, effect) in [(get(&[]), Effect::Read), (put("/v1/kv/k", &[]), Effect::Write)] {
+            let served = serve_by(&forwarder, &call, effect, owner).await;
+            assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+        }
+    }
+    assert_eq!((silent.arrived(), alive.arrived()), (1, 40));
+}
+
+/// While a write still waits for a silent node, others go past it already.
+#[tokio::test]
+async fn a_node_is_a_suspect_while_it_keeps_a_write_waiting() {
+    let silent = Played::start(Script::StaySilent).await;
+    let forwarder = Forwarder::default();
+    let call = put("/v1/kv/k", &[]);
+    let stuck = serve_by(&forwarder, &call, Effect::Write, || Err(not_leader(&silent.address)));
+    let suspected = async {
+        let mut addresses = [silent.address.clone(), "other:1".to_owned()];
+        while addresses[0] == silent.address {
+            tokio::time::sleep(PAUSE_FIRST).await;
+            forwarder.targets.suspects_last(&mut addresses, Instant::now());
+        }
+    };
+    tokio::select! {
+        served = stuck => panic!("{served:?}"),
+        () = suspected => {}
+    }
+    assert_eq!(silent.arrived(), 1);
+}
+
+/// One slow node takes the turns that it has and no more: further requests to it are refused at once
+/// with nothing applied, and those to other nodes go their way.
+#[tokio::test]
+async fn a_slow_node_does_not_take_all_there_is() {
+    let silent = Played::start(Script::StaySilent).await;
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    let targets = Arc::new(Targets::new(2, 9));
+    let forwarder = Forwarder { client: HttpClient::new(), targets };
+    let (call, read) = (put("/v1/kv/k", &[]), get(&[]));
+    let to_silent = || Err(not_leader(&silent.address));
+    let stuck = async {
+        tokio::join!(
+            serve_by(&forwarder, &call, Effect::Write, to_silent),
+            serve_by(&forwarder, &call, Effect::Write, to_silent),
+        )
+    };
+    let others = async {
+        while silent.arrived() < 2 {
+            tokio::time::sleep(PAUSE_FIRST).await;
+        }
+        let refused = serve_by(&forwarder, &call, Effect::Write, to_silent).await.unwrap_err();
+        assert_eq!(refused.error, ApiError::Overloaded);
+        for (call, effect) in [(&read, Effect::Read), (&call, Effect::Write)] {
+            // Also where the slow one is only one of several.
+            for owner in
+                [wrong_cluster(&[&silent.address, &alive.address]), not_leader(&alive.address)]
+            {
+                let served = serve_by(&forwarder, call, effect, || Err(owner.clone())).await;
+                assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+            }
+        }
+    };
+    tokio::select! {
+        served = stuck => panic!("{served:?}"),
+        () = others => {}
+    }
+    assert_eq!((silent.arrived(), alive.arrived()), (2, 4));
+}
+
+/// A read leaves a silent node while there are others to ask, and waits longer for the last one.
+#[test]
+fn reads_leave_time_for_other_nodes_and_writes_take_all() {
+    assert_eq!(attempt_max(Effect::Read, 1), SLOW_AFTER);
+    assert!(attempt_max(Effect::Read, 0) > LEADER_WAIT);
+    assert_eq!(attempt_max(Effect::Write, 2), Duration::MAX);
+}
+
+/// A read that a silent node did not answer comes from the next one.
+#[tokio::test]
+async fn a_read_goes_on_after_a_silent_node() {
+    let silent = Played::start(Script::StaySilent).await;
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    while silent.arrived() == 0 {
+        let owner = || Err(wrong_cluster(&[&silent.address, &alive.address]));
+        let served = serve(&get(&[]), Effect::Read, owner).await;
+        assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+    }
+    assert_eq!(silent.arrived(), 1);
 }
 
 /// A request whose time is over is not sent at all.

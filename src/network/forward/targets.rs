@@ -1,0 +1,182 @@
+//! What the forwarder remembers of the nodes that it passes requests on to.
+//!
+//! Two things, so that one node in trouble costs the others nothing. **Suspects**: a node that refused
+//! or kept a request waiting is asked last for a while; without that, every request whose turn it is
+//! there would find out anew. **Turns**: only so many requests are in flight at one node; without
+//! that, requests that wait for a paused one would pile up until no connection is left for those that
+//! go elsewhere.
+//!
+//! All of it is a guess that costs a detour at most. The map is bounded although its addresses come
+//! from the ring and the membership only.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+use crate::ring::{CLUSTERS_MAX, NODES_PER_CLUSTER_MAX};
+
+/// How many requests are in flight at one node. HTTP/1.1 takes a connection for each; this many keep
+/// a node busy, and are a small part of the open files that a node has for passing on.
+const IN_FLIGHT_PER_NODE_MAX: usize = 128;
+
+/// How long a request waits for its turn. A healthy node answers all that are in flight several times
+/// over meanwhile, so that a burst gets through; at any other, those that wait hold little for long.
+const TURN_WAIT: Duration = Duration::from_millis(100);
+
+/// How long a suspect is asked last. Long enough that a paused node costs few requests their first
+/// attempt, short enough that a returned one is used again soon.
+const SUSPECT_FOR: Duration = Duration::from_secs(5);
+
+/// How many nodes are remembered: those of the largest ring, which take some megabytes.
+const NODES_MAX: usize = CLUSTERS_MAX * NODES_PER_CLUSTER_MAX;
+
+/// The nodes, by address.
+#[derive(Debug)]
+pub(super) struct Targets {
+    in_flight_max: usize,
+    nodes_max: usize,
+    nodes: Mutex<HashMap<String, Target>>,
+}
+
+#[derive(Debug)]
+struct Target {
+    /// Held by whoever has a turn or waits for one.
+    turns: Arc<Semaphore>,
+    suspect_until: Option<Instant>,
+}
+
+impl Target {
+    fn is_suspect(&self, now: Instant) -> bool {
+        self.suspect_until.is_some_and(|until| until > now)
+    }
+
+    fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.turns) > 1
+    }
+}
+
+impl Default for Targets {
+    fn default() -> Self {
+        Self::new(IN_FLIGHT_PER_NODE_MAX, NODES_MAX)
+    }
+}
+
+impl Targets {
+    pub(super) fn new(in_flight_max: usize, nodes_max: usize) -> Self {
+        Self { in_flight_max, nodes_max, nodes: Mutex::default() }
+    }
+
+    /// Puts the suspects last and leaves the order as it is otherwise.
+    pub(super) fn suspects_last(&self, addresses: &mut [String], now: Instant) {
+        let nodes = self.lock();
+        addresses.sort_by_key(|address| nodes.get(address).is_some_and(|n| n.is_suspect(now)));
+    }
+
+    /// A turn at this node, held until it is dropped; `None` when there is none in time.
+    pub(super) async fn turn(
+        &self,
+        address: &str,
+        deadline: Instant,
+    ) -> Option<OwnedSemaphorePermit> {
+        let turns = self.turns_of(address)?;
+        let deadline = deadline.min(Instant::now() + TURN_WAIT);
+        tokio::time::timeout_at(deadline, turns.acquire_owned()).await.ok()?.ok()
+    }
+
+    /// The node did not answer, or not soon.
+    pub(super) fn suspect(&self, address: &str) {
+        self.mark(address, Some(Instant::now() + SUSPECT_FOR));
+    }
+
+    /// The node answered.
+    pub(super) fn trust(&self, address: &str) {
+        self.mark(address, None);
+    }
+
+    fn mark(&self, address: &str, suspect_until: Option<Instant>) {
+        if let Some(node) = self.lock().get_mut(address) {
+            node.suspect_until = suspect_until;
+        }
+    }
+
+    /// `None` when too many other nodes are in use.
+    fn turns_of(&self, address: &str) -> Option<Arc<Semaphore>> {
+        let mut nodes = self.lock();
+        if let Some(node) = nodes.get(address) {
+            return Some(node.turns.clone());
+        }
+        if nodes.len() >= self.nodes_max {
+            let now = Instant::now();
+            nodes.retain(|_, node| node.is_in_use() || node.is_suspect(now));
+            if nodes.len() >= self.nodes_max {
+                return None;
+            }
+        }
+        let turns = Arc::new(Semaphore::new(self.in_flight_max));
+        nodes.insert(address.to_owned(), Target { turns: turns.clone(), suspect_until: None });
+        Some(turns)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Target>> {
+        // Every change is a single step: what a panic left behind is whole.
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn sorted(targets: &Targets, now: Instant) -> Vec<String> {
+        let mut addresses = ["a", "b", "c"].map(String::from);
+        targets.suspects_last(&mut addresses, now);
+        addresses.into()
+    }
+
+    #[tokio::test]
+    async fn a_suspect_is_asked_last_until_it_answers_or_its_time_is_over() {
+        let targets = Targets::default();
+        drop(targets.turn("a", soon()).await);
+        let begun = Instant::now();
+        targets.suspect("a");
+        assert_eq!(sorted(&targets, begun), ["b", "c", "a"]);
+        assert_eq!(sorted(&targets, Instant::now() + SUSPECT_FOR), ["a", "b", "c"]);
+        targets.trust("a");
+        assert_eq!(sorted(&targets, begun), ["a", "b", "c"]);
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_waited_for_a_moment_and_goes_on_to_the_next() {
+        let targets = Targets::new(1, 9);
+        let first = targets.turn("a", soon()).await.unwrap();
+        assert!(targets.turn("a", soon()).await.is_none());
+        assert!(targets.turn("b", soon()).await.is_some(), "each node has its own");
+        let second = async {
+            let turn = targets.turn("a", soon());
+            tokio::pin!(turn);
+            assert!(futures_util::poll!(&mut turn).is_pending());
+            drop(first);
+            turn.await
+        };
+        assert!(second.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn only_so_many_nodes_are_remembered_and_those_that_matter_stay() {
+        let targets = Targets::new(1, 2);
+        let held = targets.turn("held", soon()).await;
+        drop(targets.turn("suspect", soon()).await);
+        targets.suspect("suspect");
+        assert!(targets.turn("third", soon()).await.is_none());
+        drop(held);
+        assert!(targets.turn("third", soon()).await.is_some());
+        assert!(targets.lock().contains_key("suspect") && !targets.lock().contains_key("held"));
+    }
+}
