@@ -38,7 +38,7 @@ pub enum ClientError {
     #[error("the ring cannot be used: {0}")]
     Ring(RingError),
     /// Not one node could be connected to.
-    #[error("no node can be reached; tried {}", .tried.join("; "))]
+    #[error("no node can be reached: {}", .tried.join("; "))]
     Unreachable {
         /// One text for each address, with what the system said.
         tried: Vec<String>,

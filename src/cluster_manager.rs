@@ -21,6 +21,7 @@ mod files;
 mod first_ring;
 mod forming;
 mod layout;
+mod running;
 mod status;
 
 use std::future::Future;
@@ -28,7 +29,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use futures_util::future::{join_all, select_all, try_join_all};
+use futures_util::future::{select_all, try_join_all};
 use futures_util::stream::{FuturesUnordered, Stream};
 use http::{HeaderMap, Method};
 use tokio::time::{Instant, sleep};
@@ -37,15 +38,16 @@ pub use files::{read_nodes_file, write_nodes_file};
 pub use first_ring::{InstallError, Survey, first_ring, install, survey, survey_all};
 pub use forming::{ask_all, leader_of};
 pub use layout::{Layout, LayoutCluster, LayoutDifference};
-pub use status::{ClusterStatus, NodeStatus, discover, newest_ring, status_of};
+pub use status::{ClusterStatus, Discovered, NodeStatus, discover, newest_ring, status_of};
 
 use crate::config::{Config, ConfigError};
 use crate::http_client::{HttpClient, HttpRequest};
-use crate::node::{Node, NodeOptions, StartError, StopError};
+use crate::node::StartError;
 use crate::ring::{Ring, RingNode};
 use crate::types::{ClusterId, NodeId};
 use forming::{FORM_TIMEOUT, METRICS_TIMEOUT, POLL_INTERVAL};
 use layout::Ports;
+use running::{RunningNode, addresses, clear_away, start_nodes, stop_nodes};
 
 /// How long the nodes of a formed cluster may take to be ready: an election and a short catch-up.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -130,6 +132,15 @@ pub enum ManagerError {
     /// The start was called off.
     #[error("interrupted; all nodes are stopped, and the next start goes on from here")]
     Interrupted,
+    /// The start was called off while stores were being opened, which goes on until the process ends.
+    /// Ending it loses nothing. All other nodes are stopped.
+    #[error(
+        "interrupted; {opening} stores are still being opened, the other nodes are stopped, and the next start goes on from here"
+    )]
+    InterruptedOpening {
+        /// How many stores.
+        opening: usize,
+    },
     /// A node did not stop cleanly. The others did, or are listed as well.
     #[error("{0}")]
     Stop(String),
@@ -153,12 +164,6 @@ pub struct ClusterManager {
     nodes: Vec<RunningNode>,
 }
 
-struct RunningNode {
-    cluster: ClusterId,
-    id: NodeId,
-    node: Node,
-}
-
 impl ClusterManager {
     /// Starts what the configuration file describes and returns once all of it serves.
     pub async fn new(config_path: impl AsRef<Path>) -> Result<Self, ManagerError> {
@@ -172,7 +177,8 @@ impl ClusterManager {
     }
 
     /// Like [`ClusterManager::start`], but stops everything again and returns
-    /// [`ManagerError::Interrupted`] when `stop` completes first.
+    /// [`ManagerError::Interrupted`] when `stop` completes first. With a store that takes long to open
+    /// it is [`ManagerError::InterruptedOpening`]: then only the end of the process frees everything.
     pub async fn start_until(
         config: Config,
         stop: impl Future<Output = ()>,
@@ -202,7 +208,8 @@ impl ClusterManager {
         stop: impl Future<Output = ()>,
     ) -> Result<Self, ManagerError> {
         let layout = Layout::wanted(&config, ports).settle(&config.data_dir, ports)?;
-        let nodes = start_nodes(&config, &layout).await?;
+        tokio::pin!(stop);
+        let nodes = start_nodes(&config, &layout, stop.as_mut()).await?;
         let mut manager =
             Self { layout: layout.with_addresses(addresses(&nodes)), ring: Ring::none(), nodes };
         let outcome = tokio::select! {
@@ -215,9 +222,7 @@ impl ClusterManager {
                 Ok(manager)
             }
             Err(error) => {
-                if let Err(second) = manager.shutdown().await {
-                    tracing::error!(error = %second, "stopping after a failed start");
-                }
+                clear_away(manager.nodes).await;
                 Err(error)
             }
         }
@@ -316,65 +321,6 @@ impl ClusterManager {
     pub async fn shutdown(self) -> Result<(), ManagerError> {
         stop_nodes(self.nodes).await
     }
-}
-
-impl RunningNode {
-    async fn failed(&self) -> NodeFailure {
-        let message = self.node.failed().await;
-        NodeFailure { cluster: self.cluster.clone(), node: self.id, message }
-    }
-}
-
-/// Starts all nodes, or none: if one cannot start, the others are stopped again.
-async fn start_nodes(config: &Config, layout: &Layout) -> Result<Vec<RunningNode>, ManagerError> {
-    let starts = layout.nodes().map(|(cluster, node)| start_node(config, &cluster.id, node));
-    let (started, failed): (Vec<_>, Vec<_>) =
-        join_all(starts).await.into_iter().partition(Result::is_ok);
-    let started = started.into_iter().filter_map(Result::ok).collect();
-    match failed.into_iter().find_map(Result::err) {
-        None => Ok(started),
-        Some(error) => {
-            if let Err(second) = stop_nodes(started).await {
-                tracing::error!(error = %second, "stopping after a failed start");
-            }
-            Err(error)
-        }
-    }
-}
-
-async fn start_node(
-    config: &Config,
-    cluster: &ClusterId,
-    node: &RingNode,
-) -> Result<RunningNode, ManagerError> {
-    let options = NodeOptions {
-        id: node.id,
-        cluster: cluster.clone(),
-        http_addr: node.http.clone(),
-        rpc_addr: node.rpc.clone(),
-        data_dir: layout::node_dir(&config.data_dir, cluster, node),
-        config: config.clone(),
-    };
-    let (cluster, id) = (cluster.clone(), node.id);
-    match Node::start(options).await {
-        Ok(node) => Ok(RunningNode { cluster, id, node }),
-        Err(source) => Err(ManagerError::Start { cluster, node: id, source }),
-    }
-}
-
-async fn stop_nodes(nodes: Vec<RunningNode>) -> Result<(), ManagerError> {
-    let stop = |running: RunningNode| async move {
-        let RunningNode { cluster, id, node } = running;
-        node.shutdown().await.map_err(|error: StopError| format!("node {id} of {cluster}: {error}"))
-    };
-    let failures: Vec<String> =
-        join_all(nodes.into_iter().map(stop)).await.into_iter().filter_map(Result::err).collect();
-    if failures.is_empty() { Ok(()) } else { Err(ManagerError::Stop(failures.join("; "))) }
-}
-
-/// Where the nodes listen, in their order. Differs from the layout where that says port 0.
-fn addresses(nodes: &[RunningNode]) -> impl Iterator<Item = (String, String)> {
-    nodes.iter().map(|n| (n.node.http_addr().to_string(), n.node.rpc_addr().to_string()))
 }
 
 /// Waits until a node says that it is ready and lives by a ring at least as new as `ring`.

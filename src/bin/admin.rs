@@ -3,18 +3,22 @@
 //! Without a verb it starts what `Config.toml` describes and serves until it is told to stop; with a
 //! verb it talks to running nodes over HTTP and ends. The work is in the library; here are flags,
 //! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
-//! directory or address that cannot be used.
+//! directory or address that cannot be used, 130 quit by a second signal.
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use distrib_kv_store::cluster_manager::{self, ClusterManager, ManagerError};
+use distrib_kv_store::cluster_manager::{
+    self, ClusterManager, ClusterStatus, Discovered, InstallError, ManagerError, NodeStatus,
+};
 use distrib_kv_store::config::{Config, RingConfig};
+use distrib_kv_store::kvclient::Endpoints;
+use distrib_kv_store::node::StartError;
 use distrib_kv_store::ring::Ring;
 use futures_util::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +34,9 @@ const CONFIG_FILE: &str = "Config.toml";
 /// What is logged unless `RUST_LOG` says otherwise: the tables tell the rest, and a stopping follower
 /// is openraft's warning, but nobody's trouble.
 const DEFAULT_LOG: &str = "warn,openraft=error,toy_rpc=off";
+
+/// What a command says that found nobody to ask.
+const NOBODY: &str = "no node can be reached";
 
 /// What a shell reports for a process that SIGINT ended.
 const EXIT_INTERRUPTED: i32 = 130;
@@ -96,12 +103,23 @@ impl Failure {
     fn usage(message: impl ToString) -> Self {
         Self { code: 2, message: message.to_string() }
     }
+
+    /// What was asked for could not be shown. A reader that has seen enough, such as `head`, is no
+    /// reason to complain.
+    fn of_printing(error: std::io::Error) -> Result<(), Self> {
+        match error.kind() {
+            ErrorKind::BrokenPipe => Ok(()),
+            _ => Err(Self::failed(format!("cannot write to stdout: {error}"))),
+        }
+    }
 }
 
 impl From<ManagerError> for Failure {
     fn from(error: ManagerError) -> Self {
         use ManagerError as E;
         match error {
+            // Nothing that was given is wrong.
+            E::Start { source: StartError::Raft(_), .. } => Self::failed(error),
             E::Config(_)
             | E::Read { .. }
             | E::BadFile { .. }
@@ -132,9 +150,7 @@ async fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if !failure.message.is_empty() {
-                eprintln!("admin: {}", failure.message);
-            }
+            text::note(&format!("admin: {}", failure.message));
             ExitCode::from(failure.code)
         }
     }
@@ -146,21 +162,31 @@ async fn run(config: Option<&Path>) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     watch_signals(&stop).map_err(Failure::failed)?;
     let (clusters, nodes) = (config.num_clusters, config.nodes_per_cluster);
-    eprintln!("starting {clusters} clusters of {nodes} nodes ...");
+    text::note(&format!("starting {clusters} clusters of {nodes} nodes ..."));
     let manager = match ClusterManager::start_until(config.clone(), stop.cancelled()).await {
         Err(ManagerError::Interrupted) => {
-            eprintln!("stopped before everything was ready");
+            text::note("stopped before everything was ready");
             return Ok(());
+        }
+        Err(ManagerError::InterruptedOpening { opening }) => {
+            text::note(&format!(
+                "stopped before everything was ready; stores that were still being opened: {opening}"
+            ));
+            // Returning would wait for them. They serve nobody yet, so this loses nothing.
+            std::process::exit(0);
         }
         started => started?,
     };
     let addresses = manager.nodes();
     let status = cluster_manager::status_of(&addresses).await;
-    text::print(&text::running(&config, &manager, &status));
+    if let Err(error) = text::print(&text::running(&config, &manager, &status)) {
+        // Nobody may be reading it: no reason not to serve.
+        tracing::warn!(%error, "cannot write to stdout");
+    }
     let served = serve(&manager, &stop).await;
-    eprintln!("stopping ... (again to quit at once)");
+    text::note("stopping ... (again to quit at once)");
     manager.shutdown().await?;
-    eprintln!("stopped; all data is in {}", config.data_dir.display());
+    text::note(&format!("stopped; all data is in {}", config.data_dir.display()));
     served
 }
 
@@ -171,7 +197,9 @@ async fn serve(manager: &ClusterManager, stop: &CancellationToken) -> Result<(),
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             failure = failures.next() => match failure {
-                Some(f) => eprintln!("node {} of {} has stopped serving: {}", f.node, f.cluster, f.message),
+                Some(f) => text::note(&format!(
+                    "node {} of {} has stopped serving: {}", f.node, f.cluster, f.message
+                )),
                 None => return Err(Failure::failed("all nodes have stopped serving")),
             },
         }
@@ -182,10 +210,11 @@ async fn serve(manager: &ClusterManager, stop: &CancellationToken) -> Result<(),
 fn load_config(named: Option<&Path>) -> Result<Config, Failure> {
     match named {
         Some(path) => Config::load(path).map_err(Failure::usage),
-        None if Path::new(CONFIG_FILE).exists() => {
-            Config::load(CONFIG_FILE).map_err(Failure::usage)
-        }
-        None => Ok(Config::default()),
+        // A link into nowhere, or one that may not be followed, is there: loading says what is wrong.
+        None => match std::fs::symlink_metadata(CONFIG_FILE) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Config::default()),
+            _ => Config::load(CONFIG_FILE).map_err(Failure::usage),
+        },
     }
 }
 
@@ -214,43 +243,58 @@ fn watch_signals(stop: &CancellationToken) -> std::io::Result<()> {
 }
 
 async fn status(target: &Target) -> Result<(), Failure> {
-    let clusters = target.clusters().await?;
+    let Discovered { clusters, unplaced } = target.clusters().await?;
     let status = cluster_manager::status_of(&clusters).await;
-    if target.json {
-        text::print_json(&serde_json::json!({ "clusters": status }));
+    let printed = if target.json {
+        text::print_json(&serde_json::json!({ "clusters": status, "unplaced": unplaced }))
     } else {
-        text::print(&text::status(&status));
+        text::print(&text::status(&status, &unplaced))
+    };
+    printed.or_else(Failure::of_printing)?;
+    all_led(&status)
+}
+
+/// Whether every cluster has a leader that answers.
+fn all_led(status: &[ClusterStatus]) -> Result<(), Failure> {
+    if !status.iter().flat_map(|cluster| &cluster.nodes).any(|node| node.reachable) {
+        return Err(Failure::failed(NOBODY));
     }
-    let headless = status.iter().filter(|cluster| cluster.leader.is_none()).count();
-    match headless {
-        0 => Ok(()),
-        1 => Err(Failure::failed("one cluster has no leader")),
-        _ => Err(Failure::failed(format!("{headless} clusters have no leader"))),
+    let headless = status.iter().filter(|cluster| cluster.leader.is_none());
+    let headless: Vec<String> = headless.map(text::name_of).collect();
+    match headless.as_slice() {
+        [] => Ok(()),
+        [one] => Err(Failure::failed(format!("{one} has no leader that answers"))),
+        several => {
+            Err(Failure::failed(format!("{} have no leader that answers", several.join(", "))))
+        }
     }
 }
 
 async fn ring_show(target: &Target) -> Result<(), Failure> {
-    let clusters = target.clusters().await?;
+    let clusters = target.clusters().await?.clusters;
     let status = cluster_manager::status_of(&clusters).await;
     let seen = || status.iter().flat_map(|c| &c.nodes).filter_map(|node| node.metrics.as_ref());
     if seen().next().is_none() {
-        return Err(Failure::failed("no node can be reached"));
+        return Err(Failure::failed(NOBODY));
     }
     let ring = match cluster_manager::newest_ring(seen()).await {
         Some(ring) => ring,
         None if seen().all(|node| node.epoch.unwrap_or(0) == 0) => Ring::none(),
         None => return Err(Failure::failed("the node with the newest ring did not answer")),
     };
-    if target.json {
-        text::print_json(&ring);
+    let printed = if target.json {
+        text::print_json(&ring)
     } else {
-        text::print(&text::ring(&ring, &status));
-    }
-    Ok(())
+        text::print(&text::ring(&ring, &status))
+    };
+    printed.or_else(Failure::of_printing)
 }
 
 async fn ring_install(target: &Target, weights: &[f32]) -> Result<(), Failure> {
-    let clusters = target.clusters().await?;
+    let Discovered { clusters, unplaced } = target.clusters().await?;
+    if let Some(NodeStatus { error: Some(error), .. }) = unplaced.first() {
+        return Err(Failure::failed(InstallError::Unreachable(error.clone())));
+    }
     if !weights.is_empty() && weights.len() != clusters.len() {
         let (given, needed) = (weights.len(), clusters.len());
         return Err(Failure::usage(format!("{given} weights are given for {needed} clusters")));
@@ -261,21 +305,30 @@ async fn ring_install(target: &Target, weights: &[f32]) -> Result<(), Failure> {
     let ring = ring.map_err(Failure::failed)?;
     let installed = cluster_manager::install(&clusters, &surveys, &ring).await;
     let installed = installed.map_err(Failure::failed)?;
-    if target.json {
-        text::print_json(&serde_json::json!({ "installed": installed, "ring": ring }));
+    let printed = if target.json {
+        text::print_json(&serde_json::json!({ "installed": installed, "ring": ring }))
     } else {
-        text::print(&text::installed(&ring, &installed));
-    }
-    Ok(())
+        text::print(&text::installed(&ring, &installed))
+    };
+    printed.or_else(|error| {
+        Failure::of_printing(error).map_err(|failure| {
+            Failure::failed(format!("the ring is installed, but {}", failure.message))
+        })
+    })
 }
 
 impl Target {
     /// The clusters' HTTP addresses.
-    async fn clusters(&self) -> Result<Vec<Vec<String>>, Failure> {
+    async fn clusters(&self) -> Result<Discovered, Failure> {
+        let listed = cluster_manager::read_nodes_file(&self.nodes_file);
         if self.endpoints.is_empty() {
-            return Ok(cluster_manager::read_nodes_file(&self.nodes_file)?);
+            return Ok(Discovered { clusters: listed?, unplaced: Vec::new() });
         }
-        Ok(cluster_manager::discover(&self.endpoints).await)
+        if let Err(message) = Endpoints::from(self.endpoints.clone()).check() {
+            return Err(Failure::usage(format!("--endpoints: {message}")));
+        }
+        // The file is only a hint about nodes that do not answer: without it they are just that.
+        Ok(cluster_manager::discover(&self.endpoints, &listed.unwrap_or_default()).await)
     }
 }
 

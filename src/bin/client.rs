@@ -5,6 +5,7 @@
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 
+use std::env::VarError;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use clap::{Parser, Subcommand};
 use distrib_kv_store::client_error::ClientError;
-use distrib_kv_store::kvclient::{Consistency, KVClient};
+use distrib_kv_store::kvclient::{Consistency, Endpoints, KVClient};
 use distrib_kv_store::network::error::Outcome;
 use distrib_kv_store::types::{Condition, Revision};
 use tokio::time::Instant;
@@ -101,6 +102,8 @@ enum Command {
 /// What ends the program with something other than 0.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
+    #[error("{given_by}: {message}")]
+    Usage { given_by: &'static str, message: String },
     #[error("{0}")]
     Client(#[from] ClientError),
     #[error("cannot read the value from stdin: {0}")]
@@ -109,6 +112,10 @@ enum Failure {
     StdinTooLarge,
     #[error("cannot write to stdout: {0}")]
     Stdout(io::Error),
+    #[error(
+        "the write took effect at revision {revision}, but that cannot be written to stdout: {error}"
+    )]
+    RevisionNotShown { revision: Revision, error: io::Error },
     #[error("not found")]
     NotFound,
 }
@@ -116,6 +123,7 @@ enum Failure {
 impl Failure {
     fn exit_code(&self) -> ExitCode {
         let code = match self {
+            Self::Usage { .. } => 2,
             Self::NotFound => 3,
             Self::Client(ClientError::ConditionFailed { .. }) => 4,
             Self::Client(error) if error.outcome() == Outcome::Unknown => 5,
@@ -131,7 +139,9 @@ async fn main() -> ExitCode {
     match run(cli).await {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever reads has seen enough, as in `client get key | head -c 1`.
-        Err(Failure::Stdout(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+        Err(Failure::Stdout(error) | Failure::RevisionNotShown { error, .. })
+            if error.kind() == io::ErrorKind::BrokenPipe =>
+        {
             ExitCode::SUCCESS
         }
         Err(failure) => {
@@ -144,7 +154,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<(), Failure> {
-    let client = connect(cli.nodes_file, cli.endpoints);
+    let client = connect(start(cli.nodes_file, cli.endpoints)?);
     match cli.command {
         None => demo(&client.await?).await,
         Some(Command::Get { key, stale }) => get(&client.await?, key, stale).await,
@@ -160,23 +170,46 @@ async fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
+/// Where the nodes are listed.
+enum Start {
+    File(PathBuf),
+    Endpoints(Endpoints),
+}
+
 /// What the command line names goes before the environment, and that before the default file.
-async fn connect(
-    nodes_file: Option<PathBuf>,
-    endpoints: Vec<String>,
-) -> Result<KVClient, ClientError> {
+fn start(nodes_file: Option<PathBuf>, endpoints: Vec<String>) -> Result<Start, Failure> {
     if !endpoints.is_empty() {
-        return KVClient::from_endpoints(endpoints).await;
+        return checked("--endpoints", endpoints.iter().map(String::as_str));
     }
     if let Some(path) = nodes_file {
-        return KVClient::new(path).await;
+        return Ok(Start::File(path));
     }
     match std::env::var(ENDPOINTS_VARIABLE) {
-        Ok(list) if !list.trim().is_empty() => {
-            let nodes: Vec<String> = list.split(',').map(|node| node.trim().to_owned()).collect();
-            KVClient::from_endpoints(nodes).await
-        }
-        _ => KVClient::new(NODES_FILE_DEFAULT).await,
+        Ok(list) if !list.trim().is_empty() => checked(ENDPOINTS_VARIABLE, list.split(',')),
+        Ok(_) | Err(VarError::NotPresent) => Ok(Start::File(NODES_FILE_DEFAULT.into())),
+        Err(error) => Err(Failure::Usage {
+            given_by: ENDPOINTS_VARIABLE,
+            message: error.to_string().escape_default().to_string(),
+        }),
+    }
+}
+
+fn checked<'a>(
+    given_by: &'static str,
+    nodes: impl Iterator<Item = &'a str>,
+) -> Result<Start, Failure> {
+    let nodes: Vec<String> = nodes.map(|node| node.trim().to_owned()).collect();
+    let endpoints = Endpoints::Flat(nodes);
+    match endpoints.check() {
+        Ok(()) => Ok(Start::Endpoints(endpoints)),
+        Err(message) => Err(Failure::Usage { given_by, message }),
+    }
+}
+
+async fn connect(start: Start) -> Result<KVClient, ClientError> {
+    match start {
+        Start::File(path) => KVClient::new(path).await,
+        Start::Endpoints(endpoints) => KVClient::from_endpoints(endpoints).await,
     }
 }
 
@@ -193,7 +226,7 @@ async fn put(
     condition: Condition,
 ) -> Result<(), Failure> {
     let revision = client.write_if(key, value, condition).await?;
-    print(format!("{revision}\n").as_bytes())
+    print_revision(revision)
 }
 
 async fn del(client: &KVClient, key: String, condition: Condition) -> Result<(), Failure> {
@@ -201,7 +234,7 @@ async fn del(client: &KVClient, key: String, condition: Condition) -> Result<(),
     if !done.deleted {
         return Err(Failure::NotFound);
     }
-    print(format!("{}\n", done.revision).as_bytes())
+    print_revision(done.revision)
 }
 
 async fn route(client: &KVClient, keys: Vec<String>) -> Result<(), Failure> {
@@ -275,7 +308,17 @@ fn value_or_stdin(value: String) -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
+/// Says that a write took effect. Whoever is not told must not take it for failed.
+fn print_revision(revision: Revision) -> Result<(), Failure> {
+    let printed = write_out(format!("{revision}\n").as_bytes());
+    printed.map_err(|error| Failure::RevisionNotShown { revision, error })
+}
+
 fn print(bytes: &[u8]) -> Result<(), Failure> {
+    write_out(bytes).map_err(Failure::Stdout)
+}
+
+fn write_out(bytes: &[u8]) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(Failure::Stdout)
+    stdout.write_all(bytes).and_then(|()| stdout.flush())
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::ManagerError;
+use crate::kvclient::Endpoints;
 
 /// Replaces `path` by `value` as JSON, atomically and durably. Creates the directory it is in.
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ManagerError> {
@@ -53,16 +54,15 @@ pub fn write_nodes_file(path: &Path, clusters: &[Vec<String>]) -> Result<(), Man
     write_json(path, &clusters)
 }
 
-/// Reads the nodes file. An empty list, or a cluster without nodes, is an error: it names nobody.
+/// Reads the nodes file. A list that names nobody, or a cluster without nodes, is an error, and so is
+/// what is no address.
 pub fn read_nodes_file(path: &Path) -> Result<Vec<Vec<String>>, ManagerError> {
     let text = fs::read_to_string(path)
         .map_err(|source| ManagerError::Read { path: path.into(), source })?;
     let bad = |message: String| ManagerError::BadFile { path: path.into(), message };
     let clusters: Vec<Vec<String>> =
         serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
-    if clusters.is_empty() || clusters.iter().any(Vec::is_empty) {
-        return Err(bad("it must list at least one cluster, and no cluster without nodes".into()));
-    }
+    Endpoints::from(clusters.clone()).check().map_err(bad)?;
     Ok(clusters)
 }
 
@@ -92,7 +92,9 @@ mod tests {
     fn a_nodes_file_that_names_nobody_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("nodes.json");
-        for text in ["", "[]", "[[]]", r#"["127.0.0.1:1"]"#, r#"[["127.0.0.1:1"],[]]"#] {
+        for text in
+            ["", "[]", "[[]]", r#"["127.0.0.1:1"]"#, r#"[["127.0.0.1:1"],[]]"#, r#"[["h"]]"#]
+        {
             fs::write(&path, text).unwrap();
             assert!(matches!(read_nodes_file(&path), Err(ManagerError::BadFile { .. })), "{text}");
         }

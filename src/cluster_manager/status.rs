@@ -3,7 +3,7 @@
 //! A node that does not answer is an ordinary row here, not a failure: it is the very thing that one
 //! looks for.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use futures_util::future::join_all;
 use serde::Serialize;
@@ -40,6 +40,18 @@ pub struct NodeStatus {
     pub metrics: Option<NodeMetrics>,
 }
 
+impl NodeStatus {
+    fn silent(http: &str, id: Option<NodeId>, error: &str) -> Self {
+        let error = Some(error.to_owned());
+        Self { id, http: http.to_owned(), reachable: false, error, metrics: None }
+    }
+
+    fn answering(http: &str, metrics: &NodeMetrics) -> Self {
+        let (id, metrics) = (Some(metrics.id), Some(metrics.clone()));
+        Self { id, http: http.to_owned(), reachable: true, error: None, metrics }
+    }
+}
+
 /// Asks all nodes of all clusters at once. `clusters` is what a nodes file lists.
 pub async fn status_of(clusters: &[Vec<String>]) -> Vec<ClusterStatus> {
     let answers = join_all(clusters.iter().map(|addresses| ask_all(addresses))).await;
@@ -58,15 +70,9 @@ fn cluster_status(
         let members = ring.clusters.iter().flat_map(|c| c.nodes.iter().map(move |n| (c, n)));
         members.into_iter().find(|(_, node)| node.http == *address)
     };
-    let node = |(address, answer): (&String, &Result<NodeMetrics, String>)| NodeStatus {
-        id: match answer {
-            Ok(metrics) => Some(metrics.id),
-            Err(_) => in_ring(address).map(|(_, node)| node.id),
-        },
-        http: address.clone(),
-        reachable: answer.is_ok(),
-        error: answer.as_ref().err().cloned(),
-        metrics: answer.as_ref().ok().cloned(),
+    let node = |(address, answer): (&String, &Result<NodeMetrics, String>)| match answer {
+        Ok(metrics) => NodeStatus::answering(address, metrics),
+        Err(error) => NodeStatus::silent(address, in_ring(address).map(|(_, node)| node.id), error),
     };
     let seen: Vec<_> = answers.iter().map(|answer| answer.as_ref().ok().cloned()).collect();
     let said = seen.iter().flatten().map(|metrics| metrics.cluster.clone()).next();
@@ -78,35 +84,81 @@ fn cluster_status(
     }
 }
 
+/// What some addresses belong to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Discovered {
+    /// The clusters, each with the addresses of its nodes: those of the ring first, in its order, then
+    /// the others, in the order in which the endpoints name them.
+    pub clusters: Vec<Vec<String>>,
+    /// Nodes that did not answer, and of which nobody says which cluster they belong to.
+    pub unplaced: Vec<NodeStatus>,
+}
+
 /// Finds the clusters behind some addresses: by the ring that one of them knows and, for nodes that
-/// are in no ring, by the cluster that they say they belong to.
-pub async fn discover(endpoints: &[String]) -> Vec<Vec<String>> {
+/// are in no ring, by the cluster that they say they belong to. A node that does not answer is placed
+/// where the ring has it, else beside those that `listed`, a nodes file, lists it with; a file that is
+/// out of date can put such a node in a wrong row, and nothing more.
+pub async fn discover(endpoints: &[String], listed: &[Vec<String>]) -> Discovered {
     let answers = ask_all(endpoints).await;
     let ring = newest_ring(answers.iter().flatten()).await.unwrap_or_else(Ring::none);
-    group(endpoints, &answers, &ring)
+    group(endpoints, &answers, &ring, listed)
 }
 
 fn group(
     endpoints: &[String],
     answers: &[Result<NodeMetrics, String>],
     ring: &Ring,
-) -> Vec<Vec<String>> {
+    listed: &[Vec<String>],
+) -> Discovered {
     let addresses = |cluster: &RingCluster| {
         cluster.nodes.iter().map(|node| node.http.clone()).collect::<Vec<_>>()
     };
     let mut clusters: Vec<Vec<String>> = ring.clusters.iter().map(addresses).collect();
-    let mut others: BTreeMap<Option<ClusterId>, Vec<String>> = BTreeMap::new();
+    add_speakers(&mut clusters, endpoints, answers);
+    let mut unplaced = Vec::new();
     for (endpoint, answer) in endpoints.iter().zip(answers) {
-        // A node may be listed under another name than the ring's: it says itself what it goes by.
-        let own = answer.as_ref().map_or(endpoint, |metrics| &metrics.http);
-        let mut listed = clusters.iter().flatten();
-        if !listed.any(|address| address == endpoint || address == own) {
-            let cluster = answer.as_ref().ok().map(|metrics| metrics.cluster.clone());
-            others.entry(cluster).or_default().push(endpoint.clone());
+        let Err(error) = answer else { continue };
+        if !clusters.iter().flatten().any(|address| address == endpoint)
+            && !add_by_list(&mut clusters, endpoint, listed)
+            && !unplaced.iter().any(|node: &NodeStatus| node.http == *endpoint)
+        {
+            unplaced.push(NodeStatus::silent(endpoint, None, error));
         }
     }
-    clusters.extend(others.into_values());
-    clusters
+    Discovered { clusters, unplaced }
+}
+
+/// Adds the nodes that answered and are not there yet, each to the others of its cluster.
+fn add_speakers(
+    clusters: &mut Vec<Vec<String>>,
+    endpoints: &[String],
+    answers: &[Result<NodeMetrics, String>],
+) {
+    let mut others: Vec<(&ClusterId, Vec<String>)> = Vec::new();
+    let mut seen: BTreeSet<&String> = BTreeSet::new();
+    for (endpoint, answer) in endpoints.iter().zip(answers) {
+        let Ok(metrics) = answer else { continue };
+        // A node may be named otherwise than in the ring, or twice: it says itself what it goes by.
+        let known = clusters.iter().flatten().any(|a| a == endpoint || *a == metrics.http);
+        if known || !seen.insert(&metrics.http) {
+            continue;
+        }
+        match others.iter_mut().find(|(id, _)| *id == &metrics.cluster) {
+            Some((_, nodes)) => nodes.push(endpoint.clone()),
+            None => others.push((&metrics.cluster, vec![endpoint.clone()])),
+        }
+    }
+    clusters.extend(others.into_iter().map(|(_, nodes)| nodes));
+}
+
+/// Adds a node that did not answer to those that it is listed with; whether it is listed at all.
+fn add_by_list(clusters: &mut Vec<Vec<String>>, silent: &String, listed: &[Vec<String>]) -> bool {
+    let Some(listed) = listed.iter().find(|nodes| nodes.contains(silent)) else { return false };
+    match clusters.iter_mut().find(|nodes| nodes.iter().any(|node| listed.contains(node))) {
+        Some(nodes) => nodes.push(silent.clone()),
+        None => clusters.push(listed.clone()),
+    }
+    true
 }
 
 /// The ring of the highest epoch among these nodes; `None` when none of them has one.
@@ -162,16 +214,51 @@ mod tests {
         assert_eq!(status.nodes[0].id, None);
     }
 
+    const NOBODY: &[Vec<String>] = &[];
+
+    fn refused() -> Result<NodeMetrics, String> {
+        Err("refused".to_owned())
+    }
+
+    fn strings<const N: usize>(texts: [&str; N]) -> Vec<String> {
+        texts.map(String::from).into()
+    }
+
     #[test]
     fn endpoints_are_grouped_by_the_ring_and_then_by_what_they_say() {
-        let endpoints: Vec<String> = ["c1-2", "c2-1", "c2-2", "gone"].map(String::from).into();
+        let endpoints = strings(["c1-2", "c9-1", "c2-1", "alias", "c9-2"]);
         let answers = [
             Ok(metrics("c1", 2, NodeState::Follower, 1)),
+            Ok(metrics("c9", 1, NodeState::Leader, 1)),
             Ok(metrics("c2", 1, NodeState::Leader, 1)),
-            Ok(metrics("c2", 2, NodeState::Follower, 1)),
-            Err("refused".to_owned()),
+            // Another name for a node that is there already.
+            Ok(metrics("c9", 1, NodeState::Leader, 1)),
+            Ok(metrics("c9", 2, NodeState::Follower, 1)),
         ];
-        let expected = vec![vec!["c1-1", "c1-2"], vec!["gone"], vec!["c2-1", "c2-2"]];
-        assert_eq!(group(&endpoints, &answers, &ring()), expected);
+        let found = group(&endpoints, &answers, &ring(), NOBODY);
+        // In the order of the endpoints: weights are given in it.
+        let clusters = [strings(["c1-1", "c1-2"]), strings(["c9-1", "c9-2"]), strings(["c2-1"])];
+        assert_eq!(found, Discovered { clusters: clusters.into(), unplaced: Vec::new() });
+    }
+
+    #[test]
+    fn a_silent_endpoint_is_no_cluster_of_its_own() {
+        let endpoints = strings(["c2-1", "gone", "c1-1", "c2-3", "gone"]);
+        let leader = Ok(metrics("c2", 1, NodeState::Leader, 1));
+        let answers = [leader, refused(), refused(), refused(), refused()];
+        // The ring has c1-1; the list has c2-3 beside c2-1; nobody knows the last one.
+        let listed = [strings(["c2-1", "c2-2", "c2-3"])];
+        let found = group(&endpoints, &answers, &ring(), &listed);
+        assert_eq!(found.clusters, [strings(["c1-1", "c1-2"]), strings(["c2-1", "c2-3"])]);
+        assert_eq!(found.unplaced, [NodeStatus::silent("gone", None, "refused")]);
+    }
+
+    #[test]
+    fn of_a_cluster_that_is_only_listed_all_nodes_are_asked() {
+        let listed = [strings(["x-1", "x-2"]), strings(["y-1", "y-2"])];
+        let endpoints = strings(["y-2", "y-1"]);
+        let found = group(&endpoints, &[refused(), refused()], &Ring::none(), &listed);
+        let clusters = vec![strings(["y-1", "y-2"])];
+        assert_eq!(found, Discovered { clusters, unplaced: Vec::new() });
     }
 }

@@ -51,8 +51,8 @@ impl Endpoints {
         Ok(endpoints)
     }
 
-    /// Whether there is somebody to ask, and every address has a host and a port.
-    pub(super) fn check(&self) -> Result<(), String> {
+    /// Whether there is somebody to ask, and every address has a host and a port. Says what is wrong.
+    pub fn check(&self) -> Result<(), String> {
         if let Self::Clusters(clusters) = self
             && let Some(empty) = clusters.iter().position(Vec::is_empty)
         {
@@ -62,6 +62,7 @@ impl Endpoints {
             return Err("the list of nodes is empty".to_owned());
         }
         match self.addresses().find(|address| !is_address(address)) {
+            Some(bad) if bad.is_empty() => Err("an address is empty".to_owned()),
             Some(bad) => Err(format!("`{}` is not a HOST:PORT", bad.escape_default())),
             None => Ok(()),
         }

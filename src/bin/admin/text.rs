@@ -1,6 +1,6 @@
 //! What `admin` prints: tables for people, and JSON for programs.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use distrib_kv_store::cluster_manager::{ClusterManager, ClusterStatus, NodeStatus};
@@ -12,17 +12,25 @@ use distrib_kv_store::types::ClusterId;
 /// Stands where nothing is known.
 const UNKNOWN: &str = "-";
 
-/// Prints to stdout. A reader that went away, such as `head`, is no reason to complain.
-pub fn print(text: &str) {
-    let mut out = std::io::stdout().lock();
-    // Nobody is left to tell: see above.
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+/// Stands where a cluster is not known.
+const UNKNOWN_CLUSTER: &str = "?";
+
+/// Prints to stdout.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
 }
 
 /// Prints one JSON document on one line.
-pub fn print_json(value: &impl serde::Serialize) {
+pub fn print_json(value: &impl serde::Serialize) -> io::Result<()> {
     let text = serde_json::to_string(value).expect("strings and numbers always serialise");
-    print(&format!("{text}\n"));
+    print(&format!("{text}\n"))
+}
+
+/// Prints one line to stderr.
+pub fn note(line: &str) {
+    // Without stderr there is nobody left to tell: no reason to fail, or to stop serving.
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// What runs where, and what to do with it.
@@ -66,26 +74,39 @@ pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatu
     )
 }
 
-/// One row for each node.
-pub fn status(clusters: &[ClusterStatus]) -> String {
+/// One row for each node, then why some of them do not serve.
+pub fn status(clusters: &[ClusterStatus], unplaced: &[NodeStatus]) -> String {
     let columns = ["cluster", "node", "role", "term", "applied", "keys", "http", "reachable"];
     let mut rows = vec![header(&columns)];
-    for cluster in clusters {
-        for node in &cluster.nodes {
-            let metrics = node.metrics.as_ref();
-            rows.push(vec![
-                shown(cluster.id.as_ref()),
-                shown(node.id),
-                role(node).to_owned(),
-                shown(metrics.map(|m| m.term)),
-                shown(metrics.and_then(|m| m.last_applied)),
-                shown(metrics.and_then(|m| m.keys)),
-                node.http.clone(),
-                if node.reachable { "yes" } else { "NO" }.to_owned(),
-            ]);
+    let mut reasons = String::new();
+    let placed = clusters.iter().flat_map(|c| c.nodes.iter().map(move |node| (name_of(c), node)));
+    let unplaced = unplaced.iter().map(|node| (UNKNOWN_CLUSTER.to_owned(), node));
+    for (cluster, node) in placed.chain(unplaced) {
+        let metrics = node.metrics.as_ref();
+        rows.push(vec![
+            cluster,
+            shown(node.id),
+            role(node).to_owned(),
+            shown(metrics.map(|m| m.term)),
+            shown(metrics.and_then(|m| m.last_applied)),
+            shown(metrics.and_then(|m| m.keys)),
+            node.http.clone(),
+            if node.reachable { "yes" } else { "NO" }.to_owned(),
+        ]);
+        if let Some(error) = &node.error {
+            reasons += &format!("{}: {error}\n", node.http);
+        }
+        if let Some(failure) = metrics.and_then(|m| m.failed.as_ref()) {
+            reasons += &format!("{} serves no more: {failure}\n", node.http);
         }
     }
-    table(&rows)
+    let gap = if reasons.is_empty() { "" } else { "\n" };
+    format!("{}{gap}{reasons}", table(&rows))
+}
+
+/// What a cluster is called in tables and messages.
+pub fn name_of(cluster: &ClusterStatus) -> String {
+    cluster.id.as_ref().map_or(UNKNOWN_CLUSTER.to_owned(), ClusterId::to_string)
 }
 
 /// The ring, and which clusters do not live by it yet.
@@ -114,7 +135,7 @@ pub fn ring(ring: &Ring, clusters: &[ClusterStatus]) -> String {
         let seen = cluster.nodes.iter().filter_map(|node| node.metrics.as_ref());
         let epoch = seen.filter_map(|metrics| metrics.epoch).max();
         if epoch.is_some_and(|epoch| epoch < ring.epoch) {
-            text += &format!("{} lives by epoch {}\n", shown(cluster.id.as_ref()), shown(epoch));
+            text += &format!("{} lives by epoch {}\n", name_of(cluster), shown(epoch));
         }
     }
     text
@@ -189,17 +210,20 @@ mod tests {
         assert_eq!(table(&rows), "a      long title\nwider  b\n");
     }
 
+    fn silent(http: &str) -> NodeStatus {
+        let error = Some("refused".into());
+        NodeStatus { id: None, http: http.into(), reachable: false, error, metrics: None }
+    }
+
     #[test]
-    fn a_silent_node_shows_what_is_unknown() {
-        let node = NodeStatus {
-            id: None,
-            http: "127.0.0.1:1".into(),
-            reachable: false,
-            error: Some("refused".into()),
-            metrics: None,
-        };
-        let text = status(&[ClusterStatus { id: None, leader: None, nodes: vec![node] }]);
-        let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
-        assert_eq!(row, ["-", "-", "-", "-", "-", "-", "127.0.0.1:1", "NO"]);
+    fn a_silent_node_shows_what_is_unknown_and_why() {
+        let nodes = vec![silent("127.0.0.1:1")];
+        let cluster = ClusterStatus { id: "c1".parse().ok(), leader: None, nodes };
+        let text = status(&[cluster], &[silent("127.0.0.1:2")]);
+        let lines: Vec<Vec<&str>> =
+            text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(lines[1], ["c1", "-", "-", "-", "-", "-", "127.0.0.1:1", "NO"]);
+        assert_eq!(lines[2], ["?", "-", "-", "-", "-", "-", "127.0.0.1:2", "NO"]);
+        assert_eq!(lines[4..], [["127.0.0.1:1:", "refused"], ["127.0.0.1:2:", "refused"]]);
     }
 }
