@@ -10,7 +10,8 @@
 //! error [`ClientError::WrongCluster`], which [`KVClient`](crate::kvclient::KVClient) follows.
 //!
 //! How it works: a `Call` says what to send, `verdict` what an answer means, `journey` when to pause
-//! and when to give up, `view` whom to ask next. This file holds the loop that joins them.
+//! and when to give up, `view` whom to ask next. This file holds the loop that joins them, and
+//! `operations` the methods that it shares with `KVClient`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
