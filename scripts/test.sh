@@ -1,6 +1,6 @@
 #!/bin/sh
-# Set-up plus `cargo test`; arguments go to cargo.
+# Set-up plus `cargo test`, which shows every failure and not only the first; arguments go to cargo.
 set -eu
 cd "$(dirname "$0")/.."
 sh scripts/setup.sh
-exec cargo test "$@"
+exec cargo test --no-fail-fast "$@"
