@@ -24,13 +24,15 @@ use crate::config::Limits;
 use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
+use crate::proposer::{ProposeError, Proposer};
 use crate::read_gate::ReadGate;
 use crate::ring::{Ring, RingNode, RingTable};
 use crate::store::formation::Formation;
 use crate::store::{Lookup, StateReader};
 use crate::telemetry::{Operation, Telemetry};
 use crate::types::{
-    Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig,
+    Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig, Write,
+    Written,
 };
 
 pub use crate::types::Consistency;
@@ -68,46 +70,46 @@ pub struct App {
     inner: Arc<Inner>,
 }
 
+/// What an app works with.
+pub struct Parts {
+    /// The node's member of its cluster.
+    pub raft: Raft,
+    /// The applied state.
+    pub reader: StateReader,
+    /// Which forming of its cluster the node belongs to.
+    pub formation: Formation,
+    /// Read indexes for linearizable reads.
+    pub gate: ReadGate,
+    /// The way of writes into the log.
+    pub proposer: Proposer,
+    /// The way to the other members.
+    pub peers: PeerNetwork,
+}
+
 struct Inner {
     identity: Identity,
     limits: Limits,
-    raft: Raft,
-    reader: StateReader,
-    formation: Formation,
-    gate: ReadGate,
-    peers: PeerNetwork,
+    parts: Parts,
     in_flight: Arc<Semaphore>,
     telemetry: Telemetry,
     /// Membership changes, which outlive the requests that asked for them.
     tasks: TaskTracker,
 }
 
+impl std::ops::Deref for Inner {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
 impl App {
     /// Ties the parts together.
-    pub fn new(
-        identity: Identity,
-        limits: Limits,
-        raft: Raft,
-        reader: StateReader,
-        formation: Formation,
-        gate: ReadGate,
-        peers: PeerNetwork,
-    ) -> Self {
+    pub fn new(identity: Identity, limits: Limits, parts: Parts) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
-        let telemetry = Telemetry::new();
-        let tasks = TaskTracker::new();
-        let inner = Inner {
-            identity,
-            limits,
-            raft,
-            reader,
-            formation,
-            gate,
-            peers,
-            in_flight,
-            telemetry,
-            tasks,
-        };
+        let (telemetry, tasks) = (Telemetry::new(), TaskTracker::new());
+        let inner = Inner { identity, limits, parts, in_flight, telemetry, tasks };
         Self { inner: Arc::new(inner) }
     }
 
@@ -140,9 +142,9 @@ impl App {
         deadline: Instant,
     ) -> Result<Revision, ApiError> {
         let started = Instant::now();
-        let command = Command::Put { key: key.clone(), value, condition };
-        let result = self.write(&key, command, deadline).await.map(|answer| match answer {
-            Applied::Written { revision } => revision,
+        let write = Write::Put { key, value, condition };
+        let result = self.write(write, deadline).await.map(|written| match written {
+            Written::Put { revision } => revision,
             other => unreachable!("a put was answered by {other:?}"),
         });
         self.record(Operation::Put, started, &result);
@@ -157,9 +159,9 @@ impl App {
         deadline: Instant,
     ) -> Result<Deletion, ApiError> {
         let started = Instant::now();
-        let command = Command::Delete { key: key.clone(), condition };
-        let result = self.write(&key, command, deadline).await.map(|answer| match answer {
-            Applied::Deleted { revision, deleted } => Deletion { revision, deleted },
+        let write = Write::Delete { key, condition };
+        let result = self.write(write, deadline).await.map(|written| match written {
+            Written::Deleted { revision, deleted } => Deletion { revision, deleted },
             other => unreachable!("a delete was answered by {other:?}"),
         });
         self.record(Operation::Delete, started, &result);
@@ -186,27 +188,34 @@ impl App {
         self.inner.telemetry.record(operation, started.elapsed(), failure);
     }
 
-    async fn write(
-        &self,
-        key: &[u8],
-        command: Command,
-        deadline: Instant,
-    ) -> Result<Applied, ApiError> {
+    async fn write(&self, write: Write, deadline: Instant) -> Result<Written, ApiError> {
         self.check_serving()?;
         // Whoever asked has given up already: better a true "no" than a write that nobody awaits.
         if Instant::now() >= deadline {
-            return Err(ApiError::Timeout {
-                message: "the deadline had passed before the write was proposed",
-                outcome: Outcome::NotApplied,
-            });
+            return Err(not_proposed());
         }
         let _permit = self.admit()?;
+        let key = write.key().clone();
         // Only to save a log entry: what counts is the same check at apply.
-        self.check_owner(key)?;
-        match self.propose(command, deadline).await? {
-            Applied::ConditionFailed { current } => Err(ApiError::ConditionFailed { current }),
-            Applied::WrongCluster { .. } => Err(self.wrong_cluster(key)),
-            done => Ok(done),
+        self.check_owner(&key)?;
+        let answers = self.inner.proposer.propose(vec![write], deadline).await;
+        let answer = answers.into_iter().next().expect("one answer for one write");
+        self.judge(&key, answer)
+    }
+
+    /// What became of one write, in the words of the API.
+    fn judge(
+        &self,
+        key: &[u8],
+        answer: Result<Written, ProposeError>,
+    ) -> Result<Written, ApiError> {
+        match answer {
+            Ok(Written::ConditionFailed { current }) => Err(ApiError::ConditionFailed { current }),
+            Ok(Written::WrongCluster { .. }) => Err(self.wrong_cluster(key)),
+            Ok(done) => Ok(done),
+            Err(ProposeError::Raft(error)) => Err(self.write_error(&error)),
+            Err(ProposeError::NotProposed) => Err(not_proposed()),
+            Err(ProposeError::Unanswered) => Err(unanswered()),
         }
     }
 
@@ -215,11 +224,8 @@ impl App {
         let written = self.inner.raft.client_write(command);
         match tokio::time::timeout_at(deadline, written).await {
             Ok(Ok(response)) => Ok(response.data),
-            Ok(Err(error)) => Err(self.write_error(error)),
-            Err(_) => Err(ApiError::Timeout {
-                message: "no majority confirmed the write in time; it may still take effect",
-                outcome: Outcome::Unknown,
-            }),
+            Ok(Err(error)) => Err(self.write_error(&error)),
+            Err(_) => Err(unanswered()),
         }
     }
 
@@ -367,3 +373,17 @@ impl App {
 }
 
 type Metrics = openraft::RaftMetrics<TypeConfig>;
+
+fn not_proposed() -> ApiError {
+    ApiError::Timeout {
+        message: "the deadline passed before the write was proposed",
+        outcome: Outcome::NotApplied,
+    }
+}
+
+fn unanswered() -> ApiError {
+    ApiError::Timeout {
+        message: "no majority confirmed the write in time; it may still take effect",
+        outcome: Outcome::Unknown,
+    }
+}

@@ -10,10 +10,10 @@
 //! vote       = term:u64, node:u64, committed:u8 (0|1)
 //! entry      = log id, tag:u8, payload
 //!   tag 0 blank        nothing
-//!   tag 1 put          condition, key, value
-//!   tag 2 delete       condition, key
-//!   tag 3 ring         the ring's JSON, to the end
-//!   tag 4 membership   membership
+//!   tag 1 writes       count:u32 x write
+//!   tag 2 ring         the ring's JSON, to the end
+//!   tag 3 membership   membership
+//! write      = 1 | 2, condition, key, value only after 1      put, delete
 //! condition  = 0 | 1, revision:u64 | 2        always, at this revision, absent
 //! key, value, text = length:u32, bytes
 //! membership = count:u32 x config, count:u32 x node
@@ -41,17 +41,19 @@ pub(crate) use reader::Reader;
 
 use crate::types::{
     Command, Condition, Entry, LeaderId, LogId, Membership, NodeAddrs, NodeId, StoredMembership,
-    Vote,
+    Vote, Write,
 };
 
 /// The version that every record starts with.
 const VERSION: u8 = 1;
 
 const TAG_BLANK: u8 = 0;
-const TAG_PUT: u8 = 1;
-const TAG_DELETE: u8 = 2;
-const TAG_RING: u8 = 3;
-const TAG_MEMBERSHIP: u8 = 4;
+const TAG_WRITES: u8 = 1;
+const TAG_RING: u8 = 2;
+const TAG_MEMBERSHIP: u8 = 3;
+
+const WRITE_PUT: u8 = 1;
+const WRITE_DELETE: u8 = 2;
 
 const CONDITION_ALWAYS: u8 = 0;
 const CONDITION_REVISION: u8 = 1;
@@ -124,13 +126,16 @@ pub fn decode_entry(bytes: Bytes) -> Result<Entry, DecodeError> {
 
 /// A bound from above on the length of an entry's record, without encoding it, except for rings.
 pub fn encoded_entry_len(entry: &Entry) -> usize {
-    /// Version, log id, tag, condition with its revision, two lengths.
-    const FIXED: usize = 1 + 24 + 1 + 9 + 8;
+    /// Version, log id, tag, count.
+    const FIXED: usize = 1 + 24 + 1 + 4;
+    /// Kind, condition with its revision, two lengths.
+    const WRITE_FIXED: usize = 1 + 9 + 8;
     FIXED
         + match &entry.payload {
             EntryPayload::Blank => 0,
-            EntryPayload::Normal(Command::Put { key, value, .. }) => key.len() + value.len(),
-            EntryPayload::Normal(Command::Delete { key, .. }) => key.len(),
+            EntryPayload::Normal(Command::Write(writes)) => {
+                writes.iter().map(|write| WRITE_FIXED + write.bytes()).sum()
+            }
             EntryPayload::Normal(Command::InstallRing(_)) | EntryPayload::Membership(_) => {
                 let mut encoded = Vec::new();
                 encode_entry(entry, &mut encoded);
@@ -287,16 +292,10 @@ fn check_ascending(last: Option<&NodeId>, next: NodeId) -> Result<(), DecodeErro
 
 fn put_command(command: &Command, out: &mut impl BufMut) {
     match command {
-        Command::Put { key, value, condition } => {
-            out.put_u8(TAG_PUT);
-            put_condition(*condition, out);
-            put_bytes(key, out);
-            put_bytes(value, out);
-        }
-        Command::Delete { key, condition } => {
-            out.put_u8(TAG_DELETE);
-            put_condition(*condition, out);
-            put_bytes(key, out);
+        Command::Write(writes) => {
+            out.put_u8(TAG_WRITES);
+            put_count(writes.len(), out);
+            writes.iter().for_each(|write| put_write(write, out));
         }
         Command::InstallRing(ring) => {
             out.put_u8(TAG_RING);
@@ -309,19 +308,49 @@ fn put_command(command: &Command, out: &mut impl BufMut) {
 
 fn get_command(tag: u8, reader: &mut Reader) -> Result<Command, DecodeError> {
     match tag {
-        TAG_PUT => {
-            let condition = get_condition(reader)?;
-            Ok(Command::Put { condition, key: reader.bytes()?, value: reader.bytes()? })
-        }
-        TAG_DELETE => {
-            let condition = get_condition(reader)?;
-            Ok(Command::Delete { condition, key: reader.bytes()? })
+        TAG_WRITES => {
+            // The count is not trusted with an allocation: each round consumes input.
+            let mut writes = Vec::new();
+            for _ in 0..reader.u32()? {
+                writes.push(get_write(reader)?);
+            }
+            Ok(Command::Write(writes))
         }
         TAG_RING => match serde_json::from_slice(&reader.rest()) {
             Ok(ring) => Ok(Command::InstallRing(Box::new(ring))),
             Err(_) => Err(DecodeError::Invalid { what: "ring" }),
         },
         found => Err(DecodeError::Tag { what: "payload", found }),
+    }
+}
+
+fn put_write(write: &Write, out: &mut impl BufMut) {
+    match write {
+        Write::Put { key, value, condition } => {
+            out.put_u8(WRITE_PUT);
+            put_condition(*condition, out);
+            put_bytes(key, out);
+            put_bytes(value, out);
+        }
+        Write::Delete { key, condition } => {
+            out.put_u8(WRITE_DELETE);
+            put_condition(*condition, out);
+            put_bytes(key, out);
+        }
+    }
+}
+
+fn get_write(reader: &mut Reader) -> Result<Write, DecodeError> {
+    match reader.u8()? {
+        WRITE_PUT => {
+            let condition = get_condition(reader)?;
+            Ok(Write::Put { condition, key: reader.bytes()?, value: reader.bytes()? })
+        }
+        WRITE_DELETE => {
+            let condition = get_condition(reader)?;
+            Ok(Write::Delete { condition, key: reader.bytes()? })
+        }
+        found => Err(DecodeError::Tag { what: "write", found }),
     }
 }
 

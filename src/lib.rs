@@ -22,6 +22,7 @@ pub mod kvclient;
 pub mod metrics;
 pub mod network;
 pub mod node;
+pub mod proposer;
 pub mod raft_node;
 pub mod read_gate;
 pub mod ring;

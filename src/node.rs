@@ -17,12 +17,13 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::app::{App, Identity};
+use crate::app::{App, Identity, Parts};
 use crate::caretaker;
 use crate::config::{Config, Limits, RaftConfig};
 use crate::network::http_server::HttpServer;
 use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
+use crate::proposer::Proposer;
 use crate::read_gate::ReadGate;
 use crate::store::{OpenError, StateMachine, Store, StoreOptions};
 use crate::types::{ClusterId, NodeAddrs, NodeId, TypeConfig};
@@ -104,6 +105,7 @@ pub struct Node {
     peers: PeerServer,
     network: PeerNetwork,
     gate: JoinHandle<()>,
+    proposer: JoinHandle<()>,
     caretaker: JoinHandle<()>,
     store: Store,
 }
@@ -157,18 +159,19 @@ impl Node {
             shutdown.clone(),
         );
         let (gate, gate_task) = ReadGate::spawn(raft.clone());
+        let (proposer, proposer_task) = Proposer::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
         let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };
         let limits = config.limits.clone();
-        let app = App::new(
-            identity,
-            limits,
-            raft.clone(),
-            store.reader(),
-            store.formation(),
+        let parts = Parts {
+            raft: raft.clone(),
+            reader: store.reader(),
+            formation: store.formation(),
             gate,
-            network.clone(),
-        );
+            proposer,
+            peers: network.clone(),
+        };
+        let app = App::new(identity, limits, parts);
         let http = HttpServer::serve(http, app.clone(), shutdown.clone());
         tracing::info!(%http_addr, %rpc_addr, dir = %options.data_dir.display(), "node started");
         Ok(Self {
@@ -181,6 +184,7 @@ impl Node {
             peers,
             network,
             gate: gate_task,
+            proposer: proposer_task,
             caretaker,
             store,
         })
@@ -217,7 +221,8 @@ impl Node {
     /// Stops the node: requests in flight finish, everything is flushed, the data directory is free.
     /// Not safe to cancel: parts of the node would go on without an owner.
     pub async fn shutdown(self) -> Result<(), StopError> {
-        let Self { shutdown, app, raft, http, peers, network, gate, caretaker, store, .. } = self;
+        let Self { shutdown, app, raft, http, peers, network, gate, proposer, .. } = self;
+        let (caretaker, store) = (self.caretaker, self.store);
         shutdown.cancel();
         http.join().await;
         peers.join().await;
@@ -229,9 +234,9 @@ impl Node {
         let _ = caretaker.await;
         drop(app);
         drop(raft);
-        // The gate's queue closed with the last app; its round ends with Raft. A panic in it has
-        // been reported by the panic hook.
-        let _ = gate.await;
+        // Their queues closed with the last app; what they wait for ends with Raft. A panic in one
+        // has been reported by the panic hook.
+        let _ = tokio::join!(gate, proposer);
         let closed = tokio::task::spawn_blocking(move || store.close()).await;
         stopped.map_err(|error| StopError::Raft(error.to_string()))?;
         closed

@@ -131,9 +131,9 @@ pub enum Condition {
     Absent,
 }
 
-/// One log entry's request to the state machine.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Command {
+/// One change of one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
     /// Store `value` under `key` if `condition` holds.
     Put {
         /// Any bytes, not empty.
@@ -150,6 +150,31 @@ pub enum Command {
         /// Checked at apply.
         condition: Condition,
     },
+}
+
+impl Write {
+    /// The key that it changes.
+    pub fn key(&self) -> &Bytes {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+        }
+    }
+
+    /// The bytes of its key and value.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Put { key, value, .. } => key.len() + value.len(),
+            Self::Delete { key, .. } => key.len(),
+        }
+    }
+}
+
+/// One log entry's request to the state machine.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Changes of keys, in this order and each for itself: one may be refused and the next take place.
+    /// What many clients ask for at the same moment travels together.
+    Write(Vec<Write>),
     /// Take the first ring (epoch 0 to 1), or confirm the one that is already there.
     InstallRing(Box<Ring>),
 }
@@ -158,22 +183,20 @@ impl fmt::Display for Command {
     /// Shows sizes, never keys or values: log lines are not a place for users' data.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Put { key, value, .. } => {
-                write!(f, "put({} B key, {} B value)", key.len(), value.len())
+            Self::Write(writes) => {
+                let bytes: usize = writes.iter().map(Write::bytes).sum();
+                write!(f, "write({} keys, {bytes} B)", writes.len())
             }
-            Self::Delete { key, .. } => write!(f, "delete({} B key)", key.len()),
             Self::InstallRing(ring) => write!(f, "install-ring(epoch {})", ring.epoch),
         }
     }
 }
 
-/// What applying one entry answered. The same on every replica.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Applied {
-    /// A blank or membership entry: nothing to say.
-    Nothing,
+/// What one change of one key came to. The same on every replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Written {
     /// The value was stored as this revision.
-    Written {
+    Put {
         /// The revision of the key's new record.
         revision: Revision,
     },
@@ -194,6 +217,15 @@ pub enum Applied {
         /// The epoch of the ring that decided.
         epoch: Epoch,
     },
+}
+
+/// What applying one entry answered. The same on every replica.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Applied {
+    /// A blank or membership entry: nothing to say.
+    Nothing,
+    /// One answer for each change, in their order.
+    Written(Vec<Written>),
     /// The cluster lives by the given ring, now or since an earlier command.
     RingInstalled {
         /// The epoch of that ring.
@@ -277,11 +309,11 @@ mod tests {
 
     #[test]
     fn a_command_shows_no_user_data() {
-        let command = Command::Put {
+        let command = Command::Write(vec![Write::Put {
             key: Bytes::from_static(b"secret-key"),
             value: Bytes::from_static(b"secret-value"),
             condition: Condition::Always,
-        };
+        }]);
         assert!(!command.to_string().contains("secret"));
     }
 }

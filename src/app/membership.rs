@@ -134,7 +134,7 @@ impl App {
         let change = self.inner.tasks.spawn(change);
         match tokio::time::timeout_at(deadline, change).await {
             Ok(Ok(Ok(_))) => Ok(()),
-            Ok(Ok(Err(error))) => Err(self.write_error(error)),
+            Ok(Ok(Err(error))) => Err(self.write_error(&error)),
             Ok(Err(_)) => Err(ApiError::Stopping { outcome: Outcome::Unknown }),
             Err(_) => Err(ApiError::Timeout {
                 message: "the membership change was not confirmed in time; it may still take effect",

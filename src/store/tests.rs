@@ -39,7 +39,11 @@ fn log_id(term: u64, index: u64) -> LogId {
 
 fn put_entry(index: u64, key: &str, value: &str) -> Entry {
     let (key, value) = (Bytes::from(key.to_owned()), Bytes::from(value.to_owned()));
-    command_entry(index, Command::Put { key, value, condition: Condition::Always })
+    write_entry(index, Write::Put { key, value, condition: Condition::Always })
+}
+
+fn write_entry(index: u64, write: Write) -> Entry {
+    command_entry(index, Command::Write(vec![write]))
 }
 
 fn command_entry(index: u64, command: Command) -> Entry {
@@ -118,12 +122,12 @@ async fn entries_of_one_round_see_each_other() {
     let store = open(dir.path());
     let mut machine = store.state_machine();
     let key = Bytes::from_static(b"k");
-    let put = |value: &'static str, condition| Command::Put {
+    let put = |value: &'static str, condition| Write::Put {
         key: key.clone(),
         value: Bytes::from_static(value.as_bytes()),
         condition,
     };
-    let delete = |condition| Command::Delete { key: key.clone(), condition };
+    let delete = |condition| Write::Delete { key: key.clone(), condition };
     let commands = vec![
         put("first", Condition::Absent),        // revision 1
         put("refused", Condition::Absent),      // there is one
@@ -134,7 +138,7 @@ async fn entries_of_one_round_see_each_other() {
         delete(Condition::Always),              // nothing to delete
         put("third", Condition::Absent),        // revision 4
     ];
-    let entries = (1..).zip(commands).map(|(i, command)| command_entry(i, command)).collect();
+    let entries = (1..).zip(commands).map(|(i, command)| write_entry(i, command)).collect();
     apply(&mut machine, entries).await;
     assert_eq!(store.reader().revision(), 4);
     assert_eq!(value(&store, "k").as_deref(), Some("third"));
@@ -172,8 +176,8 @@ async fn the_first_ring_takes_no_key_away_and_decides_afterwards() {
     apply(&mut machine, vec![command_entry(3, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 0, "a foreign key is there");
 
-    let delete = Command::Delete { key: foreign.clone().into(), condition: Condition::Always };
-    apply(&mut machine, vec![command_entry(4, delete), command_entry(5, install())]).await;
+    let delete = Write::Delete { key: foreign.clone().into(), condition: Condition::Always };
+    apply(&mut machine, vec![write_entry(4, delete), command_entry(5, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 1);
     apply(&mut machine, vec![put_entry(6, &foreign, "v"), put_entry(7, &mine, "w")]).await;
     let wrong = store.reader().get(foreign.as_bytes()).unwrap();

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::store::state_machine::StateMachine;
 use crate::store::{Store, StoreOptions};
-use crate::types::{Command, Condition, NodeAddrs, NodeId, TypeConfig};
+use crate::types::{Command, Condition, NodeAddrs, NodeId, TypeConfig, Write};
 
 struct TestNode {
     id: NodeId,
@@ -79,7 +79,11 @@ impl TestNode {
 
 fn put(n: u64, bytes: usize) -> Command {
     let value = Bytes::from(vec![n as u8; bytes]);
-    Command::Put { key: n.to_string().into(), value, condition: Condition::Always }
+    Command::Write(vec![Write::Put {
+        key: n.to_string().into(),
+        value,
+        condition: Condition::Always,
+    }])
 }
 
 async fn leader(nodes: &[TestNode]) -> usize {

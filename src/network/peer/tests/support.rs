@@ -27,7 +27,7 @@ use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft::PeerServer;
 use crate::store::formation::Formation;
 use crate::store::snapshot::StagingPosition;
-use crate::types::{Command, Condition, Entry, LeaderId, LogId, NodeId, Vote};
+use crate::types::{Command, Condition, Entry, LeaderId, LogId, NodeId, Vote, Write};
 
 /// What all nodes of these tests belong to.
 pub(super) const FORMATION: u64 = 5;
@@ -53,7 +53,8 @@ pub(super) fn vote(term: u64) -> Vote {
 pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendRequest {
     let entry = |index| {
         let value = Bytes::from(vec![7; value_bytes]);
-        let command = Command::Put { key: "k".into(), value, condition: Condition::Always };
+        let put = Write::Put { key: "k".into(), value, condition: Condition::Always };
+        let command = Command::Write(vec![put]);
         Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
     };
     AppendRequest {

@@ -10,7 +10,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::store::snapshot::StagingPosition;
-use crate::types::{Command, Condition, Entry, LeaderId, SnapshotMeta, StoredMembership, Vote};
+use crate::types::{
+    Command, Condition, Entry, LeaderId, SnapshotMeta, StoredMembership, Vote, Write,
+};
 
 fn any_leader() -> impl Strategy<Value = LeaderId> {
     (0u64..4, 0u64..4).prop_map(|(term, node_id)| LeaderId { term, node_id })
@@ -33,7 +35,8 @@ fn any_append() -> impl Strategy<Value = AppendRequest> {
             let first = prev.map_or(0, |prev| prev + 1);
             let entry = |(index, value): (u64, Vec<u8>)| {
                 let value = Bytes::from(value);
-                let command = Command::Put { key: "k".into(), value, condition: Condition::Always };
+                let put = Write::Put { key: "k".into(), value, condition: Condition::Always };
+                let command = Command::Write(vec![put]);
                 Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
             };
             AppendRequest {

@@ -1,0 +1,345 @@
+//! Writes on their way into the log: those that come at the same moment share an entry.
+//!
+//! An entry costs openraft, the log and the state machine about the same whether it carries one write
+//! or a hundred, so the proposer takes all writes that wait and proposes them together. It does not
+//! wait for more to come: while fewer than [`PROPOSALS_MAX`] entries are on their way, a write goes
+//! out at once; else it goes with those that come until one of them is answered. A lone write is never
+//! delayed, and under load entries grow by themselves.
+//!
+//! Each write has an answer of its own: what the state machine said of it, or, if the entry failed,
+//! what became of the entry. Writes of one [`Proposer::propose`] take effect in their order; what is
+//! asked for at the same time is concurrent, and any order is right.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use openraft::errors::{ClientWriteError, Fatal, RaftError};
+use openraft::impls::ProgressResponder;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+use crate::node::Raft;
+use crate::types::{Applied, Command, TypeConfig, Write, Written};
+
+/// Entries on their way at once. More would make entries smaller, fewer would leave the log idle
+/// between one fsync and the next.
+const PROPOSALS_MAX: usize = 4;
+
+/// An entry holds no more than this many writes, and no more than this many bytes of them unless a
+/// single one is larger: several fit into a message to a follower, and who comes first is answered soon.
+const ENTRY_WRITES_MAX: usize = 1024;
+const ENTRY_BYTES_MAX: usize = 1 << 20;
+
+/// Requests that wait for a place in an entry. More wait in their callers, whose number the app bounds.
+const QUEUE_MAX: usize = 4096;
+
+/// Why a write has no answer.
+#[derive(Debug, Clone)]
+pub enum ProposeError {
+    /// Raft refused or lost the entry. Shared by all of its writes.
+    Raft(Arc<RaftError<TypeConfig, ClientWriteError<TypeConfig>>>),
+    /// The deadline passed while the write still waited for a place in an entry: it was not proposed.
+    NotProposed,
+    /// The deadline passed after it was proposed: it may still take effect.
+    Unanswered,
+}
+
+type Answer = Result<Vec<Written>, ProposeError>;
+
+/// Writes of one caller that belong into one entry.
+struct Request {
+    writes: Vec<Write>,
+    ticket: Arc<Ticket>,
+    answer: oneshot::Sender<Answer>,
+}
+
+impl Request {
+    fn bytes(&self) -> usize {
+        self.writes.iter().map(Write::bytes).sum()
+    }
+}
+
+/// Whether a request was taken into an entry, or given up before: one of the two, for good.
+#[derive(Default)]
+struct Ticket(AtomicU8);
+
+const WAITING: u8 = 0;
+const TAKEN: u8 = 1;
+const GIVEN_UP: u8 = 2;
+
+impl Ticket {
+    /// Settles it; `false` when it was settled the other way.
+    fn settle(&self, as_: u8) -> bool {
+        self.0.compare_exchange(WAITING, as_, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+/// Gives a request up when its caller does.
+struct Waiting {
+    ticket: Arc<Ticket>,
+    answer: oneshot::Receiver<Answer>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.ticket.settle(GIVEN_UP);
+    }
+}
+
+impl Waiting {
+    async fn until(mut self, deadline: Instant) -> Answer {
+        match timeout_at(deadline, &mut self.answer).await {
+            Ok(answered) => answered.unwrap_or_else(|_| Err(stopped())),
+            Err(_) if self.ticket.settle(GIVEN_UP) => Err(ProposeError::NotProposed),
+            Err(_) => Err(ProposeError::Unanswered),
+        }
+    }
+}
+
+fn stopped() -> ProposeError {
+    ProposeError::Raft(Arc::new(RaftError::Fatal(Fatal::Stopped)))
+}
+
+/// Proposes writes. Cloning shares the queue; its task ends when the last clone is gone and what it
+/// proposed is answered.
+#[derive(Clone)]
+pub struct Proposer {
+    queue: mpsc::Sender<Request>,
+}
+
+impl Proposer {
+    /// Starts the task that proposes. Join the handle after Raft has stopped and all clones are gone.
+    pub fn spawn(raft: Raft) -> (Self, JoinHandle<()>) {
+        let (queue, requests) = mpsc::channel(QUEUE_MAX);
+        (Self { queue }, tokio::spawn(run(raft, requests)))
+    }
+
+    /// Proposes writes and waits until they are applied: one answer for each, in their order.
+    ///
+    /// Dropping the future takes back what still waits for its place in an entry, and nothing else.
+    pub async fn propose(
+        &self,
+        writes: Vec<Write>,
+        deadline: Instant,
+    ) -> Vec<Result<Written, ProposeError>> {
+        let total = writes.len();
+        let mut parts = Vec::new();
+        for writes in into_parts(writes) {
+            let (count, (answer, receiver)) = (writes.len(), oneshot::channel());
+            let waiting = Waiting { ticket: Arc::default(), answer: receiver };
+            let ticket = Arc::clone(&waiting.ticket);
+            let sent =
+                timeout_at(deadline, self.queue.send(Request { writes, ticket, answer })).await;
+            parts.push((count, sent.map_err(|_| ProposeError::NotProposed), waiting));
+        }
+        let mut answers = Vec::with_capacity(total);
+        for (count, sent, waiting) in parts {
+            let answer = match sent {
+                Ok(Ok(())) => waiting.until(deadline).await,
+                Ok(Err(_)) => Err(stopped()),
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(written) => answers.extend(written.into_iter().map(Ok)),
+                Err(error) => answers.extend(std::iter::repeat_n(Err(error), count)),
+            }
+        }
+        answers
+    }
+}
+
+/// Cuts writes into parts that fit into an entry each.
+fn into_parts(writes: Vec<Write>) -> Vec<Vec<Write>> {
+    let total: usize = writes.iter().map(Write::bytes).sum();
+    if writes.len() <= ENTRY_WRITES_MAX && total <= ENTRY_BYTES_MAX {
+        return vec![writes];
+    }
+    let mut parts = vec![Vec::new()];
+    let mut bytes = 0;
+    for write in writes {
+        let part = parts.last().map_or(0, Vec::len);
+        if part > 0 && (part == ENTRY_WRITES_MAX || bytes + write.bytes() > ENTRY_BYTES_MAX) {
+            parts.push(Vec::new());
+            bytes = 0;
+        }
+        bytes += write.bytes();
+        parts.last_mut().expect("there is a first part").push(write);
+    }
+    parts
+}
+
+async fn run(raft: Raft, mut requests: mpsc::Receiver<Request>) {
+    let mut waiting = VecDeque::new();
+    let mut received = Vec::new();
+    let mut under_way = FuturesUnordered::new();
+    let mut open = true;
+    while open || !under_way.is_empty() {
+        tokio::select! {
+            biased;
+            Some(()) = under_way.next() => {}
+            count = requests.recv_many(&mut received, QUEUE_MAX), if open && waiting.is_empty() => {
+                open = count > 0;
+            }
+            else => {}
+        }
+        // Whatever came meanwhile goes along.
+        while waiting.len() + received.len() < QUEUE_MAX
+            && let Ok(request) = requests.try_recv()
+        {
+            received.push(request);
+        }
+        waiting.extend(received.drain(..));
+        while under_way.len() < PROPOSALS_MAX
+            && let Some(entry) = next_entry(&mut waiting)
+        {
+            under_way.push(propose(&raft, entry).await);
+        }
+    }
+}
+
+/// Takes the requests of the next entry; `None` when nothing waits.
+fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Vec<Request>> {
+    let mut entry: Vec<Request> = Vec::new();
+    let (mut writes, mut bytes) = (0, 0);
+    while let Some(next) = waiting.front() {
+        writes += next.writes.len();
+        bytes += next.bytes();
+        if !entry.is_empty() && (writes > ENTRY_WRITES_MAX || bytes > ENTRY_BYTES_MAX) {
+            break;
+        }
+        // Who gave up before has been told that nothing happened, so nothing must.
+        entry.extend(waiting.pop_front().filter(|request| request.ticket.settle(TAKEN)));
+    }
+    (!entry.is_empty()).then_some(entry)
+}
+
+/// Hands an entry to Raft. The future that it leaves waits for Raft's answer and tells the callers.
+async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> + use<> {
+    let mut writes = Vec::new();
+    let mut callers = Vec::with_capacity(entry.len());
+    for request in entry {
+        callers.push((request.writes.len(), request.answer));
+        if writes.is_empty() {
+            writes = request.writes;
+        } else {
+            writes.extend(request.writes);
+        }
+    }
+    let (responder, outcome) = ProgressResponder::complete_only();
+    let handed_over = raft.client_write_ff(Command::Write(writes), Some(responder)).await;
+    async move {
+        let outcome = match handed_over {
+            Ok(()) => match outcome.await {
+                Ok(outcome) => outcome.map_err(RaftError::APIError),
+                Err(_) => Err(RaftError::Fatal(Fatal::Stopped)),
+            },
+            Err(fatal) => Err(RaftError::Fatal(fatal)),
+        };
+        answer(outcome.map(|response| response.data), callers);
+    }
+}
+
+type Callers = Vec<(usize, oneshot::Sender<Answer>)>;
+
+/// Gives every caller its part. Who gave up meanwhile needs none.
+fn answer(
+    outcome: Result<Applied, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>,
+    callers: Callers,
+) {
+    match outcome {
+        Ok(Applied::Written(written)) => {
+            let mut written = written.into_iter();
+            for (count, caller) in callers {
+                let _ = caller.send(Ok(written.by_ref().take(count).collect()));
+            }
+        }
+        Ok(other) => unreachable!("writes were answered by {other:?}"),
+        Err(error) => {
+            let error = Arc::new(error);
+            for (_, caller) in callers {
+                let _ = caller.send(Err(ProposeError::Raft(Arc::clone(&error))));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Condition;
+    use std::time::Duration;
+
+    fn put(bytes: usize) -> Write {
+        let value = bytes::Bytes::from(vec![0; bytes - 1]);
+        Write::Put { key: "k".into(), value, condition: Condition::Always }
+    }
+
+    fn request(writes: Vec<Write>) -> (Request, Waiting) {
+        let (answer, receiver) = oneshot::channel();
+        let waiting = Waiting { ticket: Arc::default(), answer: receiver };
+        let ticket = Arc::clone(&waiting.ticket);
+        (Request { writes, ticket, answer }, waiting)
+    }
+
+    fn sizes(parts: Vec<Vec<Write>>) -> Vec<usize> {
+        parts.iter().map(Vec::len).collect()
+    }
+
+    /// Nothing is lost or reordered, and only a single write may be larger than an entry.
+    #[test]
+    fn many_writes_are_cut_into_entries() {
+        assert_eq!(sizes(into_parts(vec![put(10); 3])), [3]);
+        assert_eq!(sizes(into_parts(vec![put(10); ENTRY_WRITES_MAX + 1])), [ENTRY_WRITES_MAX, 1]);
+        let large = put(ENTRY_BYTES_MAX / 2 + 1);
+        assert_eq!(sizes(into_parts(vec![large; 3])), [1, 1, 1]);
+        let huge = vec![put(10), put(2 * ENTRY_BYTES_MAX), put(10)];
+        assert_eq!(sizes(into_parts(huge.clone())), [1, 1, 1]);
+        assert_eq!(into_parts(huge.clone()).concat(), huge);
+    }
+
+    /// An entry takes what waits, in order, up to its bounds, and the rest goes into the next.
+    #[test]
+    fn what_waits_shares_an_entry() {
+        let sizes = [10, 10, ENTRY_BYTES_MAX - 20, 10, 2 * ENTRY_BYTES_MAX, 10];
+        let (requests, _waiting): (Vec<_>, Vec<_>) =
+            sizes.iter().map(|bytes| request(vec![put(*bytes)])).unzip();
+        let mut queue = VecDeque::from(requests);
+        let mut entries = Vec::new();
+        while let Some(entry) = next_entry(&mut queue) {
+            entries.push(entry.iter().map(Request::bytes).collect::<Vec<_>>());
+        }
+        let expected = [vec![10, 10, ENTRY_BYTES_MAX - 20], vec![10], vec![sizes[4]], vec![10]];
+        assert_eq!(entries, expected);
+    }
+
+    /// A write that was told "not proposed" is never proposed, and one that was taken is never told so.
+    #[tokio::test]
+    async fn giving_up_and_being_proposed_exclude_each_other() {
+        let (early, gives_up) = request(vec![put(10)]);
+        let (taken, waits) = request(vec![put(10)]);
+        let past = Instant::now() - Duration::from_millis(1);
+        assert!(matches!(gives_up.until(past).await, Err(ProposeError::NotProposed)));
+        let mut queue = VecDeque::from([early, taken]);
+        let entry = next_entry(&mut queue).unwrap();
+        assert_eq!(entry.len(), 1);
+        assert!(matches!(waits.until(past).await, Err(ProposeError::Unanswered)));
+        assert!(next_entry(&mut queue).is_none());
+    }
+
+    /// Each caller gets the answers to its own writes.
+    #[tokio::test]
+    async fn answers_find_their_callers() {
+        let (first, to_first) = oneshot::channel();
+        let (second, to_second) = oneshot::channel();
+        let written = (1..=3).map(|revision| Written::Put { revision }).collect();
+        answer(Ok(Applied::Written(written)), vec![(2, first), (1, second)]);
+        let first = to_first.await.unwrap().unwrap();
+        assert_eq!(first, [Written::Put { revision: 1 }, Written::Put { revision: 2 }]);
+        assert_eq!(to_second.await.unwrap().unwrap(), [Written::Put { revision: 3 }]);
+    }
+}
