@@ -10,6 +10,7 @@
 #![allow(rustdoc::private_intra_doc_links)]
 
 pub mod app;
+pub mod batch;
 pub mod caretaker;
 pub mod carp;
 pub mod client_error;
