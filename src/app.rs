@@ -29,7 +29,7 @@ use crate::read_gate::ReadGate;
 use crate::ring::{Ring, RingNode, RingTable};
 use crate::store::formation::Formation;
 use crate::store::{Lookup, StateReader};
-use crate::telemetry::{Operation, Telemetry};
+use crate::telemetry::{self, Operation, Telemetry};
 use crate::types::{
     Applied, ClusterId, Command, Condition, NodeAddrs, NodeId, Record, Revision, TypeConfig, Write,
     Written,
@@ -37,6 +37,7 @@ use crate::types::{
 
 pub use crate::types::Consistency;
 
+mod batch;
 mod health;
 mod membership;
 mod refusal;

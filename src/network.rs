@@ -7,6 +7,7 @@
 //! or decides what a request may do: that is [`crate::app`]'s and the state machine's.
 
 pub mod api;
+mod batch;
 pub mod body;
 pub mod call;
 pub mod connection;

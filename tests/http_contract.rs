@@ -199,7 +199,6 @@ fn what_is_missing_is_refused() {
             answer.assert_error(501, "NOT_IMPLEMENTED", "not_applied");
         }
     }
-    post(http, "/v1/batch", "[]").assert_error(501, "NOT_IMPLEMENTED", "not_applied");
     get(http, "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
 }
 

@@ -18,6 +18,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::batch;
 use super::body::{BodyBudget, BodyLimit};
 use super::call::Call;
 use super::error::{ApiError, Outcome, etag};
@@ -58,7 +59,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/kv/{*key}", kv_routes())
         // The wildcard does not match an empty key, which deserves a better answer than 404.
         .route("/v1/kv/", kv_routes())
-        .route("/v1/batch", post(batch).fallback(only("POST")))
+        .route("/v1/batch", post(batch::serve).fallback(only("POST")))
         .route("/v1/ring", get(ring).fallback(only("GET, HEAD")))
         .route("/livez", get(livez).fallback(only("GET, HEAD")))
         .route("/readyz", get(readyz).fallback(only("GET, HEAD")))
@@ -140,10 +141,6 @@ fn check_key(state: &ApiState, key: &[u8]) -> Result<(), ApiError> {
         return Err(ApiError::TooLarge { what: "key", max });
     }
     Ok(())
-}
-
-async fn batch() -> ApiError {
-    ApiError::NotImplemented("POST /v1/batch")
 }
 
 async fn ring(State(state): State<ApiState>, call: Call) -> Answer {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::extract::FromRequestParts;
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, Method, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
@@ -102,6 +102,20 @@ impl Call {
             routing,
             body: parts.extensions.remove::<BodySlot>().unwrap_or_default(),
         })
+    }
+
+    /// The same request for another body, which whoever passes it on gives by itself.
+    pub fn with_content_type(&self, content_type: HeaderValue) -> Self {
+        let mut headers = self.headers.clone();
+        headers.insert(header::CONTENT_TYPE, content_type);
+        Self {
+            method: self.method.clone(),
+            path: self.path.clone(),
+            query: self.query.clone(),
+            headers,
+            body: BodySlot::default(),
+            ..*self
+        }
     }
 
     /// The path and the query as they came.

@@ -112,6 +112,13 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// The error alone.
+    pub fn into_error(self) -> ApiError {
+        self.error
+    }
+}
+
 impl From<ApiError> for Refusal {
     fn from(error: ApiError) -> Self {
         Self { error, location: None }

@@ -81,18 +81,42 @@ pub struct StateReader {
 impl StateReader {
     /// Looks a key up, checking in the same moment that this cluster owns it.
     pub fn get(&self, key: &[u8]) -> io::Result<Lookup> {
+        let mut found = self.get_many([key], usize::MAX)?;
+        Ok(found.pop().expect("the first key is always looked up"))
+    }
+
+    /// Looks keys up, all in the same view of ring and data family; a write may take effect between
+    /// one key and the next. Stops, with fewer answers than keys, once it found `bytes_max` of values.
+    pub fn get_many<'a>(
+        &self,
+        keys: impl IntoIterator<Item = &'a [u8]>,
+        bytes_max: usize,
+    ) -> io::Result<Vec<Lookup>> {
         let engine = &self.shared.engine;
         engine.check()?;
         let view = self.shared.view();
-        if !view.ring.owns(&self.shared.cluster, key) {
-            return Ok(Lookup::WrongCluster(view.ring.clone()));
-        }
         let family = engine.family(&view.data)?;
-        let found = engine.db().get_pinned_cf(&family, key).map_err(to_io)?;
-        match found {
-            Some(bytes) => Ok(Lookup::Found(meta::decode_record(&bytes)?)),
-            None => Ok(Lookup::Absent),
+        let look_up = |key: &[u8]| -> io::Result<Lookup> {
+            if !view.ring.owns(&self.shared.cluster, key) {
+                return Ok(Lookup::WrongCluster(view.ring.clone()));
+            }
+            match engine.db().get_pinned_cf(&family, key).map_err(to_io)? {
+                Some(bytes) => Ok(Lookup::Found(meta::decode_record(&bytes)?)),
+                None => Ok(Lookup::Absent),
+            }
+        };
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        for key in keys {
+            let lookup = look_up(key)?;
+            if let Lookup::Found(record) = &lookup {
+                bytes += record.value.len();
+            }
+            found.push(lookup);
+            if bytes >= bytes_max {
+                break;
+            }
         }
+        Ok(found)
     }
 
     /// The ring that the cluster lives by; epoch 0 before the first one.

@@ -1,0 +1,186 @@
+//! Many operations at once, each answered as if it had come alone.
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::*;
+use crate::batch::{Operation, OperationResult};
+
+/// One of the places for requests in flight stands for this many operations of a batch: they share
+/// what a request costs, and their bytes are bounded by the budget of bodies.
+const OPERATIONS_PER_PLACE: usize = 16;
+
+impl App {
+    /// Carries operations out: the writes in their order, the reads beside them. One result for each;
+    /// reads whose values would make the answer too long say so.
+    ///
+    /// An error stands for all of them and says that nothing took effect: they should have gone to
+    /// another node, or to this one later.
+    pub async fn batch(
+        &self,
+        operations: &[Operation],
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Result<Vec<OperationResult>, ApiError> {
+        self.check_serving()?;
+        self.check_initialized()?;
+        if Instant::now() >= deadline {
+            return Err(not_proposed());
+        }
+        let _permit = self.admit_many(operations.len())?;
+        let started = Instant::now();
+        let (mut reads, mut writes) = (Vec::new(), Vec::new());
+        for (index, operation) in operations.iter().enumerate() {
+            match operation {
+                Operation::Get { key } => reads.push((index, key)),
+                Operation::Put { key, value, condition } => {
+                    let (key, value) = (key.clone(), value.clone());
+                    writes.push((index, Write::Put { key, value, condition: *condition }));
+                }
+                Operation::Delete { key, condition } => {
+                    writes.push((index, Write::Delete { key: key.clone(), condition: *condition }));
+                }
+            }
+        }
+        let mut results = vec![None; operations.len()];
+        let (written, read) = tokio::join!(
+            self.write_many(writes, deadline),
+            self.read_many(&reads, consistency, deadline)
+        );
+        for (index, result) in written.into_iter().chain(read) {
+            self.record_one(&operations[index], consistency, started, &result);
+            results[index] = Some(result);
+        }
+        let results: Vec<_> = results
+            .into_iter()
+            .map(|result| result.expect("every operation is a read or a write"))
+            .collect();
+        match misdirected(&results) {
+            Some(error) => Err(error),
+            None => Ok(results.into_iter().map(into_result).collect()),
+        }
+    }
+
+    fn admit_many(&self, operations: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+        let places = operations.div_ceil(OPERATIONS_PER_PLACE);
+        let places = u32::try_from(places.min(self.inner.limits.requests_in_flight_max));
+        let in_flight = self.inner.in_flight.clone();
+        in_flight
+            .try_acquire_many_owned(places.unwrap_or(u32::MAX))
+            .map_err(|_| ApiError::Overloaded)
+    }
+
+    async fn write_many(
+        &self,
+        writes: Vec<(usize, Write)>,
+        deadline: Instant,
+    ) -> Vec<(usize, Result<Done, ApiError>)> {
+        let mut results = Vec::with_capacity(writes.len());
+        let (mut proposed, mut keys) = (Vec::new(), Vec::new());
+        let ring = self.ring();
+        for (index, write) in writes {
+            if ring.owns(&self.inner.identity.cluster, write.key()) {
+                keys.push((index, write.key().clone()));
+                proposed.push(write);
+            } else {
+                results.push((index, Err(self.owner_in(&ring, write.key()))));
+            }
+        }
+        if proposed.is_empty() {
+            return results;
+        }
+        let answers = self.inner.proposer.propose(proposed, deadline).await;
+        for ((index, key), answer) in keys.into_iter().zip(answers) {
+            results.push((index, self.judge(&key, answer).map(Done::Written)));
+        }
+        results
+    }
+
+    async fn read_many(
+        &self,
+        reads: &[(usize, &Bytes)],
+        consistency: Consistency,
+        deadline: Instant,
+    ) -> Vec<(usize, Result<Done, ApiError>)> {
+        let found = async {
+            if reads.is_empty() {
+                return Ok(Vec::new());
+            }
+            if consistency != Consistency::Stale {
+                self.await_read_index(consistency, deadline).await?;
+            }
+            let keys = reads.iter().map(|(_, key)| &key[..]);
+            let looked_up = self.inner.reader.get_many(keys, self.inner.limits.http_body_bytes_max);
+            looked_up.map_err(|error| refusal::storage(error, Outcome::NotApplied))
+        };
+        let found = match found.await {
+            Ok(found) => found,
+            Err(error) => return reads.iter().map(|(at, _)| (*at, Err(error.clone()))).collect(),
+        };
+        let max = self.inner.limits.http_body_bytes_max;
+        let left_out = ApiError::TooLarge { what: "answer to the whole batch", max };
+        let mut found = found.into_iter();
+        let results = reads.iter().map(|(index, key)| match found.next() {
+            Some(Lookup::Found(record)) => (*index, Ok(Done::Read(Some(record)))),
+            Some(Lookup::Absent) => (*index, Ok(Done::Read(None))),
+            Some(Lookup::WrongCluster(ring)) => (*index, Err(self.owner_in(&ring, key))),
+            None => (*index, Err(left_out.clone())),
+        });
+        results.collect()
+    }
+
+    fn record_one(
+        &self,
+        operation: &Operation,
+        consistency: Consistency,
+        started: Instant,
+        result: &Result<Done, ApiError>,
+    ) {
+        let operation = match operation {
+            Operation::Put { .. } => telemetry::Operation::Put,
+            Operation::Delete { .. } => telemetry::Operation::Delete,
+            Operation::Get { .. } if consistency == Consistency::Stale => {
+                telemetry::Operation::GetStale
+            }
+            Operation::Get { .. } => telemetry::Operation::Get,
+        };
+        self.record(operation, started, result);
+    }
+}
+
+/// What an operation came to that did not fail.
+#[derive(Debug, Clone)]
+enum Done {
+    Written(Written),
+    Read(Option<Record>),
+}
+
+/// The error that all operations share and that another node, or this one later, may do better with.
+fn misdirected(results: &[Result<Done, ApiError>]) -> Option<ApiError> {
+    let elsewhere = |result: &Result<Done, ApiError>| {
+        matches!(
+            result,
+            Err(ApiError::NotLeader { .. }
+                | ApiError::NoLeader { outcome: Outcome::NotApplied, .. }
+                | ApiError::WrongCluster { .. })
+        )
+    };
+    let first = results.first()?.as_ref().err()?;
+    let alike =
+        results.iter().all(|result| elsewhere(result) && result.as_ref().err() == Some(first));
+    alike.then(|| first.clone())
+}
+
+fn into_result(result: Result<Done, ApiError>) -> OperationResult {
+    match result {
+        Ok(Done::Written(Written::Put { revision })) => OperationResult::Written { revision },
+        Ok(Done::Written(Written::Deleted { revision, deleted })) => {
+            OperationResult::Deleted { revision, deleted }
+        }
+        Ok(Done::Written(other)) => unreachable!("judged to be an error: {other:?}"),
+        Ok(Done::Read(Some(Record { revision, value }))) => {
+            OperationResult::Found { revision, value }
+        }
+        Ok(Done::Read(None)) => OperationResult::Absent,
+        Err(error) => OperationResult::failed(&error),
+    }
+}

@@ -1,0 +1,183 @@
+//! `POST /v1/batch`: many operations in one request ([`crate::batch`] has the bodies).
+//!
+//! The operations of each cluster are one part. A part is served as a single request would be: here, or
+//! by the node that can ([`super::forward`]), and what happens to one part says nothing of another.
+//! With `Kv-Routing: direct` there is one part, which is answered here or not at all: each key of
+//! another cluster fails by itself, and a node that does not lead redirects the whole.
+
+use std::collections::HashMap;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::{HeaderValue, StatusCode, header};
+
+use super::api::{Answer, ApiState};
+use super::body::BodyLimit;
+use super::call::{Call, Routing};
+use super::error::{ApiError, ErrorBody, Outcome};
+use super::forward::{Effect, Refusal, Served};
+use crate::app::Consistency;
+use crate::batch::{
+    self, Failure, Limits, MEDIA_TYPE, OPERATIONS_MAX, Operation, OperationResult, json,
+};
+use crate::types::ClusterId;
+
+const BINARY: HeaderValue = HeaderValue::from_static(MEDIA_TYPE);
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+
+pub(super) async fn serve(State(state): State<ApiState>, call: Call) -> Answer {
+    let consistency = call.consistency()?;
+    call.no_condition()?;
+    call.no_idempotency()?;
+    let limits = limits(&state);
+    let bytes_max = state.app.limits().http_body_bytes_max;
+    let body = call.read_body(&state, BodyLimit { what: "body", bytes_max }).await?;
+    let binary = call.headers.get(header::CONTENT_TYPE) == Some(&BINARY);
+    let decoded = if binary {
+        batch::decode_operations(body.bytes.clone(), &limits)
+    } else {
+        json::decode_operations(&body.bytes, &limits)
+    };
+    let operations = decoded.map_err(ApiError::from)?;
+    let results = carry_out(&state, &call, consistency, &operations, &limits).await?;
+    let (content_type, bytes) = if binary {
+        (BINARY, batch::encode_results(&results))
+    } else {
+        (JSON, Bytes::from(json::encode_results(&results)))
+    };
+    Ok(([(header::CONTENT_TYPE, content_type)], bytes).into_response())
+}
+
+fn limits(state: &ApiState) -> Limits {
+    let limits = state.app.limits();
+    Limits {
+        operations_max: OPERATIONS_MAX,
+        key_bytes_max: limits.key_bytes_max,
+        value_bytes_max: limits.value_bytes_max,
+    }
+}
+
+/// One result for each operation.
+async fn carry_out(
+    state: &ApiState,
+    call: &Call,
+    consistency: Consistency,
+    operations: &[Operation],
+    limits: &Limits,
+) -> Result<Vec<OperationResult>, Refusal> {
+    let mut results: Vec<_> = operations
+        .iter()
+        .map(|operation| operation.check(limits).err().map(|error| OperationResult::failed(&error)))
+        .collect();
+    let sound = (0..operations.len()).filter(|index| results[*index].is_none());
+    let parts = into_parts(state, call.routing, operations, sound);
+    let call = call.with_content_type(BINARY);
+    let answers = parts.iter().map(|part| {
+        let operations: Vec<_> = part.iter().map(|index| operations[*index].clone()).collect();
+        serve_part(state, &call, consistency, operations)
+    });
+    for (part, answer) in parts.iter().zip(join_all(answers).await) {
+        let answer = match answer {
+            Ok(answer) => answer,
+            // Said of all operations at once, it is the answer to the request.
+            Err(refusal) if part.len() == operations.len() => return Err(refusal),
+            Err(refusal) if call.routing == Routing::Direct => return Err(refusal),
+            Err(refusal) => fail_all(operations, part, refusal),
+        };
+        for (index, result) in part.iter().zip(answer) {
+            results[*index] = Some(result);
+        }
+    }
+    Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
+}
+
+/// The indexes of the operations that go to the same cluster.
+fn into_parts(
+    state: &ApiState,
+    routing: Routing,
+    operations: &[Operation],
+    sound: impl Iterator<Item = usize>,
+) -> Vec<Vec<usize>> {
+    if routing == Routing::Direct {
+        let all: Vec<_> = sound.collect();
+        return if all.is_empty() { Vec::new() } else { vec![all] };
+    }
+    let ring = state.app.ring();
+    let mut places: HashMap<Option<&ClusterId>, usize> = HashMap::new();
+    let mut parts: Vec<Vec<usize>> = Vec::new();
+    for index in sound {
+        let owner = ring.owner(operations[index].key()).map(|cluster| &cluster.id);
+        let place = *places.entry(owner).or_insert(parts.len());
+        if place == parts.len() {
+            parts.push(Vec::new());
+        }
+        parts[place].push(index);
+    }
+    parts
+}
+
+async fn serve_part(
+    state: &ApiState,
+    call: &Call,
+    consistency: Consistency,
+    operations: Vec<Operation>,
+) -> Result<Vec<OperationResult>, Refusal> {
+    let writes = operations.iter().any(Operation::is_write);
+    let effect = if writes { Effect::Write } else { Effect::Read };
+    let body = match call.routing {
+        Routing::PassOn => batch::encode_operations(&operations),
+        Routing::Direct => Bytes::new(),
+    };
+    let here = || state.app.batch(&operations, consistency, call.deadline);
+    match state.forwarder.serve(call, &body, effect, here).await? {
+        Served::Here(results) => Ok(results),
+        Served::Elsewhere(response) => Ok(relayed(&operations, response).await),
+    }
+}
+
+/// Another node's answer to a part.
+async fn relayed(operations: &[Operation], response: Response) -> Vec<OperationResult> {
+    let (head, body) = response.into_parts();
+    // It is in memory already.
+    let body = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
+    if head.status == StatusCode::OK {
+        match batch::decode_results(body, operations.len()) {
+            Ok(results) => return results,
+            Err(error) => {
+                return operations.iter().map(|o| garbled(o, &error.to_string())).collect();
+            }
+        }
+    }
+    let Ok(ErrorBody { error }) = serde_json::from_slice(&body) else {
+        let what = format!("status {} without a reason", head.status);
+        return operations.iter().map(|operation| garbled(operation, &what)).collect();
+    };
+    let failure = Failure { status: head.status.as_u16(), current: None, error };
+    operations.iter().map(|operation| failed_as(operation, failure.clone())).collect()
+}
+
+/// The node that the operation was passed on to answered something else than a batch's results.
+fn garbled(operation: &Operation, what: &str) -> OperationResult {
+    let outcome = if operation.is_write() { Outcome::Unknown } else { Outcome::NotApplied };
+    let message = format!("the node asked gave a senseless answer: {what}");
+    OperationResult::failed(&ApiError::Forward { message, outcome })
+}
+
+fn fail_all(operations: &[Operation], part: &[usize], refusal: Refusal) -> Vec<OperationResult> {
+    let error = refusal.into_error();
+    let failure = |index: &usize| match OperationResult::failed(&error) {
+        OperationResult::Failed(failure) => failed_as(&operations[*index], *failure),
+        other => other,
+    };
+    part.iter().map(failure).collect()
+}
+
+/// A failure of the whole part, as this operation's: a read never leaves a doubt behind.
+fn failed_as(operation: &Operation, mut failure: Failure) -> OperationResult {
+    if !operation.is_write() {
+        failure.error.outcome = Outcome::NotApplied;
+    }
+    OperationResult::Failed(Box::new(failure))
+}
