@@ -280,17 +280,24 @@ impl Config {
     }
 }
 
+/// Writes that come together share a log entry up to this many bytes; a larger one has an entry of its
+/// own. Several fit into a message to a follower, and who comes first is answered soon.
+pub const ENTRY_BYTES_MAX: usize = 1 << 20;
+
 impl Limits {
     fn check(&self) -> Result<(), OutOfRange> {
-        within("limits.key_bytes_max", self.key_bytes_max, 1..=64 << 10)?;
+        // In a path each byte of a key may take three, and a path has 64 KiB at most.
+        within("limits.key_bytes_max", self.key_bytes_max, 1..=21 << 10)?;
         within("limits.value_bytes_max", self.value_bytes_max, 1..=64 << 20)?;
         within(
             "limits.http_body_bytes_max",
             self.http_body_bytes_max,
             self.value_bytes_max..=1 << 30,
         )?;
-        // A peer frame must hold one entry of the largest key and value, and what frames it.
-        let entry_bytes_max = self.key_bytes_max + self.value_bytes_max + (64 << 10);
+        // A peer frame must hold one entry, of the largest key and value or of many small ones, and what
+        // frames it.
+        let write_bytes_max = self.key_bytes_max + self.value_bytes_max;
+        let entry_bytes_max = write_bytes_max.max(ENTRY_BYTES_MAX) + (64 << 10);
         within(
             "limits.peer_frame_bytes_max",
             self.peer_frame_bytes_max,
@@ -402,6 +409,8 @@ mod tests {
             ("weights = [1.0, -1.0, 1.0]", "weights"),
             ("ring.hash_version = 3", "ring.hash_version"),
             ("limits.key_bytes_max = 0", "limits.key_bytes_max"),
+            ("limits.key_bytes_max = 21505", "limits.key_bytes_max"),
+            ("limits.peer_frame_bytes_max = 1100000", "limits.peer_frame_bytes_max"),
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
         ] {

@@ -13,6 +13,7 @@ pub mod call;
 pub mod connection;
 pub mod error;
 pub mod forward;
+mod head;
 pub mod http_server;
 pub mod json;
 pub mod management;

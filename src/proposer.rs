@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use crate::config::ENTRY_BYTES_MAX;
 use crate::node::Raft;
 use crate::types::{Applied, Command, TypeConfig, Write, Written};
 
@@ -30,10 +31,9 @@ use crate::types::{Applied, Command, TypeConfig, Write, Written};
 /// between one fsync and the next.
 const PROPOSALS_MAX: usize = 4;
 
-/// An entry holds no more than this many writes, and no more than this many bytes of them unless a
-/// single one is larger: several fit into a message to a follower, and who comes first is answered soon.
+/// An entry holds no more than this many writes, and no more than [`ENTRY_BYTES_MAX`] unless a single one
+/// is larger.
 const ENTRY_WRITES_MAX: usize = 1024;
-const ENTRY_BYTES_MAX: usize = 1 << 20;
 
 /// Requests that wait for a place in an entry. More wait in their callers, whose number the app bounds.
 const QUEUE_MAX: usize = 4096;

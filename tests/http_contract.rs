@@ -141,6 +141,9 @@ fn what_is_not_understood_is_refused() {
         ("PUT", "/v1/kv/k?consistency=stale", &[]),
         ("DELETE", "/v1/kv/k?x", &[]),
         ("GET", "/v1/ring?x=1", &[]),
+        ("GET", "/livez?x=1", &[]),
+        ("GET", "/readyz?x=1", &[]),
+        ("GET", "/metrics?x=1", &[]),
         ("GET", "/v1/kv/k", &[("Kv-Read", "leader")]),
         ("GET", "/v1/kv/k", &[("Kv-Routing", "proxy")]),
         ("GET", "/v1/kv/k", &[("Kv-Hops", "x")]),
@@ -286,6 +289,83 @@ fn sizes_are_limited() {
     post(http, "/api/write", &set).assert_error(413, "TOO_LARGE", "not_applied");
     let set = json!({"Set": {"key": "k".repeat(4097), "value": "v"}}).to_string();
     post(http, "/api/write", &set).assert_error(413, "TOO_LARGE", "not_applied");
+}
+
+/// An unescaped `#` would be dropped with what follows it, and the write would hit another key. It is
+/// refused, also behind other requests of the same connection, and a body may hold what it likes.
+#[test]
+fn a_fragment_is_no_part_of_a_key() {
+    let node = Node::ready("");
+    let http = node.http();
+    assert_eq!(put(http, "/v1/kv/a", b"PUT /v1/kv/a#b HTTP/1.1\r\n\r\n").status, 200);
+    for method in ["PUT", "GET", "DELETE"] {
+        let answer = request(http, method, "/v1/kv/a#b", &[], b"");
+        answer.assert_error(400, "BAD_REQUEST", "not_applied");
+        assert!(answer.text().contains("%23"), "{}", answer.text());
+    }
+    let mut connection = Connection::open(http);
+    connection.send(
+        b"PUT /v1/kv/c HTTP/1.1\r\nContent-Length: 3\r\n\r\n#c#PUT /v1/kv/c#d HTTP/1.1\r\n\
+          Content-Length: 1\r\n\r\nd",
+    );
+    assert_eq!(connection.receive().status, 200);
+    connection.receive().assert_error(400, "BAD_REQUEST", "not_applied");
+    assert!(connection.closes_after().is_empty());
+    assert_eq!(get(http, "/v1/kv/c").text(), "#c#");
+    assert!(get(http, "/v1/kv/a").text().starts_with("PUT /v1/kv/a#b"));
+    assert_eq!(put(http, "/v1/kv/a%23b", b"v").status, 200);
+}
+
+/// What does not even parse as a request is told why in JSON, too.
+#[test]
+fn what_is_no_request_is_answered_in_json() {
+    let node = Node::ready("");
+    let http = node.http();
+    let long = "k".repeat(70_000);
+    for (bytes, status, code) in [
+        ("nonsense\r\n\r\n".to_owned(), 400, "BAD_REQUEST"),
+        ("GET /livez HTTP/3.0\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        ("GET /v1/kv/a b HTTP/1.1\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        ("PUT /v1/kv/k HTTP/1.1\r\nContent-Length: x\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        (format!("GET /v1/kv/{long} HTTP/1.1\r\n\r\n"), 413, "TOO_LARGE"),
+        (format!("GET /livez HTTP/1.1\r\nA: {long}{long}\r\n\r\n"), 413, "TOO_LARGE"),
+    ] {
+        let mut connection = Connection::open(http);
+        connection.send(bytes.as_bytes());
+        let answer = connection.receive();
+        answer.assert_error(status, code, "not_applied");
+        assert_eq!(answer.header("connection"), Some("close"));
+        connection.finish();
+        assert!(connection.closes_after().is_empty());
+    }
+}
+
+/// The reason comes through even to who sends far too much before looking.
+#[test]
+fn who_sends_far_too_much_hears_why() {
+    let node = Node::ready("");
+    let http = node.http();
+    let huge = vec![7; 24 << 20];
+    put(http, "/v1/kv/k", &huge).assert_error(413, "TOO_LARGE", "not_applied");
+    post(http, "/v1/batch", &"x".repeat(24 << 20)).assert_error(413, "TOO_LARGE", "not_applied");
+    let mut connection = Connection::open(http);
+    connection.send(b"PUT /v1/kv/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n");
+    connection.send(format!("{:x}\r\n", huge.len()).as_bytes());
+    connection.send(&huge);
+    connection.send(b"\r\n0\r\n\r\n");
+    connection.receive().assert_error(413, "TOO_LARGE", "not_applied");
+    get(http, "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
+}
+
+/// A body that stops coming does not hold its request until the deadline.
+#[test]
+fn a_body_that_stalls_is_given_up() {
+    let node = Node::ready("[limits]\nheader_timeout_ms = 200\nrequest_timeout_ms = 60000");
+    let mut connection = Connection::open(node.http());
+    connection.send(b"PUT /v1/kv/k HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc");
+    connection.receive().assert_error(504, "TIMEOUT", "not_applied");
+    assert!(connection.closes_after().is_empty());
+    get(node.http(), "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
 }
 
 /// The original's routes take and give what they always did.

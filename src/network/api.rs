@@ -1,9 +1,7 @@
 //! The HTTP routes for clients: `/v1`, health, and the original's `/api`.
 //!
 //! Handlers decode, call [`App`], and encode; which node answers is [`super::forward`]'s business. The
-//! key comes from the raw path: axum's own `Path` would refuse `%ff` and let `%zz` through. One thing
-//! is out of reach: hyper drops an unescaped `#` and what follows it from a request line, as it would
-//! a fragment, before anybody can refuse it.
+//! key comes from the raw path: axum's own `Path` would refuse `%ff` and let `%zz` through.
 //!
 //! `GET` includes `HEAD` everywhere: axum answers it with the same head and no body.
 
@@ -14,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderValue, StatusCode, header};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -148,18 +146,20 @@ async fn ring(State(state): State<ApiState>, call: Call) -> Answer {
     Ok(Json(state.app.ring().ring()).into_response())
 }
 
-async fn livez(State(state): State<ApiState>) -> Response {
-    match state.app.storage_failed() {
+async fn livez(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(match state.app.storage_failed() {
         None => "ok".into_response(),
         Some(why) => unhealthy("STORAGE", &why),
-    }
+    })
 }
 
-async fn readyz(State(state): State<ApiState>) -> Response {
-    match state.app.readiness() {
+async fn readyz(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(match state.app.readiness() {
         Ok(()) => Json(json!({"ready": true})).into_response(),
         Err(reason) => unhealthy("NOT_READY", &reason),
-    }
+    })
 }
 
 fn unhealthy(code: &str, reason: &str) -> Response {
@@ -168,11 +168,12 @@ fn unhealthy(code: &str, reason: &str) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], body).into_response()
 }
 
-async fn metrics(State(state): State<ApiState>, headers: HeaderMap) -> Response {
-    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let accept = call.headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
     let open = accept.is_some_and(|accept| accept.contains("application/openmetrics-text"));
     let text_type = if open { OPENMETRICS_TYPE } else { PROMETHEUS_TYPE };
-    ([(header::CONTENT_TYPE, text_type)], state.app.prometheus()).into_response()
+    Ok(([(header::CONTENT_TYPE, text_type)], state.app.prometheus()).into_response())
 }
 
 /// The original's request: `{"Set":{"key":"k","value":"v"}}`.

@@ -1,9 +1,9 @@
-//! Request bodies: read with a bound on each, a bound on all together, and a deadline.
+//! Request bodies: read with a bound on each, a bound on all together, a deadline and a pace.
 //!
 //! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
-//! value that announces itself as too large) is read and thrown away up to `DISCARD_BYTES_MAX`
-//! before the answer goes out: closing a socket with unread bytes makes the kernel reset it, and the
-//! client would see "connection reset" in place of the reason.
+//! value that announces itself as too large) is read and thrown away for [`DISCARD_TIME`] before the
+//! answer goes out: closing a socket with unread bytes makes the kernel reset it, and the client would
+//! see "connection reset" in place of the reason.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,12 +25,9 @@ use super::error::{ApiError, Outcome};
 /// stranger must send what he wants to take up, so that announcing bodies costs the server nothing.
 pub const BODIES_BYTES_MAX: usize = 256 << 20;
 
-/// The most that is read only to be thrown away, in bytes: the largest body that a default
-/// configuration knows.
-const DISCARD_BYTES_MAX: usize = 8 << 20;
-
-/// And for how long: the sender is at it already, or it is not worth waiting for.
-const DISCARD_TIME: Duration = Duration::from_secs(1);
+/// How long a body is read only to be thrown away. Bounded by time and not by bytes: who sends far too
+/// much, and quickly, should hear so; who sends for longer is not worth waiting for.
+const DISCARD_TIME: Duration = Duration::from_secs(3);
 
 /// The first allocation for a body, in bytes, whatever its length claims to be.
 const FIRST_BYTES_MAX: usize = 64 << 10;
@@ -112,21 +109,22 @@ impl BodySlot {
         *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
     }
 
-    /// Reads the body to its end. A second call finds an empty one.
+    /// Reads the body to its end, until the deadline, and as long as some of it comes within `pace`. A
+    /// second call finds an empty one.
     pub async fn read(
         &self,
         limit: BodyLimit,
         budget: &Arc<BodyBudget>,
         deadline: Instant,
+        pace: Duration,
     ) -> Result<ReadBody, ApiError> {
         let mut charge = Charge { budget: budget.clone(), bytes: 0 };
         let Some(mut body) = self.take() else {
             return Ok(ReadBody { bytes: Bytes::new(), _charge: charge });
         };
-        let collected = collect(&mut body, limit, &mut charge);
+        let collected = collect(&mut body, limit, &mut charge, pace);
         let result = tokio::time::timeout_at(deadline, collected).await.unwrap_or_else(|_| {
-            let message = "the request's body did not arrive within the deadline";
-            Err(ApiError::Timeout { message, outcome: Outcome::NotApplied })
+            Err(too_slow("the request's body did not arrive within the deadline"))
         });
         if result.is_err() {
             self.put_back(body);
@@ -135,15 +133,15 @@ impl BodySlot {
     }
 }
 
-/// Throws the unread rest away; `false` when there is more than is worth it, so that the connection
-/// has to close.
+fn too_slow(message: &'static str) -> ApiError {
+    ApiError::Timeout { message, outcome: Outcome::NotApplied }
+}
+
+/// Throws the unread rest away; `false` when that takes too long, so that the connection has to close.
 async fn discard(mut body: Body) -> bool {
     let rest = async {
-        let mut bytes = 0;
         while let Some(frame) = body.frame().await {
-            let Ok(frame) = frame else { return false };
-            bytes += frame.data_ref().map_or(0, Bytes::len);
-            if bytes > DISCARD_BYTES_MAX {
+            if frame.is_err() {
                 return false;
             }
         }
@@ -156,6 +154,7 @@ async fn collect(
     body: &mut Body,
     limit: BodyLimit,
     charge: &mut Charge,
+    pace: Duration,
 ) -> Result<Bytes, ApiError> {
     let BodyLimit { what, bytes_max } = limit;
     let too_large = ApiError::TooLarge { what, max: bytes_max };
@@ -164,7 +163,8 @@ async fn collect(
         return Err(too_large);
     }
     let mut bytes = Vec::with_capacity(FIRST_BYTES_MAX.min(announced as usize));
-    while let Some(frame) = body.frame().await {
+    let stalled = |_| too_slow("no more of the request's body arrived for too long");
+    while let Some(frame) = tokio::time::timeout(pace, body.frame()).await.map_err(stalled)? {
         let frame = frame.map_err(|error| {
             ApiError::BadRequest(format!("the request's body ended early or is malformed: {error}"))
         })?;
@@ -220,9 +220,11 @@ mod tests {
         BodySlot::new(Body::from_stream(stream::iter(pieces)))
     }
 
+    const PACE: Duration = Duration::from_secs(5);
+
     async fn read(slot: &BodySlot, budget: &Arc<BodyBudget>) -> Result<Bytes, ApiError> {
         let deadline = Instant::now() + Duration::from_secs(5);
-        slot.read(LIMIT, budget, deadline).await.map(|body| body.bytes)
+        slot.read(LIMIT, budget, deadline, PACE).await.map(|body| body.bytes)
     }
 
     /// The limit is exact, whether the length is announced or not.
@@ -242,31 +244,33 @@ mod tests {
     async fn the_budget_bounds_all_bodies_together() {
         let budget = Arc::new(BodyBudget { used: AtomicUsize::new(0), max: 15 });
         let deadline = Instant::now() + Duration::from_secs(5);
-        let held = pieces(&[10]).read(LIMIT, &budget, deadline).await.unwrap();
+        let held = pieces(&[10]).read(LIMIT, &budget, deadline, PACE).await.unwrap();
         assert_eq!(read(&pieces(&[6]), &budget).await, Err(ApiError::Overloaded));
         drop(held);
         assert_eq!(read(&pieces(&[6]), &budget).await.unwrap().len(), 6);
         assert_eq!(budget.used.load(Ordering::Relaxed), 0);
     }
 
-    /// A body that does not come ends at the deadline as "not applied".
+    /// A body that does not come, or stops coming, ends as "not applied": at the deadline, or sooner.
     #[tokio::test]
-    async fn a_silent_sender_runs_into_the_deadline() {
-        let never = stream::pending::<Result<Bytes, std::io::Error>>();
-        let slot = BodySlot::new(Body::from_stream(never));
-        let deadline = Instant::now() + Duration::from_millis(20);
-        let error = slot.read(LIMIT, &BodyBudget::new(10), deadline).await.unwrap_err();
-        assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }));
-        assert!(!discard(slot.take().unwrap()).await, "what does not come cannot be thrown away");
+    async fn a_silent_sender_runs_out_of_time() {
+        let (moment, long) = (Duration::from_millis(20), Duration::from_secs(60));
+        for (deadline, pace) in [(moment, long), (long, moment)] {
+            let begun = Instant::now();
+            let never = stream::pending::<Result<Bytes, std::io::Error>>();
+            let slot = BodySlot::new(Body::from_stream(never));
+            let budget = BodyBudget::new(10);
+            let error = slot.read(LIMIT, &budget, begun + deadline, pace).await.unwrap_err();
+            assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }));
+            assert!(begun.elapsed() < long / 2, "{:?}", begun.elapsed());
+        }
     }
 
     /// What was refused can still be read to its end, so that the connection can go on.
     #[tokio::test]
-    async fn a_refused_body_is_discarded_within_bounds() {
+    async fn a_refused_body_is_discarded() {
         let slot = pieces(&[8, 8, 8]);
         assert!(read(&slot, &BodyBudget::new(10)).await.is_err());
         assert!(discard(slot.take().unwrap()).await);
-        let endless = pieces(&[DISCARD_BYTES_MAX, 1]);
-        assert!(!discard(endless.take().unwrap()).await);
     }
 }

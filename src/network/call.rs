@@ -132,7 +132,8 @@ impl Call {
         state: &ApiState,
         limit: BodyLimit,
     ) -> Result<ReadBody, ApiError> {
-        self.body.read(limit, &state.bodies, self.deadline).await
+        let pace = Duration::from_millis(state.app.limits().header_timeout_ms);
+        self.body.read(limit, &state.bodies, self.deadline, pace).await
     }
 
     /// Reads the body as JSON, whatever its `Content-Type` says; also gives it as it came, to be

@@ -9,10 +9,14 @@
 //!
 //! | state | bound |
 //! | --- | --- |
-//! | a request is being answered | none here: the request's own deadline, body included |
+//! | a request is being answered | none here: the request's own deadline, and its body's pace |
 //! | the first byte of a header came, the rest did not | `header_timeout`, not extended by more bytes |
-//! | idle, or a started answer does not move | [`IDLE_TIMEOUT`] since the last byte |
-//! | the same for [`SHED_AFTER`], and others wait for a connection | closed, longest idle first |
+//! | idle | [`IDLE_TIMEOUT`] since the last byte |
+//! | an answer that the client does not take | [`UNREAD_TIMEOUT`] since the last byte |
+//! | idle or sending its body for [`SHED_AFTER`], and others wait for a connection | closed |
+//!
+//! `Watched` also keeps from hyper what hyper would misread or refuse without a word ([`super::head`]),
+//! and gives the answer in its place, once all answers before it are written.
 
 use std::convert::Infallible;
 use std::io::{self, IoSlice};
@@ -21,6 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::{Buf, Bytes};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -31,20 +36,28 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::body;
+use super::error::ApiError;
+use super::head::{Gate, HEAD_BUFFER_BYTES, HEAD_BYTES_MAX, Next};
 
-/// How long a connection may lie idle, or an answer wait for its reader. Above the 30 s for which our
-/// own client keeps idle connections, so that it is the client who closes them.
+/// How long a connection may lie idle. Above the 30 s for which our own client keeps idle connections,
+/// so that it is the client who closes them.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
-/// Idle connections are closed after this already when others wait for one. Long enough that a client
-/// with a steady stream of requests is never hit between two of them.
+/// How long an answer may wait for its reader without a byte of it moving: it holds its value in memory.
+/// Longer than a client needs that is stopped for a moment or loses some packets.
+pub const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Connections that are idle, or wait for the rest of a body, are closed after this already when others
+/// wait for one. Long enough that a client with a steady stream of requests is never hit between two of
+/// them, nor one that sends a large value over a usual network.
 pub const SHED_AFTER: Duration = Duration::from_secs(1);
+
+/// How long what a refused client goes on sending is thrown away: closing at once would reset the
+/// connection, and the client might lose the answer that says why.
+const REFUSED_GRACE: Duration = Duration::from_secs(1);
 
 /// How long requests in flight may take to finish once the server stops.
 pub const STOP_GRACE: Duration = Duration::from_secs(5);
-
-/// The longest header, in bytes: the longest URI that the `http` crate takes (64 KiB), and 16 KiB.
-const HEADER_BYTES_MAX: usize = 80 << 10;
 
 /// hyper's read buffer of one connection, in bytes: holds a header; bodies pass through in pieces.
 const BUFFER_BYTES_MAX: usize = 128 << 10;
@@ -76,7 +89,7 @@ pub(super) async fn serve(stream: TcpStream, router: axum::Router, shared: Arc<S
             Ok::<_, Infallible>(response)
         }
     });
-    let io = TokioIo::new(Watched { stream, activity: activity.clone() });
+    let io = TokioIo::new(Watched::new(stream, activity.clone()));
     let connection = protocol().serve_connection(io, service);
     let mut connection = pin!(connection);
     let mut watchdog = Watchdog::new(activity.clone(), shared.header_timeout);
@@ -122,7 +135,7 @@ fn protocol() -> http1::Builder {
         .header_read_timeout(None)
         // A client that has closed its sending side, such as `nc -N`, still gets its answer.
         .half_close(true)
-        .max_header_size(HEADER_BYTES_MAX)
+        .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX);
     protocol
 }
@@ -144,13 +157,18 @@ struct Activity {
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     /// A request is being answered.
-    Serving,
+    Serving {
+        /// Since when its body has been coming, if it is not whole yet.
+        body_since: Option<Instant>,
+    },
     /// Waiting for the client: for its next request, or to take its answer.
     Waiting {
         /// When the last byte moved.
         since: Instant,
         /// When the first byte of the next header came.
         header_since: Option<Instant>,
+        /// There is more of the answer than the client takes.
+        unread: bool,
     },
 }
 
@@ -177,14 +195,28 @@ impl Activity {
 impl Phase {
     /// As after a whole answer, or before the first request.
     fn waiting(now: Instant) -> Self {
-        Self::Waiting { since: now, header_since: None }
+        Self::Waiting { since: now, header_since: None, unread: false }
     }
 
     /// The client sent something.
     fn note_read(&mut self, now: Instant) {
-        if let Self::Waiting { since, header_since } = self {
+        if let Self::Waiting { since, header_since, .. } = self {
             *since = now;
             header_since.get_or_insert(now);
+        }
+    }
+
+    /// The rest of the request that is being answered is still to come, or all of it is here.
+    fn note_body(&mut self, awaited: bool, now: Instant) {
+        if let Self::Serving { body_since } = self {
+            *body_since = awaited.then(|| body_since.unwrap_or(now));
+        }
+    }
+
+    /// The client took less than there is.
+    fn note_unread(&mut self) {
+        if let Self::Waiting { unread, .. } = self {
+            *unread = true;
         }
     }
 
@@ -197,21 +229,37 @@ impl Phase {
     }
 
     fn is_long_idle(&self, now: Instant) -> bool {
-        matches!(*self, Self::Waiting { since, header_since: None } if since + SHED_AFTER <= now)
+        self.idle_since().is_some_and(|since| since + SHED_AFTER <= now)
+    }
+
+    /// Since when the connection has been open for the client's sake alone.
+    fn idle_since(&self) -> Option<Instant> {
+        match *self {
+            Self::Serving { body_since } => body_since,
+            Self::Waiting { since, header_since: None, .. } => Some(since),
+            Self::Waiting { .. } => None,
+        }
     }
 
     /// What happens next if no byte moves, and when. `reported` is the start of the idle period that
     /// is already known to be long.
     fn due(&self, header_timeout: Duration, reported: Option<Instant>) -> Option<(Instant, Event)> {
+        let long_idle = |since| Some((since + SHED_AFTER, Event::LongIdle { since }));
         match *self {
-            Self::Serving => None,
+            Self::Serving { body_since: Some(since) } if reported != Some(since) => {
+                long_idle(since)
+            }
+            Self::Serving { .. } => None,
             Self::Waiting { header_since: Some(first), .. } => {
                 Some((first + header_timeout, Event::Overdue))
+            }
+            Self::Waiting { since, unread: true, .. } => {
+                Some((since + UNREAD_TIMEOUT, Event::Overdue))
             }
             Self::Waiting { since, .. } if reported == Some(since) => {
                 Some((since + IDLE_TIMEOUT, Event::Overdue))
             }
-            Self::Waiting { since, .. } => Some((since + SHED_AFTER, Event::LongIdle { since })),
+            Self::Waiting { since, .. } => long_idle(since),
         }
     }
 }
@@ -223,7 +271,7 @@ struct Serving {
 
 impl Serving {
     fn begin(activity: Arc<Activity>) -> Self {
-        activity.update(|phase| *phase = Phase::Serving);
+        activity.update(|phase| *phase = Phase::Serving { body_since: None });
         Self { activity }
     }
 }
@@ -279,32 +327,147 @@ impl Watchdog {
     }
 }
 
-/// The socket; notes every byte that moves.
+/// The socket; notes every byte that moves, and lets only sound requests through.
 struct Watched {
     stream: TcpStream,
     activity: Arc<Activity>,
+    gate: Gate,
+    refused: Option<Refused>,
+}
+
+/// What is left to do for a client that was refused at the gate.
+struct Refused {
+    /// The rest of its answer.
+    answer: Bytes,
+    /// Runs once that is written.
+    grace: Pin<Box<Sleep>>,
 }
 
 impl Watched {
+    fn new(stream: TcpStream, activity: Arc<Activity>) -> Self {
+        Self { stream, activity, gate: Gate::default(), refused: None }
+    }
+
     fn note_written(&self, written: &Poll<io::Result<usize>>) {
-        if let Poll::Ready(Ok(1..)) = written {
-            self.activity.update(|phase| phase.note_written(Instant::now()));
+        match written {
+            Poll::Ready(Ok(1..)) => {
+                self.activity.update(|phase| phase.note_written(Instant::now()));
+            }
+            Poll::Pending => self.activity.update(Phase::note_unread),
+            Poll::Ready(_) => {}
         }
+    }
+
+    fn note_body(&self, awaited: bool) {
+        self.activity.update(|phase| phase.note_body(awaited, Instant::now()));
+    }
+
+    /// Reads past the gate, no more than `max`.
+    fn poll_direct(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+        max: u64,
+    ) -> Poll<io::Result<usize>> {
+        let max = usize::try_from(max).unwrap_or(usize::MAX).min(buffer.remaining());
+        let mut part = ReadBuf::new(buffer.initialize_unfilled_to(max));
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part))?;
+        let count = part.filled().len();
+        buffer.advance(count);
+        self.gate.passed(count);
+        Poll::Ready(Ok(count))
+    }
+
+    /// Reads into the gate.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut piece = [0; HEAD_BUFFER_BYTES];
+        let mut piece = ReadBuf::new(&mut piece);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
+        self.gate.receive(piece.filled());
+        Poll::Ready(Ok(piece.filled().len()))
+    }
+
+    /// Writes the refused client's answer, then takes what it still sends, for a moment.
+    fn poll_refuse(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(refused) = &mut self.refused else { return Poll::Ready(Ok(())) };
+        while refused.answer.has_remaining() {
+            let mut stream = Pin::new(&mut self.stream);
+            let written = ready!(stream.as_mut().poll_write(cx, &refused.answer))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            refused.answer.advance(written);
+            if refused.answer.is_empty() {
+                refused.grace.as_mut().reset(Instant::now() + REFUSED_GRACE);
+            }
+        }
+        ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
+        let mut scrap = [0; 4096];
+        loop {
+            if refused.grace.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            let mut scrap = ReadBuf::new(&mut scrap);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut scrap))?;
+            if scrap.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+impl Refused {
+    fn new(error: &ApiError) -> Self {
+        let (status, _) = error.status_and_code();
+        let body = serde_json::to_string(&error.body()).unwrap_or_default();
+        let reason = status.canonical_reason().unwrap_or_default();
+        let answer = format!(
+            "HTTP/1.1 {} {reason}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
+             connection: close\r\n\r\n{body}",
+            status.as_u16(),
+            body.len()
+        );
+        Self { answer: answer.into(), grace: Box::pin(tokio::time::sleep(REFUSED_GRACE)) }
     }
 }
 
 impl AsyncRead for Watched {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
         let before = buffer.filled().len();
-        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        if buffer.filled().len() > before {
-            self.activity.update(|phase| phase.note_read(Instant::now()));
+        loop {
+            let read = match this.gate.next() {
+                Err(error) => {
+                    this.refused = Some(Refused::new(&error));
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Next::End) => return Poll::Ready(Ok(())),
+                Ok(Next::Received(count)) => {
+                    let out = buffer.initialize_unfilled_to(count.min(buffer.remaining()));
+                    this.gate.take(out);
+                    let count = out.len();
+                    buffer.advance(count);
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(Next::Direct(max)) => {
+                    this.note_body(this.gate.awaits_body());
+                    let count = ready!(this.poll_direct(cx, buffer, max))?;
+                    this.note_body(this.gate.awaits_body());
+                    count
+                }
+                Ok(Next::More) => ready!(this.poll_receive(cx))?,
+            };
+            if read > 0 {
+                this.activity.update(|phase| phase.note_read(Instant::now()));
+            }
+            if read == 0 || buffer.filled().len() > before {
+                return Poll::Ready(Ok(()));
+            }
         }
-        result
     }
 }
 
@@ -338,6 +501,7 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_refuse(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
@@ -376,11 +540,40 @@ mod tests {
     /// While a request is answered nothing is due, whatever moves.
     #[test]
     fn a_request_being_answered_is_left_alone() {
-        let mut phase = Phase::Serving;
+        let mut phase = Phase::Serving { body_since: None };
         phase.note_read(Instant::now());
         phase.note_written(Instant::now());
         assert_eq!(phase.due(HEADER_TIMEOUT, None), None);
         assert!(!phase.is_long_idle(Instant::now() + IDLE_TIMEOUT));
+    }
+
+    /// Who does not take his answer has less time than who is idle.
+    #[test]
+    fn an_unread_answer_is_given_up_soon() {
+        let start = Instant::now();
+        let mut phase = Phase::waiting(start);
+        phase.note_unread();
+        let overdue = Some((start + UNREAD_TIMEOUT, Event::Overdue));
+        assert_eq!(phase.due(HEADER_TIMEOUT, None), overdue);
+        phase.note_written(start + MOMENT);
+        let long_idle = Event::LongIdle { since: start + MOMENT };
+        let due = Some((start + MOMENT + SHED_AFTER, long_idle));
+        assert_eq!(phase.due(HEADER_TIMEOUT, None), due, "all of it was taken");
+    }
+
+    /// While its body is missing, a request may have to make room; once that is whole, it may not.
+    #[test]
+    fn an_unfinished_request_may_make_room() {
+        let start = Instant::now();
+        let mut phase = Phase::Serving { body_since: None };
+        phase.note_body(true, start);
+        phase.note_body(true, start + MOMENT);
+        let long_idle = Event::LongIdle { since: start };
+        assert_eq!(phase.due(HEADER_TIMEOUT, None), Some((start + SHED_AFTER, long_idle)));
+        assert_eq!(phase.due(HEADER_TIMEOUT, Some(start)), None);
+        assert!(phase.is_long_idle(start + SHED_AFTER));
+        phase.note_body(false, start + MOMENT);
+        assert!(!phase.is_long_idle(start + IDLE_TIMEOUT));
     }
 
     /// An answer that its reader takes slowly lives as long as it moves, and a request that was

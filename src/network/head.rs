@@ -1,0 +1,411 @@
+//! The heads of requests, judged before hyper sees them.
+//!
+//! hyper parses well, but keeps two things from us. It drops an unescaped `#` and what follows it from a
+//! path, as if it were a fragment: a write to `a#b` would overwrite `a`. And what it refuses it answers
+//! itself, without a body, where our clients expect to read why. So a [`Gate`] between socket and hyper
+//! holds a head back until it is whole, and hands it on if hyper will take it and understand the same;
+//! otherwise it pretends that the connection ends, and leaves the answer to be written behind hyper's.
+//!
+//! To find the next head it must know where a body ends, and hyper must think the same of it. So what
+//! could be read in two ways is refused: two lengths, a length with chunks, another coding than `chunked`,
+//! chunks ([`chunks`]) that are not exactly as they should be.
+
+mod chunks;
+
+use bytes::{Buf, BytesMut};
+use http::header;
+
+use super::error::ApiError;
+use chunks::Chunks;
+
+/// The longest head, in bytes: the longest path that the `http` crate takes (64 KiB), and 16 KiB.
+pub(super) const HEAD_BYTES_MAX: usize = 80 << 10;
+
+/// The longest path, in bytes: what the `http` crate takes.
+const PATH_BYTES_MAX: usize = u16::MAX as usize - 1;
+
+/// The most header fields of a request: hyper's bound.
+const FIELDS_MAX: usize = 100;
+
+/// How much is read at once while a head is not complete; most are shorter.
+pub(super) const HEAD_BUFFER_BYTES: usize = 4 << 10;
+
+/// Judges what a client sends. Pure: it is given bytes, and asked what may go on to hyper.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    /// What came and was not handed on yet.
+    received: BytesMut,
+    /// So much of it may be.
+    cleared: usize,
+    search: Search,
+    state: State,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// Between two requests, or in a head.
+    #[default]
+    Head,
+    /// In a body with so many bytes to come that were not cleared yet.
+    Length(u64),
+    /// In a body of chunks.
+    Chunks(Chunks),
+    /// Nothing goes on any more.
+    Refused,
+}
+
+/// What a reader may do next.
+#[derive(Debug, PartialEq)]
+pub(super) enum Next {
+    /// Take so many of the received bytes, with [`Gate::take`].
+    Received(usize),
+    /// Read up to so many bytes from the socket, past the gate. Then [`Gate::passed`].
+    Direct(u64),
+    /// [`Gate::receive`] more: what is here cannot be judged yet.
+    More,
+    /// The connection ends for hyper.
+    End,
+}
+
+impl Gate {
+    /// Takes what came, after [`Next::More`].
+    pub(super) fn receive(&mut self, bytes: &[u8]) {
+        self.received.extend_from_slice(bytes);
+    }
+
+    /// What to do next. An error is said once, between two requests: its answer is the caller's to write.
+    pub(super) fn next(&mut self) -> Result<Next, ApiError> {
+        loop {
+            if self.cleared > 0 {
+                return Ok(Next::Received(self.cleared));
+            }
+            let empty = self.received.is_empty();
+            match &mut self.state {
+                State::Refused => return Ok(Next::End),
+                State::Length(0) => self.state = State::Head,
+                State::Length(left) if empty => return Ok(Next::Direct(*left)),
+                State::Length(left) => {
+                    self.cleared = clamp(*left).min(self.received.len());
+                    *left -= self.cleared as u64;
+                }
+                State::Chunks(chunks) if empty => {
+                    return Ok(chunks.data_left().map_or(Next::More, Next::Direct));
+                }
+                State::Chunks(chunks) => match chunks.scan(&self.received) {
+                    Some(count) => {
+                        self.cleared = count;
+                        if chunks.ended() {
+                            self.state = State::Head;
+                        }
+                    }
+                    // In the middle of a request: hyper sees its body end early, and says so.
+                    None => self.refuse(),
+                },
+                State::Head => match self.search.end_in(&self.received) {
+                    Some(length) if length <= HEAD_BYTES_MAX => self.judge(length)?,
+                    None if self.received.len() < HEAD_BYTES_MAX => return Ok(Next::More),
+                    _ => {
+                        let error = too_long(&self.received);
+                        self.refuse();
+                        return Err(error);
+                    }
+                },
+            }
+        }
+    }
+
+    fn judge(&mut self, length: usize) -> Result<(), ApiError> {
+        self.search = Search::default();
+        match body_of(&self.received[..length]) {
+            Ok(body) => {
+                self.state = body;
+                self.cleared = length;
+                Ok(())
+            }
+            Err(error) => {
+                self.refuse();
+                Err(error)
+            }
+        }
+    }
+
+    fn refuse(&mut self) {
+        self.state = State::Refused;
+        self.received = BytesMut::new();
+    }
+
+    /// Hands received bytes on, as many as `out` holds: no more than [`Next::Received`] said.
+    pub(super) fn take(&mut self, out: &mut [u8]) {
+        self.received.copy_to_slice(out);
+        self.cleared -= out.len();
+    }
+
+    /// So many bytes went on directly.
+    pub(super) fn passed(&mut self, bytes: usize) {
+        match &mut self.state {
+            State::Length(left) => *left -= bytes as u64,
+            State::Chunks(chunks) => chunks.passed(bytes as u64),
+            State::Head | State::Refused => {}
+        }
+    }
+
+    /// Whether the client has to send more of the request that hyper is reading.
+    pub(super) fn awaits_body(&self) -> bool {
+        self.cleared == 0 && matches!(self.state, State::Length(1..) | State::Chunks(_))
+    }
+}
+
+fn clamp(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// The search for the end of a head; goes on where it stopped when more has come. Lines end as hyper's
+/// parser wants them to: with or without a carriage return. Empty lines before a head belong to it.
+#[derive(Debug, Default)]
+struct Search {
+    /// Where the line begins that is looked at, and how far it was looked at.
+    line: usize,
+    at: usize,
+    /// There was a line that is not empty.
+    began: bool,
+}
+
+impl Search {
+    /// The length of the head at the start of `bytes`, the empty line at its end included.
+    fn end_in(&mut self, bytes: &[u8]) -> Option<usize> {
+        while let Some(end) = bytes[self.at..].iter().position(|byte| *byte == b'\n') {
+            let next = self.at + end + 1;
+            let empty = matches!(&bytes[self.line..next], b"\n" | b"\r\n");
+            if empty && self.began {
+                return Some(next);
+            }
+            self.began |= !empty;
+            (self.line, self.at) = (next, next);
+        }
+        self.at = bytes.len();
+        None
+    }
+}
+
+fn too_long(bytes: &[u8]) -> ApiError {
+    let first_line = bytes.split(|byte| *byte == b'\n').find(|line| !matches!(line, [] | [b'\r']));
+    let what = match first_line {
+        Some(line) if line.len() > PATH_BYTES_MAX => return path_too_long(),
+        _ => "header",
+    };
+    ApiError::TooLarge { what, max: HEAD_BYTES_MAX }
+}
+
+fn path_too_long() -> ApiError {
+    ApiError::TooLarge { what: "path", max: PATH_BYTES_MAX }
+}
+
+/// Checks a whole head as hyper will, and more strictly; finds what it says about its body.
+fn body_of(head: &[u8]) -> Result<State, ApiError> {
+    let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
+    let mut request = httparse::Request::new(&mut fields);
+    match request.parse(head) {
+        Ok(httparse::Status::Complete(length)) if length == head.len() => {}
+        Ok(_) => return Err(bad("the request's head is malformed")),
+        Err(httparse::Error::TooManyHeaders) => {
+            return Err(ApiError::TooLarge { what: "number of header fields", max: FIELDS_MAX });
+        }
+        Err(error) => return Err(bad(&format!("the request is no HTTP/1.1: {error}"))),
+    }
+    let path = request.path.unwrap_or_default();
+    if path.len() > PATH_BYTES_MAX {
+        return Err(path_too_long());
+    }
+    if path.contains('#') {
+        return Err(bad("the path holds an unescaped `#`; write `%23`"));
+    }
+    if path.parse::<http::Uri>().is_err() {
+        return Err(bad("the path is malformed; percent-encode what is not plain ASCII"));
+    }
+    framing(request.headers)
+}
+
+fn framing(fields: &[httparse::Header<'_>]) -> Result<State, ApiError> {
+    let named = |name: header::HeaderName| {
+        fields.iter().filter(move |field| field.name.eq_ignore_ascii_case(name.as_str()))
+    };
+    let mut lengths = named(header::CONTENT_LENGTH);
+    let mut codings = named(header::TRANSFER_ENCODING);
+    match (lengths.next(), codings.next()) {
+        (None, None) => Ok(State::Length(0)),
+        (Some(length), None) if lengths.next().is_none() => decimal(length.value)
+            .map(State::Length)
+            .ok_or_else(|| bad("Content-Length is not a number of bytes")),
+        (None, Some(coding)) if codings.next().is_none() => {
+            if coding.value.eq_ignore_ascii_case(b"chunked") {
+                return Ok(State::Chunks(Chunks::default()));
+            }
+            Err(bad("Transfer-Encoding knows only `chunked`"))
+        }
+        _ => Err(bad("the request says in more than one way how long its body is")),
+    }
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    // Far above every limit, and far from where hyper's own arithmetic ends.
+    std::str::from_utf8(digits).ok()?.parse().ok().filter(|length| *length <= u64::MAX / 4)
+}
+
+fn bad(message: &str) -> ApiError {
+    ApiError::BadRequest(message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GET: &str = "GET /v1/kv/k HTTP/1.1\r\nHost: n\r\n\r\n";
+    const PUT: &str = "PUT /v1/kv/k HTTP/1.1\nContent-Length: 3\n\nabc";
+    const CHUNKED: &str = "PUT /v1/kv/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n\
+                           3;x=\"#\"\r\n#bc\r\n1f\r\nGET /a#b HTTP/1.1\r\n\r\n----------\r\n\
+                           0\r\nTrailer: #\r\n\r\n";
+
+    /// What goes on to hyper when `bytes` come in pieces, and the error at the end, if any.
+    fn pass(bytes: &[u8], piece: usize) -> (Vec<u8>, Option<ApiError>) {
+        let (mut gate, mut passed, mut rest) = (Gate::default(), Vec::new(), bytes);
+        loop {
+            match gate.next() {
+                Err(error) => return (passed, Some(error)),
+                Ok(Next::End) => return (passed, None),
+                Ok(Next::Received(count)) => {
+                    let mut out = vec![0; count.min(piece)];
+                    gate.take(&mut out);
+                    passed.extend(out);
+                }
+                Ok(_) if rest.is_empty() => return (passed, None),
+                Ok(Next::Direct(max)) => {
+                    let count = clamp(max).min(piece).min(rest.len());
+                    passed.extend(&rest[..count]);
+                    gate.passed(count);
+                    rest = &rest[count..];
+                }
+                Ok(Next::More) => {
+                    let count = piece.min(rest.len());
+                    gate.receive(&rest[..count]);
+                    rest = &rest[count..];
+                }
+            }
+        }
+    }
+
+    fn refusal(bytes: &[u8]) -> ApiError {
+        let (_, error) = pass(bytes, 7);
+        error.unwrap_or_else(|| panic!("{:?} went through", String::from_utf8_lossy(bytes)))
+    }
+
+    proptest! {
+        /// Requests go on as they came, however they arrive, pipelined or not.
+        #[test]
+        fn sound_requests_go_on_unchanged(
+            which in prop::collection::vec(0..3usize, 1..6), piece in 1usize..90,
+        ) {
+            let bytes: String = which.iter().map(|at| [GET, PUT, CHUNKED][*at]).collect();
+            prop_assert_eq!(pass(bytes.as_bytes(), piece), (bytes.into_bytes(), None));
+        }
+
+        /// A `#` is found in every request of a connection, and nowhere but in a path.
+        #[test]
+        fn a_fragment_is_found_behind_other_requests(before in 0usize..4, piece in 1usize..90) {
+            let body = "PUT /v1/kv/k HTTP/1.1\r\nContent-Length: 25\r\n\r\nGET /a#b HTTP/1.1\r\n\r\n####";
+            let sound = format!("{body}{CHUNKED}").repeat(before);
+            let bytes = format!("{sound}PUT /v1/kv/a#b HTTP/1.1\r\nContent-Length: 0\r\n\r\n");
+            let (passed, error) = pass(bytes.as_bytes(), piece);
+            prop_assert_eq!(passed, sound.into_bytes());
+            prop_assert!(matches!(error, Some(ApiError::BadRequest(_))));
+        }
+
+        #[test]
+        fn any_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), piece in 1usize..90) {
+            pass(&bytes, piece);
+        }
+    }
+
+    #[test]
+    fn empty_lines_before_a_request_are_part_of_its_head() {
+        let head_len = |bytes: &[u8]| Search::default().end_in(bytes);
+        assert_eq!(head_len(b"\r\n\nGET / HTTP/1.1\r\n\r\nx"), Some(21));
+        assert_eq!(head_len(b"GET / HTTP/1.1\n\nx"), Some(16));
+        assert_eq!(head_len(b"GET / HTTP/1.1\r\nA: b\r\n\r"), None);
+        assert_eq!(head_len(b"\r\n\r\n\r\n"), None);
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        for fields in [
+            "Content-Length: 3\r\nContent-Length: 4",
+            "Content-Length: 3\r\nContent-Length: 3",
+            "Content-Length: 3\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: gzip, chunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Content-Length: +3",
+            "Content-Length: 3, 3",
+            "Content-Length: 0x3",
+            "Content-Length:",
+            "Content-Length: 18446744073709551615",
+        ] {
+            let request = format!("PUT /v1/kv/k HTTP/1.1\r\n{fields}\r\n\r\nabc");
+            assert!(matches!(refusal(request.as_bytes()), ApiError::BadRequest(_)), "{fields}");
+        }
+    }
+
+    /// Behind chunks that hyper might read in another way, nothing goes on.
+    #[test]
+    fn malformed_chunks_end_the_connection() {
+        for chunks in [
+            "3\nabc\r\n0\r\n\r\n",
+            "3\r\nabcd\r\n0\r\n\r\n",
+            "3\r\nabc\n0\r\n\r\n",
+            "\r\nabc\r\n0\r\n\r\n",
+            "-3\r\nabc\r\n0\r\n\r\n",
+            "0x3\r\nabc\r\n0\r\n\r\n",
+            "3 \r\nabc\r\n0\r\n\r\n",
+            "3;a\nb\r\nabc\r\n0\r\n\r\n",
+            "10000000000000000\r\nabc\r\n0\r\n\r\n",
+            "3\r\nabc\r\n0\r\n\rx",
+        ] {
+            let head = "PUT /v1/kv/k HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n";
+            for piece in [1, 2, 50] {
+                let (passed, _) = pass(format!("{head}{chunks}{GET}").as_bytes(), piece);
+                let passed = String::from_utf8(passed).unwrap();
+                assert!(!passed.contains("GET"), "{chunks:?}: {passed}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused() {
+        for request in [
+            "GET /a b HTTP/1.1\r\n\r\n",
+            "GET / HTTP/2.0\r\n\r\n",
+            "GET /\r\n\r\n",
+            "\u{16}\u{3}\u{1} client hello\r\n\r\n",
+            "GET / HTTP/1.1\r\nno colon\r\n\r\n",
+            "GET / HTTP/1.1\r\nA : b\r\n\r\n",
+        ] {
+            assert!(matches!(refusal(request.as_bytes()), ApiError::BadRequest(_)), "{request}");
+        }
+    }
+
+    #[test]
+    fn what_is_too_long_is_told_apart() {
+        let long = "k".repeat(PATH_BYTES_MAX);
+        let path = format!("GET /{long} HTTP/1.1\r\n\r\n");
+        assert_eq!(refusal(path.as_bytes()), path_too_long());
+        let endless = format!("GET /{long}{long}");
+        assert_eq!(refusal(endless.as_bytes()), path_too_long());
+        let field = format!("GET / HTTP/1.1\r\nA: {long}{long}");
+        assert!(matches!(refusal(field.as_bytes()), ApiError::TooLarge { what: "header", .. }));
+        let fields = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(FIELDS_MAX + 1));
+        assert!(matches!(refusal(fields.as_bytes()), ApiError::TooLarge { .. }));
+    }
+}
