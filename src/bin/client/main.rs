@@ -1,9 +1,10 @@
 //! `client`: reads and writes a running store from the command line.
 //!
 //! Flags in, one call of [`KVClient`], and an exit code that a script can act on. What was asked for
-//! goes to stdout, raw and alone; everything else is one line on stderr.
+//! goes to stdout, raw and alone; everything else is one line on stderr. `bench` makes many calls.
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use std::env::VarError;
 use std::io::{self, Read, Write};
@@ -17,7 +18,12 @@ use distrib_kv_store::client_error::ClientError;
 use distrib_kv_store::kvclient::{Consistency, Endpoints, KVClient};
 use distrib_kv_store::network::error::Outcome;
 use distrib_kv_store::types::{Condition, Revision};
+use tokio::runtime::{Builder, Runtime};
 use tokio::time::Instant;
+
+mod bench;
+
+use bench::{BenchError, BenchFlags, ReportFlags};
 
 /// Where `admin` leaves the addresses, unless told otherwise.
 const NODES_FILE_DEFAULT: &str = "all_nodes.json";
@@ -97,6 +103,15 @@ enum Command {
         #[arg(required = true)]
         keys: Vec<String>,
     },
+    /// Put a load on a store and say how it took it.
+    ///
+    /// Clients work in a closed loop: each sends its next operation when the last is answered. The
+    /// workloads a to f are YCSB's; the scans of e are multi-gets of 1 to 100 keys, because the store
+    /// has no scans. Ctrl-C reports what was measured so far, and exits with 130.
+    Bench(Box<BenchFlags>),
+    /// Put the results of many runs next to each other.
+    #[command(hide = true)]
+    BenchReport(ReportFlags),
 }
 
 /// What ends the program with something other than 0.
@@ -116,14 +131,19 @@ enum Failure {
         "the write took effect at revision {revision}, but that cannot be written to stdout: {error}"
     )]
     RevisionNotShown { revision: Revision, error: io::Error },
+    #[error("cannot start: {0}")]
+    Runtime(io::Error),
     #[error("not found")]
     NotFound,
+    #[error("{0}")]
+    Bench(#[from] BenchError),
 }
 
 impl Failure {
     fn exit_code(&self) -> ExitCode {
         let code = match self {
             Self::Usage { .. } => 2,
+            Self::Bench(error) => return error.exit_code(),
             Self::NotFound => 3,
             Self::Client(ClientError::ConditionFailed { .. }) => 4,
             Self::Client(error) if error.outcome() == Outcome::Unknown => 5,
@@ -133,13 +153,20 @@ impl Failure {
     }
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(cli).await {
-        Ok(()) => ExitCode::SUCCESS,
+    let ended = runtime(&cli).map_err(Failure::Runtime).and_then(|runtime| {
+        let ended = runtime.block_on(run(cli));
+        // Whatever still waits for an answer nobody will read.
+        runtime.shutdown_background();
+        ended
+    });
+    match ended {
+        Ok(code) => code,
         // Whoever reads has seen enough, as in `client get key | head -c 1`.
-        Err(Failure::Stdout(error) | Failure::RevisionNotShown { error, .. })
+        Err(Failure::Stdout(error)
+            | Failure::RevisionNotShown { error, .. }
+            | Failure::Bench(BenchError::Stdout(error)))
             if error.kind() == io::ErrorKind::BrokenPipe =>
         {
             ExitCode::SUCCESS
@@ -153,21 +180,38 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: Cli) -> Result<(), Failure> {
+/// One thread does for single operations; a load asks for what it needs.
+fn runtime(cli: &Cli) -> io::Result<Runtime> {
+    let threads = match &cli.command {
+        Some(Command::Bench(flags)) => flags.threads(),
+        _ => 1,
+    };
+    let mut builder = match threads {
+        1 => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    builder.worker_threads(threads).enable_all().build()
+}
+
+async fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let endpoints = cli.endpoints.clone();
     let client = connect(start(cli.nodes_file, cli.endpoints)?);
     match cli.command {
-        None => demo(&client.await?).await,
-        Some(Command::Get { key, stale }) => get(&client.await?, key, stale).await,
+        None => demo(&client.await?).await?,
+        Some(Command::Get { key, stale }) => get(&client.await?, key, stale).await?,
         Some(Command::Put { key, value, if_match, if_absent }) => {
             // Before connecting: a value that cannot be read needs no cluster.
             let value = value_or_stdin(value)?;
-            put(&client.await?, key, value, condition(if_match, if_absent)).await
+            put(&client.await?, key, value, condition(if_match, if_absent)).await?;
         }
         Some(Command::Del { key, if_match }) => {
-            del(&client.await?, key, condition(if_match, false)).await
+            del(&client.await?, key, condition(if_match, false)).await?;
         }
-        Some(Command::Route { keys }) => route(&client.await?, keys).await,
+        Some(Command::Route { keys }) => route(&client.await?, keys).await?,
+        Some(Command::Bench(flags)) => return Ok(bench::bench(*flags, endpoints, client).await?),
+        Some(Command::BenchReport(flags)) => bench::bench_report(&flags)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Where the nodes are listed.
