@@ -17,6 +17,7 @@ use clap::{Args, ValueEnum};
 use distrib_kv_store::client_error::ClientError;
 use distrib_kv_store::kvclient::{Consistency, KVClient};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::signal::unix::{self, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod chart;
@@ -174,6 +175,9 @@ pub enum BenchError {
     /// Not one operation was answered.
     #[error("not one operation was answered")]
     NothingAnswered,
+    /// The system lets nobody wait for Ctrl-C.
+    #[error("cannot wait for Ctrl-C: {0}")]
+    Signal(io::Error),
     /// Runs cannot be put next to each other.
     #[error("{0}")]
     Report(#[from] ReportError),
@@ -276,7 +280,8 @@ pub async fn bench(
     flags.check(&endpoints)?;
     raise_open_files_limit();
     let stop = CancellationToken::new();
-    tokio::spawn(stop_by_ctrl_c(stop.clone()));
+    let interrupts = signal(SignalKind::interrupt()).map_err(BenchError::Signal)?;
+    tokio::spawn(stop_by_ctrl_c(interrupts, stop.clone()));
     let consistency = flags.consistency();
     let measured = match (flags.target, flags.mode) {
         (Target::Kv, Mode::Kvclient) => {
@@ -357,13 +362,11 @@ fn tell(summary: &Summary, json: bool) -> Result<ExitCode, BenchError> {
 }
 
 /// The first Ctrl-C ends the measurement; a second one ends the program.
-async fn stop_by_ctrl_c(stop: CancellationToken) {
-    if tokio::signal::ctrl_c().await.is_ok() {
-        stop.cancel();
-        if tokio::signal::ctrl_c().await.is_ok() {
-            std::process::exit(i32::from(EXIT_INTERRUPTED));
-        }
-    }
+async fn stop_by_ctrl_c(mut interrupts: unix::Signal, stop: CancellationToken) {
+    interrupts.recv().await;
+    stop.cancel();
+    interrupts.recv().await;
+    std::process::exit(i32::from(EXIT_INTERRUPTED));
 }
 
 /// Each client of plain HTTP holds a file open, and the usual limit is 1024.
