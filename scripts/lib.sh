@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# What the two demo scripts share: telling a story, checking every answer, cleaning up.
+# What the scripts share: telling a story, checking every answer, cleaning up.
 #
 # A script sources this file after `set -eu` and then calls `begin`. From there on:
 # - WORK is a temporary directory, and everything that the script leaves on disk is in it;
@@ -269,9 +269,14 @@ clean_up() {
 build() {
     sh scripts/setup.sh
     cargo build --bins
-    target=$(cargo metadata --format-version 1 --no-deps --offline |
-        sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
     # Read by the scripts that source this file.
     # shellcheck disable=SC2034
-    BIN=${target:-target}/debug
+    BIN=$(target_dir)/debug
+}
+
+# Where cargo puts what it builds.
+target_dir() {
+    found=$(cargo metadata --format-version 1 --no-deps --offline |
+        sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
+    printf '%s\n' "${found:-target}"
 }
