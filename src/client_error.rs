@@ -64,6 +64,13 @@ pub enum ClientError {
         /// How long a turn was waited for.
         waited: Duration,
     },
+    /// This client has as many operations waiting or in flight as it allows itself, and did not get
+    /// rid of enough of them in time. The operation was not sent.
+    #[error("the client has too many operations waiting: this one was not sent within {} ms", .waited.as_millis())]
+    TooManyWaiting {
+        /// How long room was waited for.
+        waited: Duration,
+    },
     /// The request went out, but no answer came back.
     #[error("{message}; it may or may not take effect")]
     AnswerLost {
@@ -136,6 +143,7 @@ impl ClientError {
             Self::Unreachable { .. }
             | Self::Timeout { .. }
             | Self::TooManyInFlight { .. }
+            | Self::TooManyWaiting { .. }
             | Self::WrongCluster { .. }
             | Self::TooManyRedirects { .. } => true,
             Self::Server { status, .. } => *status >= 500 && *status != 501,
@@ -183,6 +191,7 @@ mod tests {
         assert!(ClientError::Unreachable { tried: Vec::new() }.is_retryable());
         let waited = Duration::from_secs(1);
         assert!(ClientError::TooManyInFlight { address: "a:1".into(), waited }.is_retryable());
+        assert!(ClientError::TooManyWaiting { waited }.is_retryable());
         assert!(!ClientError::ConditionFailed { current: None }.is_retryable());
     }
 }

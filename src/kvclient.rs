@@ -148,7 +148,7 @@ impl KVClient {
         let by_ring = routes.target(key);
         let ring_knows_better = routes.epoch() >= epoch && by_ring.id != refused.id;
         match named {
-            Some(owner) if !ring_knows_better => routes.target_named(owner, self.rings.http()),
+            Some(owner) if !ring_knows_better => routes.target_named(owner, self.rings.courier()),
             _ => by_ring,
         }
     }

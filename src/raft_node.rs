@@ -9,9 +9,10 @@
 //! Ownership is not its business: when the cluster says that another one owns the key, that is the
 //! error [`ClientError::WrongCluster`], which [`KVClient`](crate::kvclient::KVClient) follows.
 //!
-//! How it works: a `Call` says what to send, `verdict` what an answer means, `journey` when to pause
-//! and when to give up, `view` whom to ask next. This file holds the loop that joins them, and
-//! `operations` the methods that it shares with `KVClient`.
+//! How it works: a `Call` says what to send, `courier` sends operations on keys together with others,
+//! `verdict` says what an answer means, `journey` when to pause and when to give up, `view` whom to ask
+//! next. This file holds the loop that joins them, and `operations` the methods that it shares with
+//! `KVClient`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::client_error::ClientError;
-use crate::http_client::{HttpClient, HttpResponse, SendError};
+use crate::http_client::SendError;
 use crate::metrics::NodeMetrics;
 use crate::network::error::Outcome;
 use crate::ring::Ring;
@@ -31,15 +32,21 @@ use crate::types::{Condition, NodeId, Record, Revision};
 
 pub use crate::types::Consistency;
 
+mod answer;
 mod call;
+mod courier;
 mod journey;
 mod operations;
 pub(crate) mod pace;
 mod verdict;
 mod view;
 
-pub use call::Deleted;
-pub(crate) use call::{Answer, Call};
+pub(crate) use answer::Answer;
+pub use answer::Deleted;
+use answer::Reply;
+pub(crate) use call::Call;
+pub(crate) use courier::Courier;
+use courier::{SILENT_AFTER, Undelivered};
 use journey::Journey;
 pub(crate) use operations::key_operations;
 use pace::Budget;
@@ -49,10 +56,6 @@ use view::View;
 /// How long an operation may take with all its attempts, unless set: as long as a node's own
 /// deadline for a request.
 pub(crate) const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
-
-/// How long a node may leave a call unanswered before later calls ask others first: above an
-/// election, so that the others know the new leader by then if this one is gone.
-const SLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// How long a node that did not answer is asked last. Long enough that a paused node costs few calls
 /// their first attempt, short enough that a returned one is used again soon.
@@ -70,7 +73,7 @@ pub struct RaftNode {
 
 #[derive(Debug)]
 struct Shared {
-    http: HttpClient,
+    courier: Courier,
     view: ArcSwap<View>,
     /// Counts the calls that any node can serve, so that they are spread over all.
     turn: AtomicUsize,
@@ -82,12 +85,13 @@ impl RaftNode {
     /// A client of the cluster whose nodes serve HTTP at these addresses (`HOST:PORT`). Some of them
     /// are enough: others are learned when they lead. Connects to nobody yet.
     pub fn new(nodes: Vec<String>) -> Self {
-        Self::with_http(nodes, HttpClient::new())
+        Self::with_courier(nodes, Courier::default())
     }
 
-    pub(crate) fn with_http(nodes: Vec<String>, http: HttpClient) -> Self {
+    /// Shares the courier's connections and bounds with all who have it.
+    pub(crate) fn with_courier(nodes: Vec<String>, courier: Courier) -> Self {
         let view = ArcSwap::from_pointee(View::new(nodes));
-        let shared = Arc::new(Shared { http, view, turn: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { courier, view, turn: AtomicUsize::new(0) });
         Self { shared, timeout: TIMEOUT_DEFAULT }
     }
 
@@ -170,7 +174,7 @@ impl RaftNode {
     async fn ask_one(&self, call: &Call, address: String) -> Result<Answer, ClientError> {
         let budget = Budget::new(self.timeout);
         match self.attempt(call, &address, budget, budget.left()).await {
-            Verdict::Answer(response) => Ok(Answer { kind: call.kind, address, response }),
+            Verdict::Answer(reply) => Ok(Answer { kind: call.kind, address, reply }),
             Verdict::Fail(error)
             | Verdict::Elsewhere(Reason::Declined(error) | Reason::NoTurn(error)) => Err(error),
             Verdict::Redirect(last) => Err(ClientError::TooManyRedirects { count: 1, last }),
@@ -190,13 +194,21 @@ impl RaftNode {
     pub(crate) async fn execute(&self, call: &Call, budget: Budget) -> Result<Answer, ClientError> {
         let mut journey = Journey::new(call.kind, budget);
         let mut address = self.first_for(call).ok_or_else(no_nodes)?;
+        let _room = match call.as_operation() {
+            None => None,
+            Some((_, operation)) => {
+                let room = self.shared.courier.room_for(operation, budget.deadline()).await;
+                let waited = budget.elapsed();
+                Some(room.ok_or(ClientError::TooManyWaiting { waited })?)
+            }
+        };
         loop {
             journey.check_time()?;
             let patience = call.kind.attempt_timeout(budget.left());
             let (pause, next) = match self.attempt(call, &address, budget, patience).await {
-                Verdict::Answer(response) => {
+                Verdict::Answer(reply) => {
                     self.trust(&address, call.kind.needs_leader());
-                    return Ok(Answer { kind: call.kind, address, response });
+                    return Ok(Answer { kind: call.kind, address, reply });
                 }
                 Verdict::Fail(error) => {
                     if matches!(error, ClientError::AnswerLost { .. }) {
@@ -219,8 +231,32 @@ impl RaftNode {
         }
     }
 
-    /// Sends once, when it is this call's turn, and waits for the answer with `patience`.
+    /// Sends once and waits for the answer with `patience`: an operation together with others, unless
+    /// it cannot share a request, anything else by itself.
     async fn attempt(
+        &self,
+        call: &Call,
+        address: &str,
+        budget: Budget,
+        patience: Duration,
+    ) -> Verdict {
+        let asked = Instant::now();
+        let deadline = budget.deadline().min(asked + patience);
+        if let Some((class, operation)) = call.as_operation() {
+            let silent = || self.suspect(address);
+            let courier = &self.shared.courier;
+            match courier.carry(address, class, operation.clone(), deadline, silent).await {
+                Ok(carried) => return judge(call.kind, address, Ok(carried.into())),
+                Err(Undelivered::Lost(error)) => return judge(call.kind, address, Err(error)),
+                Err(Undelivered::NoTurn) => return no_turn(address, asked),
+                Err(Undelivered::Alone) => {}
+            }
+        }
+        self.attempt_alone(call, address, budget, patience).await
+    }
+
+    /// Sends a request of its own, when it is this call's turn.
+    async fn attempt_alone(
         &self,
         call: &Call,
         address: &str,
@@ -229,12 +265,9 @@ impl RaftNode {
     ) -> Verdict {
         let gate = self.shared.view.load().gate(address);
         let asked = Instant::now();
-        let turn = tokio::time::timeout(SLOW_AFTER.min(budget.left()), gate.acquire_owned()).await;
-        let Ok(Ok(_permit)) = turn else {
-            let (address, waited) = (address.to_owned(), asked.elapsed());
-            let error = ClientError::TooManyInFlight { address, waited };
-            return Verdict::Elsewhere(Reason::NoTurn(error));
-        };
+        let turn =
+            tokio::time::timeout(SILENT_AFTER.min(budget.left()), gate.acquire_owned()).await;
+        let Ok(Ok(_permit)) = turn else { return no_turn(address, asked) };
         let deadline = budget.deadline().min(Instant::now() + patience);
         judge(call.kind, address, self.send(call, address, deadline).await)
     }
@@ -246,16 +279,17 @@ impl RaftNode {
         call: &Call,
         address: &str,
         deadline: Instant,
-    ) -> Result<HttpResponse, SendError> {
-        let sending = self.shared.http.send(call.request_to(address), deadline);
+    ) -> Result<Reply, SendError> {
+        let sending = self.shared.courier.http().send(call.request_to(address), deadline);
         tokio::pin!(sending);
-        match tokio::time::timeout(SLOW_AFTER, &mut sending).await {
+        let response = match tokio::time::timeout(SILENT_AFTER, &mut sending).await {
             Ok(result) => result,
             Err(_) => {
                 self.suspect(address);
                 sending.await
             }
-        }
+        };
+        response.map(Reply::Single)
     }
 
     fn first_for(&self, call: &Call) -> Option<String> {
@@ -290,6 +324,12 @@ impl RaftNode {
     fn change_view(&self, change: impl Fn(&View) -> View) {
         self.shared.view.rcu(|view| change(view));
     }
+}
+
+/// Earlier requests to the node took all turns since then.
+fn no_turn(address: &str, asked: Instant) -> Verdict {
+    let (address, waited) = (address.to_owned(), asked.elapsed());
+    Verdict::Elsewhere(Reason::NoTurn(ClientError::TooManyInFlight { address, waited }))
 }
 
 fn no_nodes() -> ClientError {

@@ -21,9 +21,8 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::client_error::ClientError;
-use crate::http_client::HttpClient;
 use crate::raft_node::pace::Budget;
-use crate::raft_node::{RaftNode, TIMEOUT_DEFAULT};
+use crate::raft_node::{Courier, RaftNode, TIMEOUT_DEFAULT};
 use crate::ring::Ring;
 use crate::types::Epoch;
 
@@ -62,7 +61,7 @@ pub(super) struct Rings {
 }
 
 struct Core {
-    http: HttpClient,
+    courier: Courier,
     seeds: Endpoints,
     routes: ArcSwap<Routes>,
     /// The refresh under way. Weak: it belongs to those who wait for it, and ends with the last.
@@ -90,14 +89,14 @@ impl Clock {
 impl Rings {
     /// Gets the first ring from whichever node answers.
     pub(super) async fn find(seeds: Endpoints, timeout: Duration) -> Result<Self, ClientError> {
-        let http = HttpClient::new();
-        let routes = first_routes(&seeds, &http, Budget::new(timeout)).await?;
-        Ok(Self::new(http, seeds, routes))
+        let courier = Courier::default();
+        let routes = first_routes(&seeds, &courier, Budget::new(timeout)).await?;
+        Ok(Self::new(courier, seeds, routes))
     }
 
-    fn new(http: HttpClient, seeds: Endpoints, routes: Routes) -> Self {
+    fn new(courier: Courier, seeds: Endpoints, routes: Routes) -> Self {
         let core = Core {
-            http,
+            courier,
             seeds,
             routes: ArcSwap::from_pointee(routes),
             flight: Mutex::new(None),
@@ -113,8 +112,8 @@ impl Rings {
         self.core.routes()
     }
 
-    pub(super) fn http(&self) -> &HttpClient {
-        &self.core.http
+    pub(super) fn courier(&self) -> &Courier {
+        &self.core.courier
     }
 
     /// Begins to confirm the ring when its time is over. Waits for nothing.
@@ -191,7 +190,7 @@ impl Core {
         clients.truncate(CLUSTERS_ASKED_MAX);
         // The seeds last: all nodes of the ring in hand may have been replaced meanwhile.
         let seeds = self.seeds.groups().into_iter().take(CLUSTERS_ASKED_MAX);
-        clients.extend(seeds.map(|nodes| RaftNode::with_http(nodes, self.http.clone())));
+        clients.extend(seeds.map(|nodes| RaftNode::with_courier(nodes, self.courier.clone())));
         if let Some((address, client)) = address.zip(clients.first().cloned()) {
             let ring = client.with_timeout(ASK_TIMEOUT).hash_ring_of(&address).await;
             if self.take(ring, epoch) {
@@ -220,7 +219,7 @@ impl Core {
         let epoch = ring.epoch;
         let current = self.routes();
         if epoch > current.epoch() {
-            match Routes::of_ring(ring, Some(&current), &self.http) {
+            match Routes::of_ring(ring, Some(&current), &self.courier) {
                 Ok(routes) => self.replace(Arc::new(routes)),
                 Err(error) => {
                     tracing::warn!(epoch, %error, "a node told a ring that cannot be used");
@@ -247,7 +246,7 @@ impl Core {
 /// The routes to begin with: those of the first ring that any node has.
 async fn first_routes(
     seeds: &Endpoints,
-    http: &HttpClient,
+    courier: &Courier,
     budget: Budget,
 ) -> Result<Routes, ClientError> {
     seeds.check().map_err(ClientError::Endpoints)?;
@@ -255,9 +254,9 @@ async fn first_routes(
     let mut errors = Vec::new();
     let mut answered = false;
     for nodes in &groups {
-        let client = RaftNode::with_http(nodes.clone(), http.clone());
+        let client = RaftNode::with_courier(nodes.clone(), courier.clone());
         match client.with_timeout(ASK_TIMEOUT.min(budget.left())).get_hash_ring().await {
-            Ok(ring) if ring.epoch > 0 => return checked_routes(ring, http),
+            Ok(ring) if ring.epoch > 0 => return checked_routes(ring, courier),
             Ok(_) => answered = true,
             Err(error) => errors.push(error),
         }
@@ -267,10 +266,10 @@ async fn first_routes(
     }
     match seeds {
         Endpoints::Clusters(clusters) => match clusters.as_slice() {
-            [nodes] => Ok(sole(nodes, http)),
+            [nodes] => Ok(sole(nodes, courier)),
             _ => Err(ClientError::NoRing { clusters: clusters.len() }),
         },
-        Endpoints::Flat(nodes) => routes_of_flat(nodes, http, budget).await,
+        Endpoints::Flat(nodes) => routes_of_flat(nodes, courier, budget).await,
     }
 }
 
@@ -278,10 +277,10 @@ async fn first_routes(
 /// that one is all there is; if not, another of them may have a ring.
 async fn routes_of_flat(
     nodes: &[String],
-    http: &HttpClient,
+    courier: &Courier,
     budget: Budget,
 ) -> Result<Routes, ClientError> {
-    let client = RaftNode::with_http(nodes.to_vec(), http.clone());
+    let client = RaftNode::with_courier(nodes.to_vec(), courier.clone());
     let mut clusters = BTreeSet::new();
     for address in nodes {
         let client = client.clone().with_timeout(ASK_TIMEOUT.min(budget.left()));
@@ -291,21 +290,21 @@ async fn routes_of_flat(
             && let Ok(ring) = client.hash_ring_of(address).await
             && ring.epoch > 0
         {
-            return checked_routes(ring, http);
+            return checked_routes(ring, courier);
         }
     }
     match clusters.len() {
-        0 | 1 => Ok(sole(nodes, http)),
+        0 | 1 => Ok(sole(nodes, courier)),
         clusters => Err(ClientError::NoRing { clusters }),
     }
 }
 
-fn sole(nodes: &[String], http: &HttpClient) -> Routes {
-    Routes::without_ring(RaftNode::with_http(nodes.to_vec(), http.clone()))
+fn sole(nodes: &[String], courier: &Courier) -> Routes {
+    Routes::without_ring(RaftNode::with_courier(nodes.to_vec(), courier.clone()))
 }
 
-fn checked_routes(ring: Ring, http: &HttpClient) -> Result<Routes, ClientError> {
-    Routes::of_ring(ring, None, http).map_err(ClientError::Ring)
+fn checked_routes(ring: Ring, courier: &Courier) -> Result<Routes, ClientError> {
+    Routes::of_ring(ring, None, courier).map_err(ClientError::Ring)
 }
 
 /// One error for all: the list of who was tried when nobody could be reached, else the first that
@@ -329,9 +328,9 @@ mod tests {
     async fn overdue() -> (Rings, tokio::net::TcpListener) {
         let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let nodes = vec![silent.local_addr().unwrap().to_string()];
-        let http = HttpClient::new();
-        let routes = sole(&nodes, &http);
-        let rings = Rings::new(http, Endpoints::Flat(nodes), routes);
+        let courier = Courier::default();
+        let routes = sole(&nodes, &courier);
+        let rings = Rings::new(courier, Endpoints::Flat(nodes), routes);
         rings.core.due_ms.store(0, Ordering::Relaxed);
         (rings, silent)
     }

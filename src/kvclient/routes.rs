@@ -3,8 +3,7 @@
 
 use std::collections::HashMap;
 
-use crate::http_client::HttpClient;
-use crate::raft_node::RaftNode;
+use crate::raft_node::{Courier, RaftNode};
 use crate::ring::{Ring, RingCluster, RingError, RingTable};
 use crate::types::{ClusterId, Epoch};
 
@@ -42,7 +41,7 @@ impl Routes {
     pub(super) fn of_ring(
         ring: Ring,
         known: Option<&Self>,
-        http: &HttpClient,
+        courier: &Courier,
     ) -> Result<Self, RingError> {
         let table = RingTable::new(ring)?;
         let member = |cluster: &RingCluster| {
@@ -51,7 +50,7 @@ impl Routes {
             match kept.filter(|member| member.listed == listed) {
                 Some(member) => member.clone(),
                 None => {
-                    let client = RaftNode::with_http(listed.clone(), http.clone());
+                    let client = RaftNode::with_courier(listed.clone(), courier.clone());
                     Member { listed, client }
                 }
             }
@@ -83,13 +82,13 @@ impl Routes {
     }
 
     /// The cluster that a node named as the owner; it may be one that this ring does not have yet.
-    pub(super) fn target_named(&self, owner: &RingCluster, http: &HttpClient) -> Target {
+    pub(super) fn target_named(&self, owner: &RingCluster, courier: &Courier) -> Target {
         let id = Some(owner.id.clone());
         if let Some(member) = self.clusters.get(&owner.id) {
             return Target { id, client: member.client.clone() };
         }
         let nodes = owner.nodes.iter().map(|node| node.http.clone()).collect();
-        Target { id, client: RaftNode::with_http(nodes, http.clone()) }
+        Target { id, client: RaftNode::with_courier(nodes, courier.clone()) }
     }
 
     /// The clients of all clusters, in the ring's order.
@@ -119,15 +118,16 @@ mod tests {
 
     #[test]
     fn every_key_goes_to_its_owners_nodes_and_clients_live_on_while_nodes_stay() {
-        let http = HttpClient::new();
-        let first = Routes::of_ring(ring(1, &[("a", "a:1"), ("b", "b:1")]), None, &http).unwrap();
+        let courier = Courier::default();
+        let first =
+            Routes::of_ring(ring(1, &[("a", "a:1"), ("b", "b:1")]), None, &courier).unwrap();
         for key in 0..100u32 {
             let target = first.target(&key.to_be_bytes());
             let id = first.owner(&key.to_be_bytes()).unwrap().id.clone();
             assert_eq!(target.client.nodes(), [format!("{id}:1")]);
         }
         let changed = ring(2, &[("a", "a:1"), ("b", "b:2")]);
-        let second = Routes::of_ring(changed, Some(&first), &http).unwrap();
+        let second = Routes::of_ring(changed, Some(&first), &courier).unwrap();
         let nodes: Vec<_> = second.clients().iter().flat_map(RaftNode::nodes).collect();
         assert_eq!(nodes, ["a:1", "b:2"]);
     }

@@ -1,18 +1,19 @@
-//! One operation as an HTTP request to whichever node turns out to serve it, and its answer decoded.
+//! What a client asks for, ready to go to whichever node turns out to serve it: an operation on a key,
+//! which may travel with others ([`super::courier`]), or an HTTP request of its own.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use http::{HeaderMap, HeaderValue, Method, header};
 
-use crate::client_error::ClientError;
-use crate::http_client::{HttpRequest, HttpResponse};
+use super::courier::Class;
+use crate::batch::Operation;
+use crate::http_client::HttpRequest;
 use crate::key_path;
 use crate::network::call::{READ, ROUTING};
 use crate::network::error::{Outcome, etag};
-use crate::types::{Condition, Consistency, Record, Revision};
+use crate::types::{Condition, Consistency};
 
 /// How long one attempt of a read may take before another node is asked: longer than an election and
 /// than any read of a healthy node, short enough for several attempts before the deadline.
@@ -20,15 +21,6 @@ const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The shortest attempt of a read, when the deadline is near: a healthy node needs far less.
 const READ_ATTEMPT_MIN: Duration = Duration::from_millis(100);
-
-/// What became of a delete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub struct Deleted {
-    /// The cluster's revision afterwards; unchanged when nothing was deleted.
-    pub revision: Revision,
-    /// Whether there was something to delete.
-    pub deleted: bool,
-}
 
 /// Decides who serves a call, and whether it may be sent again once it may have arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,169 +68,121 @@ impl Kind {
     }
 }
 
-/// One operation, ready to be sent to any node, any number of times.
+/// Something asked for, to be sent to any node, any number of times.
 #[derive(Debug, Clone)]
 pub(crate) struct Call {
     pub(super) kind: Kind,
-    method: Method,
-    path_and_query: String,
-    headers: HeaderMap,
-    body: Bytes,
+    content: Content,
+}
+
+#[derive(Debug, Clone)]
+enum Content {
+    Operation(Class, Arc<Operation>),
+    Request { method: Method, path: String, body: Bytes },
 }
 
 impl Call {
     pub(crate) fn put(key: &[u8], value: &[u8], condition: Condition) -> Self {
-        let mut call = Self::new(Kind::Write, Method::PUT, key_path_of(key));
-        call.body = Bytes::copy_from_slice(value);
-        call.require(condition);
-        call
+        let (key, value) = (Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
+        Self::operation(Kind::Write, Class::Write, Operation::Put { key, value, condition })
     }
 
     pub(crate) fn delete(key: &[u8], condition: Condition) -> Self {
-        let mut call = Self::new(Kind::Write, Method::DELETE, key_path_of(key));
-        call.require(condition);
-        call
+        let key = Bytes::copy_from_slice(key);
+        Self::operation(Kind::Write, Class::Write, Operation::Delete { key, condition })
     }
 
     pub(crate) fn get(key: &[u8], consistency: Consistency) -> Self {
-        let (kind, query) = match consistency {
-            Consistency::Linearizable => (Kind::LeaderRead, "linearizable"),
-            Consistency::LinearizableOnFollower => (Kind::AnyRead, "linearizable"),
-            Consistency::Stale => (Kind::AnyRead, "stale"),
+        let (kind, class) = match consistency {
+            Consistency::Linearizable => (Kind::LeaderRead, Class::LinearizableRead),
+            Consistency::LinearizableOnFollower => (Kind::AnyRead, Class::FollowerRead),
+            Consistency::Stale => (Kind::AnyRead, Class::StaleRead),
         };
-        let path = format!("{}?consistency={query}", key_path_of(key));
-        let mut call = Self::new(kind, Method::GET, path);
-        if consistency == Consistency::LinearizableOnFollower {
-            call.headers.insert(READ, HeaderValue::from_static("follower"));
-        }
-        call
+        Self::operation(kind, class, Operation::Get { key: Bytes::copy_from_slice(key) })
+    }
+
+    fn operation(kind: Kind, class: Class, operation: Operation) -> Self {
+        Self { kind, content: Content::Operation(class, Arc::new(operation)) }
     }
 
     pub(super) fn inspect(path: &str) -> Self {
-        Self::new(Kind::Inspect, Method::GET, path.to_owned())
+        let (method, path) = (Method::GET, path.to_owned());
+        let content = Content::Request { method, path, body: Bytes::new() };
+        Self { kind: Kind::Inspect, content }
     }
 
     pub(super) fn manage(path: &str, body: Vec<u8>) -> Self {
-        let mut call = Self::new(Kind::Manage, Method::POST, path.to_owned());
-        call.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        call.body = body.into();
-        call
+        let (method, path) = (Method::POST, path.to_owned());
+        let content = Content::Request { method, path, body: body.into() };
+        Self { kind: Kind::Manage, content }
     }
 
-    fn new(kind: Kind, method: Method, path_and_query: String) -> Self {
-        // Nodes name the right node instead of passing the request on: this client learns from it.
-        let headers = HeaderMap::from_iter([(ROUTING, HeaderValue::from_static("direct"))]);
-        Self { kind, method, path_and_query, headers, body: Bytes::new() }
-    }
-
-    fn require(&mut self, condition: Condition) {
-        let (name, value) = match condition {
-            Condition::Always => return,
-            Condition::Revision(revision) => (header::IF_MATCH, etag(revision)),
-            Condition::Absent => (header::IF_NONE_MATCH, HeaderValue::from_static("*")),
-        };
-        self.headers.insert(name, value);
-    }
-
-    pub(super) fn request_to(&self, address: &str) -> HttpRequest {
-        HttpRequest {
-            method: self.method.clone(),
-            address: address.to_owned(),
-            path_and_query: self.path_and_query.clone(),
-            headers: self.headers.clone(),
-            body: self.body.clone(),
+    /// The operation on a key, if it is one.
+    pub(super) fn as_operation(&self) -> Option<(Class, &Arc<Operation>)> {
+        match &self.content {
+            Content::Operation(class, operation) => Some((*class, operation)),
+            Content::Request { .. } => None,
         }
     }
+
+    /// The call as a request of its own.
+    pub(super) fn request_to(&self, address: &str) -> HttpRequest {
+        // Nodes name the right node instead of passing the request on: this client learns from it.
+        let mut headers = HeaderMap::from_iter([(ROUTING, HeaderValue::from_static("direct"))]);
+        let (method, path_and_query, body) = match &self.content {
+            Content::Request { method, path, body } => {
+                if !body.is_empty() {
+                    let json = HeaderValue::from_static("application/json");
+                    headers.insert(header::CONTENT_TYPE, json);
+                }
+                (method.clone(), path.clone(), body.clone())
+            }
+            Content::Operation(class, operation) => single(*class, operation, &mut headers),
+        };
+        HttpRequest { method, address: address.to_owned(), path_and_query, headers, body }
+    }
+}
+
+/// An operation as a request of its own: method, path and body. Adds headers.
+fn single(class: Class, operation: &Operation, headers: &mut HeaderMap) -> (Method, String, Bytes) {
+    match operation {
+        Operation::Get { key } => {
+            let query = match class {
+                Class::StaleRead => "stale",
+                _ => "linearizable",
+            };
+            if class == Class::FollowerRead {
+                headers.insert(READ, HeaderValue::from_static("follower"));
+            }
+            (Method::GET, format!("{}?consistency={query}", key_path_of(key)), Bytes::new())
+        }
+        Operation::Put { key, value, condition } => {
+            require(*condition, headers);
+            (Method::PUT, key_path_of(key), value.clone())
+        }
+        Operation::Delete { key, condition } => {
+            require(*condition, headers);
+            (Method::DELETE, key_path_of(key), Bytes::new())
+        }
+    }
+}
+
+fn require(condition: Condition, headers: &mut HeaderMap) {
+    let (name, value) = match condition {
+        Condition::Always => return,
+        Condition::Revision(revision) => (header::IF_MATCH, etag(revision)),
+        Condition::Absent => (header::IF_NONE_MATCH, HeaderValue::from_static("*")),
+    };
+    headers.insert(name, value);
 }
 
 fn key_path_of(key: &[u8]) -> String {
     format!("/v1/kv/{}", key_path::encode(key))
 }
 
-/// What a node answered to a [`Call`], other than an error.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    pub(super) kind: Kind,
-    /// Who answered.
-    pub(crate) address: String,
-    pub(super) response: HttpResponse,
-}
-
-#[derive(Deserialize)]
-struct Written {
-    revision: Revision,
-}
-
-impl Answer {
-    pub(crate) fn written(&self) -> Result<Revision, ClientError> {
-        self.json::<Written>().map(|written| written.revision)
-    }
-
-    pub(crate) fn deleted(&self) -> Result<Deleted, ClientError> {
-        self.json()
-    }
-
-    /// The record that was read; `None` when the key is absent.
-    pub(crate) fn record(self) -> Result<Option<Record>, ClientError> {
-        match self.response.status {
-            StatusCode::NOT_FOUND => return Ok(None),
-            StatusCode::OK => {}
-            other => return Err(self.garbled(format!("status {other} for a read"))),
-        }
-        let Some(tag) = self.response.headers.get(header::ETAG) else {
-            return Err(self.garbled("a value without an ETag".to_owned()));
-        };
-        match parse_etag(tag) {
-            Some(revision) => Ok(Some(Record { revision, value: self.response.body })),
-            None => Err(self.garbled(format!("the ETag {tag:?} is not a revision"))),
-        }
-    }
-
-    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
-        let decoded = serde_json::from_slice(&self.response.body);
-        decoded.map_err(|error| self.garbled(error.to_string()))
-    }
-
-    fn garbled(&self, message: String) -> ClientError {
-        let outcome = self.kind.outcome_when_in_doubt();
-        ClientError::Garbled { address: self.address.clone(), message, outcome }
-    }
-}
-
-/// The revision in an `ETag` of the form `"N"`.
-pub(super) fn parse_etag(tag: &HeaderValue) -> Option<Revision> {
-    tag.to_str().ok()?.strip_prefix('"')?.strip_suffix('"')?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn read_answer(status: u16, tag: Option<&'static str>, body: &'static [u8]) -> Answer {
-        let mut headers = HeaderMap::new();
-        if let Some(tag) = tag {
-            headers.insert(header::ETAG, HeaderValue::from_static(tag));
-        }
-        let status = StatusCode::from_u16(status).unwrap();
-        let response = HttpResponse { status, headers, body: Bytes::from_static(body) };
-        Answer { kind: Kind::AnyRead, address: "a:1".into(), response }
-    }
-
-    #[test]
-    fn an_empty_value_is_not_an_absent_key() {
-        let empty = read_answer(200, Some("\"7\""), b"").record().unwrap();
-        assert_eq!(empty, Some(Record { revision: 7, value: Bytes::new() }));
-        assert_eq!(read_answer(404, None, b"{}").record().unwrap(), None);
-    }
-
-    #[test]
-    fn a_value_without_a_sound_revision_is_an_error() {
-        for tag in [None, Some("7"), Some("\"x\""), Some("W/\"7\"")] {
-            let error = read_answer(200, tag, b"v").record().unwrap_err();
-            assert!(matches!(error, ClientError::Garbled { .. }), "{tag:?}");
-            assert_eq!(error.outcome(), Outcome::NotApplied);
-        }
-    }
 
     #[test]
     fn reads_leave_time_for_other_nodes_and_writes_take_all() {
@@ -252,21 +196,34 @@ mod tests {
     }
 
     #[test]
-    fn conditions_become_headers() {
-        let call = Call::put(b"k", b"v", Condition::Revision(3));
-        assert_eq!(call.headers[header::IF_MATCH], "\"3\"");
-        let call = Call::put(b"k", b"v", Condition::Absent);
-        assert_eq!(call.headers[header::IF_NONE_MATCH], "*");
-        assert_eq!(Call::delete(b"k", Condition::Always).headers.len(), 1);
+    fn an_operation_is_a_request_of_its_own_too() {
+        let key = [0xff, b'/', b'.', b'.', 0, b'%'];
+        let put = Call::put(&key, &[0, 0xfe], Condition::Revision(3)).request_to("a:1");
+        assert_eq!((put.method, put.path_and_query), (Method::PUT, "/v1/kv/%FF%2F..%00%25".into()));
+        assert_eq!((&put.headers[header::IF_MATCH], &put.body[..]), (&etag(3), &[0, 0xfe][..]));
+        assert_eq!(put.headers[ROUTING], "direct");
+        let put = Call::put(b"..", b"v", Condition::Absent).request_to("a:1");
+        assert_eq!(put.path_and_query, "/v1/kv/%2E%2E");
+        assert_eq!(put.headers[header::IF_NONE_MATCH], "*");
+        let delete = Call::delete(b"k", Condition::Always).request_to("a:1");
+        assert_eq!((delete.method, delete.headers.len()), (Method::DELETE, 1));
     }
 
     #[test]
     fn a_read_through_a_follower_asks_any_node_and_says_so() {
         let call = Call::get(b"k", Consistency::LinearizableOnFollower);
-        assert_eq!((call.kind, &call.headers[READ]), (Kind::AnyRead, &"follower".parse().unwrap()));
-        assert!(call.path_and_query.ends_with("?consistency=linearizable"));
-        for other in [Consistency::Linearizable, Consistency::Stale] {
-            assert!(!Call::get(b"k", other).headers.contains_key(READ));
+        let request = call.request_to("a:1");
+        assert_eq!(
+            (call.kind, &request.headers[READ]),
+            (Kind::AnyRead, &"follower".parse().unwrap())
+        );
+        assert!(request.path_and_query.ends_with("?consistency=linearizable"));
+        for (other, query) in
+            [(Consistency::Linearizable, "linearizable"), (Consistency::Stale, "stale")]
+        {
+            let request = Call::get(b"k", other).request_to("a:1");
+            assert_eq!(request.path_and_query, format!("/v1/kv/k?consistency={query}"));
+            assert!(!request.headers.contains_key(READ));
         }
     }
 }

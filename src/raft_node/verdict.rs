@@ -5,17 +5,20 @@
 
 use http::{StatusCode, header};
 
+use crate::batch::{Failure, OperationResult};
 use crate::client_error::ClientError;
 use crate::http_client::{HttpResponse, SendError};
 use crate::network::error::{ErrorBody, ErrorDetail, Outcome};
+use crate::types::Revision;
 
-use super::call::{Kind, parse_etag};
+use super::answer::{Reply, parse_etag};
+use super::call::Kind;
 
 /// What one attempt came to.
 #[derive(Debug)]
 pub(super) enum Verdict {
     /// Served.
-    Answer(HttpResponse),
+    Answer(Reply),
     /// The node at this address leads.
     Redirect(String),
     /// Another node may do better.
@@ -37,10 +40,19 @@ pub(super) enum Reason {
     Declined(ClientError),
 }
 
-pub(super) fn judge(kind: Kind, address: &str, result: Result<HttpResponse, SendError>) -> Verdict {
+pub(super) fn judge(kind: Kind, address: &str, result: Result<Reply, SendError>) -> Verdict {
     match result {
-        Ok(response) if response.status.is_success() => Verdict::Answer(response),
-        Ok(response) => judge_error(kind, address, response),
+        Ok(Reply::Single(response)) if response.status.is_success() => {
+            Verdict::Answer(Reply::Single(response))
+        }
+        Ok(Reply::Single(response)) => judge_error(kind, address, response),
+        Ok(Reply::Item(OperationResult::Failed(failure))) => {
+            let Failure { status, current, error } = *failure;
+            let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            judge_failure(kind, address, status, current, error)
+        }
+        Ok(Reply::Item(result)) => Verdict::Answer(Reply::Item(result)),
+        Ok(Reply::Whole(response)) => judge_whole(kind, address, &response),
         Err(error) if !error.may_have_arrived() => Verdict::Elsewhere(Reason::Refused(error)),
         Err(error) if kind.may_repeat() => Verdict::Elsewhere(Reason::Silent(error.to_string())),
         Err(error) => Verdict::Fail(ClientError::AnswerLost { message: error.to_string() }),
@@ -52,11 +64,40 @@ fn judge_error(kind: Kind, address: &str, response: HttpResponse) -> Verdict {
     let Ok(ErrorBody { error: detail }) = serde_json::from_slice(&response.body) else {
         return judge_garbled(kind, address, status);
     };
+    if status == StatusCode::NOT_FOUND && kind.reads_key() && detail.code == "NOT_FOUND" {
+        return Verdict::Answer(Reply::Single(response));
+    }
+    let current = match response.headers.get(header::ETAG).map(parse_etag) {
+        None => None,
+        Some(Some(revision)) => Some(revision),
+        Some(None) => return judge_garbled(kind, address, status),
+    };
+    judge_failure(kind, address, status, current, detail)
+}
+
+/// An error that speaks of a whole batch. What is said of single keys is not said this way, so that
+/// a 404 is never taken for an absent key.
+fn judge_whole(kind: Kind, address: &str, response: &HttpResponse) -> Verdict {
+    let status = response.status;
+    let of_one_key = matches!(status, StatusCode::NOT_FOUND | StatusCode::PRECONDITION_FAILED);
+    if status.is_success() || of_one_key {
+        return judge_garbled(kind, address, status);
+    }
+    match serde_json::from_slice(&response.body) {
+        Ok(ErrorBody { error }) => judge_failure(kind, address, status, None, error),
+        Err(_) => judge_garbled(kind, address, status),
+    }
+}
+
+fn judge_failure(
+    kind: Kind,
+    address: &str,
+    status: StatusCode,
+    current: Option<Revision>,
+    detail: ErrorDetail,
+) -> Verdict {
     match status {
-        StatusCode::NOT_FOUND if kind.reads_key() && detail.code == "NOT_FOUND" => {
-            Verdict::Answer(response)
-        }
-        StatusCode::PRECONDITION_FAILED => judge_condition(kind, address, &response),
+        StatusCode::PRECONDITION_FAILED => Verdict::Fail(ClientError::ConditionFailed { current }),
         StatusCode::MISDIRECTED_REQUEST => Verdict::Fail(ClientError::WrongCluster {
             address: address.to_owned(),
             owner: detail.owner.map(Box::new),
@@ -78,17 +119,6 @@ fn may_pass(status: StatusCode) -> bool {
     status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
 }
 
-fn judge_condition(kind: Kind, address: &str, response: &HttpResponse) -> Verdict {
-    let current = match response.headers.get(header::ETAG) {
-        None => None,
-        Some(tag) => match parse_etag(tag) {
-            Some(revision) => Some(revision),
-            None => return judge_garbled(kind, address, response.status),
-        },
-    };
-    Verdict::Fail(ClientError::ConditionFailed { current })
-}
-
 fn judge_garbled(kind: Kind, address: &str, status: StatusCode) -> Verdict {
     let outcome = kind.outcome_when_in_doubt();
     let message = format!("status {status} with a body that is not this store's");
@@ -107,6 +137,7 @@ fn server_error(address: &str, status: StatusCode, detail: ErrorDetail) -> Clien
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use bytes::Bytes;
@@ -114,10 +145,27 @@ mod tests {
 
     use super::*;
 
-    fn answer(status: u16, body: &str) -> Result<HttpResponse, SendError> {
+    fn response(status: u16, body: &str) -> HttpResponse {
         let body = Bytes::copy_from_slice(body.as_bytes());
         let status = StatusCode::from_u16(status).unwrap();
-        Ok(HttpResponse { status, headers: HeaderMap::new(), body })
+        HttpResponse { status, headers: HeaderMap::new(), body }
+    }
+
+    fn answer(status: u16, body: &str) -> Result<Reply, SendError> {
+        Ok(Reply::Single(response(status, body)))
+    }
+
+    /// The same error in its three forms: of a single request, of one operation in a batch, and of a
+    /// whole batch.
+    fn all_forms(status: u16, body: &str) -> [Reply; 3] {
+        let ErrorBody { error } = serde_json::from_str(body).unwrap();
+        let failure = Failure { status, current: None, error };
+        let single = response(status, body);
+        [
+            Reply::Whole(Arc::new(single.clone())),
+            Reply::Single(single),
+            Reply::Item(OperationResult::Failed(Box::new(failure))),
+        ]
     }
 
     fn error(code: &str, outcome: &str) -> String {
@@ -163,5 +211,49 @@ mod tests {
             assert_eq!(word(judge(Kind::Write, "a", result.clone())), write, "write: {told}");
             assert_eq!(word(judge(Kind::LeaderRead, "a", result)), read, "read: {told}");
         }
+    }
+
+    #[test]
+    fn an_error_means_the_same_to_one_of_many() {
+        for (status, body, write, read) in [
+            (503, error("NO_LEADER", "not_applied"), "elsewhere", "elsewhere"),
+            (503, error("NO_LEADER", "unknown"), "unknown", "elsewhere"),
+            (504, error("TIMEOUT", "unknown"), "unknown", "elsewhere"),
+            (500, error("STORAGE", "unknown"), "unknown", "elsewhere"),
+            (400, error("BAD_REQUEST", "not_applied"), "fail", "fail"),
+            (413, error("TOO_LARGE", "not_applied"), "fail", "fail"),
+            (421, error("WRONG_CLUSTER", "not_applied"), "fail", "fail"),
+            (501, error("NOT_IMPLEMENTED", "not_applied"), "fail", "fail"),
+        ] {
+            for reply in all_forms(status, &body) {
+                let told = format!("{reply:?}");
+                assert_eq!(word(judge(Kind::Write, "a", Ok(reply.clone()))), write, "{told}");
+                assert_eq!(word(judge(Kind::LeaderRead, "a", Ok(reply))), read, "{told}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_says_nothing_of_single_keys_but_by_its_results() {
+        let absent = error("NOT_FOUND", "not_applied");
+        let condition = error("CONDITION_FAILED", "not_applied");
+        for (status, body) in
+            [(404, &absent[..]), (412, &condition), (200, "{\"revision\":7}"), (204, "")]
+        {
+            let whole = || Ok(Reply::Whole(Arc::new(response(status, body))));
+            assert_eq!(word(judge(Kind::Write, "a", whole())), "unknown", "{status}");
+            assert_eq!(word(judge(Kind::AnyRead, "a", whole())), "fail", "{status}");
+        }
+        let failed = Failure {
+            status: 412,
+            current: Some(7),
+            error: serde_json::from_str::<ErrorBody>(&condition).unwrap().error,
+        };
+        let reply = Reply::Item(OperationResult::Failed(Box::new(failed)));
+        let verdict = judge(Kind::Write, "a", Ok(reply));
+        assert!(
+            matches!(verdict, Verdict::Fail(ClientError::ConditionFailed { current: Some(7) })),
+            "{verdict:?}"
+        );
     }
 }

@@ -1,4 +1,8 @@
 //! A node that answers by script, so that clients can be tested against every kind of answer.
+//!
+//! A script answers requests for single keys. A batch is answered by asking it about each operation as
+//! if that had come alone; what cannot be said of one operation only (silence, strangers' words,
+//! another leader) is the answer to the whole batch.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::net::SocketAddr;
@@ -6,7 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use distrib_kv_store::batch::{self, Failure, Limits, MEDIA_TYPE, Operation, OperationResult};
+use distrib_kv_store::key_path;
+use distrib_kv_store::network::error::{ErrorBody, etag};
 use distrib_kv_store::ring::{Ring, RingCluster, RingNode};
+use distrib_kv_store::types::Condition;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -35,10 +43,32 @@ pub enum Reply {
     Condition(Option<u64>),
     /// Something that is not this store's.
     Text(u16, &'static str),
+    /// The answer to a whole batch, as the script of a raw node gives it.
+    Results(Vec<OperationResult>),
+    /// This answer once the gate is open.
+    After(Gate, Box<Reply>),
     /// No answer, and the connection stays.
     Hang,
     /// No answer, and the connection closes.
     Close,
+}
+
+/// Keeps answers back until it is opened.
+#[derive(Debug, Clone)]
+pub struct Gate(tokio::sync::watch::Sender<bool>);
+
+impl Gate {
+    pub fn closed() -> Self {
+        Self(tokio::sync::watch::Sender::new(false))
+    }
+
+    pub fn open(&self) {
+        self.0.send_replace(true);
+    }
+
+    async fn passed(&self) {
+        self.0.subscribe().wait_for(|open| *open).await.unwrap();
+    }
 }
 
 /// An address taken, not served yet.
@@ -50,6 +80,7 @@ pub struct Bound {
 pub struct FakeNode {
     pub address: String,
     seen: Arc<Mutex<Vec<Seen>>>,
+    batches: Arc<Mutex<Vec<Seen>>>,
     connections: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -77,20 +108,43 @@ pub fn start(script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> FakeNod
 
 impl Bound {
     pub fn serve(self, script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> FakeNode {
+        self.serve_as(script, false)
+    }
+
+    /// Its script gets batches as they are.
+    pub fn serve_raw(self, script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> FakeNode {
+        self.serve_as(script, true)
+    }
+
+    fn serve_as(
+        self,
+        script: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+        raw: bool,
+    ) -> FakeNode {
         let listener = TcpListener::from_std(self.listener).unwrap();
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let script = Arc::new(script);
+        let (seen, batches) = (Arc::default(), Arc::default());
+        let node = Node {
+            seen: Arc::clone(&seen),
+            batches: Arc::clone(&batches),
+            script: Box::new(script),
+            raw,
+        };
         let connections = Arc::new(AtomicUsize::new(0));
-        let task = tokio::spawn(accept(listener, seen.clone(), connections.clone(), script));
-        FakeNode { address: self.address, seen, connections, task }
+        let task = tokio::spawn(accept(listener, connections.clone(), Arc::new(node)));
+        FakeNode { address: self.address, seen, batches, connections, task }
     }
 }
 
 impl FakeNode {
-    /// The requests whose path begins so.
+    /// The requests whose path begins so, each operation of a batch as one of its own.
     pub fn seen(&self, path: &str) -> Vec<Seen> {
         let seen = self.seen.lock().unwrap();
         seen.iter().filter(|request| request.path.starts_with(path)).cloned().collect()
+    }
+
+    /// The batches.
+    pub fn batches(&self) -> Vec<Seen> {
+        self.batches.lock().unwrap().clone()
     }
 
     /// How many connections were ever accepted.
@@ -99,19 +153,104 @@ impl FakeNode {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
+impl Seen {
+    /// The operations of a batch.
+    pub fn operations(&self) -> Vec<Operation> {
+        let limits = Limits { operations_max: 10_000, key_bytes_max: 0, value_bytes_max: 0 };
+        batch::decode_operations(self.body.clone(), &limits).unwrap()
+    }
+
+    /// One operation of this batch as a request of its own.
+    fn single(&self, operation: Operation) -> Self {
+        let (_, query) = self.path.split_once('?').unwrap_or_default();
+        let key = key_path::encode(operation.key());
+        let mut headers = self.headers.clone();
+        headers.remove("content-type");
+        let (method, path, body, condition) = match operation {
+            Operation::Get { .. } => {
+                let path = format!("/v1/kv/{key}?{query}");
+                (Method::GET, path, Bytes::new(), Condition::Always)
+            }
+            Operation::Put { value, condition, .. } => {
+                (Method::PUT, format!("/v1/kv/{key}"), value, condition)
+            }
+            Operation::Delete { condition, .. } => {
+                (Method::DELETE, format!("/v1/kv/{key}"), Bytes::new(), condition)
+            }
+        };
+        match condition {
+            Condition::Always => None,
+            Condition::Revision(revision) => headers.insert("if-match", etag(revision)),
+            Condition::Absent => headers.insert("if-none-match", "*".parse().unwrap()),
+        };
+        Self { method, path, headers, body }
+    }
+}
+
+struct Node {
     seen: Arc<Mutex<Vec<Seen>>>,
-    accepted: Arc<AtomicUsize>,
-    script: Arc<impl Fn(&Seen) -> Reply + Send + Sync + 'static>,
-) {
+    batches: Arc<Mutex<Vec<Seen>>>,
+    script: Box<dyn Fn(&Seen) -> Reply + Send + Sync>,
+    raw: bool,
+}
+
+impl Node {
+    fn reply(&self, request: Seen) -> Reply {
+        if !request.path.starts_with("/v1/batch") {
+            self.seen.lock().unwrap().push(request.clone());
+            return (self.script)(&request);
+        }
+        self.batches.lock().unwrap().push(request.clone());
+        if self.raw {
+            return (self.script)(&request);
+        }
+        let operations = request.operations();
+        let singles: Vec<_> =
+            operations.into_iter().map(|operation| request.single(operation)).collect();
+        self.seen.lock().unwrap().extend(singles.iter().cloned());
+        let mut results = Vec::new();
+        for single in &singles {
+            match result_of(&single.method, (self.script)(single)) {
+                Ok(result) => results.push(result),
+                Err(whole) => return whole,
+            }
+        }
+        Reply::Results(results)
+    }
+}
+
+/// The answer to a single request as a result, or what is the answer to the whole batch.
+fn result_of(method: &Method, reply: Reply) -> Result<OperationResult, Reply> {
+    let failed = |status, current, body: &Value| {
+        let ErrorBody { error } = serde_json::from_value(body.clone()).unwrap();
+        OperationResult::Failed(Box::new(Failure { status, current, error }))
+    };
+    Ok(match reply {
+        Reply::Value(revision, value) => OperationResult::Found { revision, value },
+        Reply::Condition(revision) => {
+            failed(412, revision, &error_body("CONDITION_FAILED", "not_applied"))
+        }
+        Reply::Json(200, body) if *method == Method::DELETE => OperationResult::Deleted {
+            revision: body["revision"].as_u64().unwrap(),
+            deleted: body["deleted"].as_bool().unwrap(),
+        },
+        Reply::Json(200, body) => {
+            OperationResult::Written { revision: body["revision"].as_u64().unwrap() }
+        }
+        Reply::Json(404, _) => OperationResult::Absent,
+        Reply::Json(status, body) if status != 307 => failed(status, None, &body),
+        whole => return Err(whole),
+    })
+}
+
+async fn accept(listener: TcpListener, accepted: Arc<AtomicUsize>, node: Arc<Node>) {
     // Dropped, and so aborted, together with this task.
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         accepted.fetch_add(1, Ordering::SeqCst);
-        let (seen, script) = (seen.clone(), script.clone());
+        let node = node.clone();
         connections.spawn(async move {
-            let service = service_fn(|request| answer(request, &seen, &*script));
+            let service = service_fn(|request| answer(request, &node));
             let connection = hyper::server::conn::http1::Builder::new();
             // A script that closes the connection ends it with an error: that is its purpose.
             let _ = connection.serve_connection(TokioIo::new(stream), service).await;
@@ -121,29 +260,40 @@ async fn accept(
 
 async fn answer(
     request: Request<Incoming>,
-    seen: &Mutex<Vec<Seen>>,
-    script: &(impl Fn(&Seen) -> Reply + Send + Sync),
+    node: &Node,
 ) -> Result<Response<Full<Bytes>>, std::io::Error> {
     let (head, body) = request.into_parts();
     let path = head.uri.path_and_query().unwrap().to_string();
     let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
     let request = Seen { method: head.method, path, headers: head.headers, body };
-    seen.lock().unwrap().push(request.clone());
-    let (status, tag, body) = match script(&request) {
-        Reply::Json(status, body) => (status, None, body.to_string().into()),
-        Reply::Value(revision, body) => (200, Some(revision), body),
-        Reply::Condition(revision) => {
-            (412, revision, error_body("CONDITION_FAILED", "not_applied").to_string().into())
+    let mut response = Response::new(Full::default());
+    let mut reply = node.reply(request);
+    while let Reply::After(gate, then) = reply {
+        gate.passed().await;
+        reply = *then;
+    }
+    let (status, body) = match reply {
+        Reply::Json(status, body) => (status, body.to_string().into()),
+        Reply::Value(revision, body) => {
+            response.headers_mut().insert("etag", etag(revision));
+            (200, body)
         }
-        Reply::Text(status, text) => (status, None, Bytes::from_static(text.as_bytes())),
-        Reply::Hang => std::future::pending().await,
+        Reply::Condition(revision) => {
+            if let Some(revision) = revision {
+                response.headers_mut().insert("etag", etag(revision));
+            }
+            (412, error_body("CONDITION_FAILED", "not_applied").to_string().into())
+        }
+        Reply::Text(status, text) => (status, Bytes::from_static(text.as_bytes())),
+        Reply::Results(results) => {
+            response.headers_mut().insert("content-type", MEDIA_TYPE.parse().unwrap());
+            (200, batch::encode_results(&results))
+        }
+        Reply::After(..) | Reply::Hang => std::future::pending().await,
         Reply::Close => return Err(std::io::Error::other("the script closes the connection")),
     };
-    let mut response = Response::new(Full::new(body));
     *response.status_mut() = StatusCode::from_u16(status).unwrap();
-    if let Some(revision) = tag {
-        response.headers_mut().insert("etag", format!("\"{revision}\"").parse().unwrap());
-    }
+    *response.body_mut() = Full::new(body);
     Ok(response)
 }
 

@@ -109,7 +109,7 @@ impl Store for PlainHttp {
         let address = self.first[client % self.first.len()].clone();
         let at = self.all.iter().position(|node| *node == address).unwrap_or(0);
         let consistency = match self.consistency {
-            Consistency::Linearizable => "linearizable",
+            Consistency::Linearizable | Consistency::LinearizableOnFollower => "linearizable",
             Consistency::Stale => "stale",
         };
         Ok(Connection { nodes: self.all.clone(), at, consistency, sender: None })

@@ -65,7 +65,7 @@ impl Parameters {
         connections: usize,
     ) -> Self {
         let consistency = match consistency {
-            Consistency::Linearizable => "linearizable",
+            Consistency::Linearizable | Consistency::LinearizableOnFollower => "linearizable",
             Consistency::Stale => "stale",
         };
         Self {

@@ -21,6 +21,8 @@ use distrib_kv_store::types::{Condition, Revision};
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::Instant;
 
+// Not `bin/bench.rs`, which would be a program of its own.
+#[path = "client/bench.rs"]
 mod bench;
 
 use bench::{BenchError, BenchFlags, ReportFlags};
@@ -164,13 +166,11 @@ fn main() -> ExitCode {
     match ended {
         Ok(code) => code,
         // Whoever reads has seen enough, as in `client get key | head -c 1`.
-        Err(Failure::Stdout(error)
+        Err(
+            Failure::Stdout(error)
             | Failure::RevisionNotShown { error, .. }
-            | Failure::Bench(BenchError::Stdout(error)))
-            if error.kind() == io::ErrorKind::BrokenPipe =>
-        {
-            ExitCode::SUCCESS
-        }
+            | Failure::Bench(BenchError::Stdout(error)),
+        ) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             let line = failure.to_string().replace(['\n', '\r'], " ");
             // Without stderr there is nobody left to tell; the exit code still does.
