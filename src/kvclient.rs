@@ -7,6 +7,9 @@
 //! on there; nothing was applied, so this is safe for writes too. A key that is being handed over is
 //! waited for.
 //!
+//! Operations that many tasks issue at the same moment share requests, a few in flight at each node
+//! (`raft_node::courier`); a lone one is sent at once.
+//!
 //! Without a ring there must be one cluster, which gets everything.
 
 use std::fmt;

@@ -18,6 +18,8 @@
 
 mod carrier;
 mod queue;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::fmt;

@@ -221,3 +221,27 @@ fn results_in(response: &HttpResponse, expected: usize) -> Option<Vec<OperationR
 fn is_left_out(operation: &Operation, result: &OperationResult) -> bool {
     !operation.is_write() && result.status() == StatusCode::PAYLOAD_TOO_LARGE.as_u16()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(value: Vec<u8>) -> OperationResult {
+        OperationResult::Found { revision: 1, value: value.into() }
+    }
+
+    #[test]
+    fn a_small_value_does_not_keep_a_large_answer_alive() {
+        let body = batch::encode_results(&[found(vec![1; 100]), found(vec![2; 1000])]);
+        let range = body.as_ptr_range();
+        let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, BINARY)]);
+        let response = HttpResponse { status: StatusCode::OK, headers, body };
+        let results = results_in(&response, 2).unwrap();
+        let shared = results.iter().map(|result| match result {
+            OperationResult::Found { value, .. } => range.contains(&value.as_ptr()),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(shared.collect::<Vec<_>>(), [false, true]);
+        assert!(results_in(&response, 3).is_none());
+    }
+}

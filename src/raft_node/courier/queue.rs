@@ -160,6 +160,18 @@ impl Queue {
         self.waiting.remove(&number).is_some()
     }
 
+    /// How many operations wait.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether nothing waits and no carrier is under way.
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.carriers == 0 && self.carried == 0 && !self.starting
+    }
+
     /// When the node was last heard of.
     pub(super) fn heard(&self) -> Instant {
         self.heard
