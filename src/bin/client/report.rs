@@ -6,7 +6,7 @@
 //!
 //! `scripts/compare.sh` is its only user, which is why it is not in the help.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
@@ -96,7 +96,7 @@ pub fn report(flags: &ReportFlags) -> Result<String, ReportError> {
         let drawn = super::chart::draw(&cells);
         std::fs::write(path, drawn).map_err(|source| file(path, source))?;
     }
-    Ok(table(&cells))
+    Ok(ratios(&cells) + &table(&cells))
 }
 
 /// Groups rounds into cells.
@@ -162,21 +162,72 @@ pub fn name(system: System) -> &'static str {
     }
 }
 
+/// A figure that is better the higher it is, of a cell next to the same cell of etcd.
+type Comparison = fn(&Medians, &Medians) -> Option<f64>;
+
+/// What is compared with etcd, in words and in figures.
+const COMPARISONS: [(&str, Comparison); 3] = [
+    ("throughput, times etcd's", |own, etcd| Some(own.throughput / etcd.throughput)),
+    ("p99, etcd's / it", |own, etcd| Some(etcd.latency_us[1] / own.latency_us[1])),
+    ("server CPU an operation, etcd's / it", |own, etcd| {
+        Some(etcd.server_cpu_us? / own.server_cpu_us?)
+    }),
+];
+
+/// Three small tables in Markdown, with a column for each number of clients. Nothing without etcd.
+fn ratios(cells: &Cells) -> String {
+    if !cells.keys().any(|cell| cell.system == System::Etcd) {
+        return String::new();
+    }
+    let clients: BTreeSet<usize> = cells.keys().map(|cell| cell.clients).collect();
+    let rows: BTreeSet<_> = cells.keys().map(|cell| (cell.workload, cell.system)).collect();
+    let mut text = String::new();
+    for (title, compare) in COMPARISONS {
+        let columns: Vec<String> = clients.iter().map(|clients| clients.to_string()).collect();
+        // Writing to a string cannot fail, here and below.
+        let _ = writeln!(text, "| {title}: clients | {} |", columns.join(" | "));
+        let _ = writeln!(text, "| --- |{}", " ---: |".repeat(columns.len()));
+        for (workload, system) in rows.iter().filter(|(_, system)| *system != System::Etcd) {
+            let figures = clients.iter().map(|clients| {
+                let cell = |system| Cell { workload: *workload, clients: *clients, system };
+                let (own, etcd) = (cells.get(&cell(*system))?, cells.get(&cell(System::Etcd))?);
+                compare(own, etcd).filter(|ratio| ratio.is_finite())
+            });
+            let figures: Vec<String> = figures.map(times).collect();
+            let _ = writeln!(
+                text,
+                "| {}, {} | {} |",
+                lower_case(*workload),
+                name(*system),
+                figures.join(" | ")
+            );
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn times(factor: Option<f64>) -> String {
+    factor.map_or("-".to_owned(), |factor| format!("{factor:.2}"))
+}
+
+fn lower_case(workload: Workload) -> String {
+    format!("{workload:?}").to_lowercase()
+}
+
 /// The figures as a table in Markdown.
 pub fn table(cells: &Cells) -> String {
     let mut text = String::from(
-        "| workload | clients | system | op/s | spread | x etcd | x Redis | CPU us/op | etcd's / ours \
+        "| workload | clients | system | op/s | spread | x etcd | x Redis | CPU us/op | CPU, etcd's / it \
          | p50 us | p99 us | p99.9 us | errors |\n\
          | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
     for (cell, medians) in cells {
-        let times = |factor: Option<f64>| factor.map_or("-".to_owned(), |x| format!("{x:.2}"));
         let etcd = cells.get(&Cell { system: System::Etcd, ..*cell });
         let saved = etcd.and_then(|etcd| Some(etcd.server_cpu_us? / medians.server_cpu_us?));
         let [p50, p99, p99_9] = medians.latency_us;
-        let workload = format!("{:?}", cell.workload).to_lowercase();
+        let workload = lower_case(cell.workload);
         let (low, high) = medians.spread;
-        // Writing to a string cannot fail.
         let _ = writeln!(
             text,
             "| {workload} | {} | {} | {:.0} | {low:.2}-{high:.2} | {} | {} | {} | {} | {p50:.0} | {p99:.0} \
@@ -243,6 +294,25 @@ pub mod tests {
         assert_eq!(found.spread, (0.5, 1.5));
         assert_eq!(ratio(&cells, cell, System::Etcd), Some(4.0));
         assert_eq!(ratio(&cells, cell, System::Redis), None);
+    }
+
+    /// Ratios to etcd are higher the better it is, and nothing is compared with what was not measured.
+    #[test]
+    fn etcd_is_the_measure() {
+        let mut cells = Cells::from([
+            cell(System::Http, Workload::Write, 1, 300.0),
+            cell(System::Http, Workload::Write, 16, 500.0),
+            cell(System::Etcd, Workload::Write, 1, 100.0),
+        ]);
+        for (cell, medians) in &mut cells {
+            medians.latency_us[1] = if cell.system == System::Etcd { 90.0 } else { 60.0 };
+        }
+        let text = ratios(&cells);
+        let rows: Vec<_> = text.lines().filter(|line| line.starts_with("| write")).collect();
+        let row = |figures| format!("| write, raft-kv, plain HTTP | {figures} | - |");
+        assert_eq!(rows, [row("3.00"), row("1.50"), row("3.00")], "{text}");
+        cells.retain(|cell, _| cell.system != System::Etcd);
+        assert_eq!(ratios(&cells), "");
     }
 
     /// One row for each cell; peers that were not measured show as such.
