@@ -122,18 +122,7 @@ impl Node {
         let config = &options.config;
         let (http, http_addr) = listen(&options.http_addr, config.insecure).await?;
         let (rpc, rpc_addr) = listen(&options.rpc_addr, config.insecure).await?;
-        let store_options = StoreOptions {
-            dir: options.data_dir.clone(),
-            node_id: options.id,
-            cluster: options.cluster.clone(),
-            storage: config.storage.clone(),
-            raft: config.raft.clone(),
-            open_files_max: files.data,
-        };
-        let store = tokio::task::spawn_blocking(move || Store::open(&store_options))
-            .await
-            .map_err(|error| StartError::Raft(format!("opening the store died: {error}")))??;
-
+        let store = open_store(&options, files.data).await?;
         let identity = PeerIdentity { cluster: options.cluster.clone(), node_id: options.id };
         let network = PeerNetwork::new(identity.clone(), store.formation(), config);
         let raft_config = raft_config(&options.cluster, &config.raft)?;
@@ -243,6 +232,21 @@ impl Node {
             .unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
             .map_err(StopError::Store)
     }
+}
+
+async fn open_store(options: &NodeOptions, open_files_max: i32) -> Result<Store, StartError> {
+    let options = StoreOptions {
+        dir: options.data_dir.clone(),
+        node_id: options.id,
+        cluster: options.cluster.clone(),
+        storage: options.config.storage.clone(),
+        raft: options.config.raft.clone(),
+        open_files_max,
+    };
+    tokio::task::spawn_blocking(move || Store::open(&options))
+        .await
+        .map_err(|error| StartError::Raft(format!("opening the store died: {error}")))?
+        .map_err(StartError::Store)
 }
 
 async fn listen(address: &str, insecure: bool) -> Result<(TcpListener, SocketAddr), StartError> {

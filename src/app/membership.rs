@@ -44,7 +44,7 @@ impl App {
             Ok(()) => {
                 // A single voter elects itself within an fsync or two; who forms a cluster goes on
                 // at once and should find it working. If it takes longer, the cluster is formed all
-                // the same.
+                // the same: that is why the result does not matter.
                 // Leading is not enough: until the first membership is committed and applied, adding a
                 // learner would meet a membership change under way.
                 let formed = |metrics: &Metrics| {

@@ -69,6 +69,8 @@ pub fn failure(error: ClientError) -> Failure {
         ClientError::WrongCluster { .. } => "WRONG_CLUSTER".into(),
         ClientError::TooManyRedirects { .. } => "TOO_MANY_REDIRECTS".into(),
         ClientError::Garbled { .. } => "GARBLED".into(),
+        ClientError::TooManyInFlight { .. } => "TOO_MANY_IN_FLIGHT".into(),
+        ClientError::TooManyWaiting { .. } => "TOO_MANY_WAITING".into(),
         // Those of setting out, and whatever the library may add.
         _ => "CLIENT".into(),
     };
