@@ -2,8 +2,8 @@
 //!
 //! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
 //! value that announces itself as too large) is read and thrown away for [`DISCARD_TIME`] before the
-//! answer goes out: closing a socket with unread bytes makes the kernel reset it, and the client would
-//! see "connection reset" in place of the reason.
+//! answer goes out, so that the connection can go on. One whose body is longer, broke off or did not come
+//! in time ends with the answer; [`super::connection`] sees to it that the client can read that.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -92,21 +92,29 @@ pub struct BodyLimit {
 /// Where a request's body waits for a reader.
 #[derive(Debug, Clone, Default)]
 pub struct BodySlot {
-    body: Arc<Mutex<Option<Body>>>,
+    rest: Arc<Mutex<Rest>>,
+}
+
+/// What there is of a body that nobody has read.
+#[derive(Debug, Default)]
+enum Rest {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// All of it, or the part behind what made the reader stop.
+    Body(Body),
+    /// It broke off or did not come in time: nothing can come after it on its connection.
+    Lost,
 }
 
 impl BodySlot {
     /// A slot that holds this body.
     pub fn new(body: Body) -> Self {
-        Self { body: Arc::new(Mutex::new(Some(body))) }
+        Self { rest: Arc::new(Mutex::new(Rest::Body(body))) }
     }
 
-    fn take(&self) -> Option<Body> {
-        self.body.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    fn put_back(&self, body: Body) {
-        *self.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
+    fn replace(&self, rest: Rest) -> Rest {
+        std::mem::replace(&mut self.rest.lock().unwrap_or_else(PoisonError::into_inner), rest)
     }
 
     /// Reads the body to its end, until the deadline, and as long as some of it comes within `pace`. A
@@ -119,15 +127,24 @@ impl BodySlot {
         pace: Duration,
     ) -> Result<ReadBody, ApiError> {
         let mut charge = Charge { budget: budget.clone(), bytes: 0 };
-        let Some(mut body) = self.take() else {
-            return Ok(ReadBody { bytes: Bytes::new(), _charge: charge });
+        // Until it is whole: who reads may be stopped at any moment.
+        let mut body = match self.replace(Rest::Lost) {
+            Rest::Body(body) => body,
+            Rest::Nothing => Body::empty(),
+            Rest::Lost => {
+                return Err(ApiError::BadRequest("the request's body is incomplete".into()));
+            }
         };
         let collected = collect(&mut body, limit, &mut charge, pace);
         let result = tokio::time::timeout_at(deadline, collected).await.unwrap_or_else(|_| {
             Err(too_slow("the request's body did not arrive within the deadline"))
         });
-        if result.is_err() {
-            self.put_back(body);
+        match &result {
+            Ok(_) => drop(self.replace(Rest::Nothing)),
+            Err(ApiError::TooLarge { .. } | ApiError::Overloaded) => {
+                drop(self.replace(Rest::Body(body)));
+            }
+            Err(_) => {}
         }
         Ok(ReadBody { bytes: result?, _charge: charge })
     }
@@ -188,11 +205,12 @@ pub(super) async fn answer(mut router: axum::Router, request: Request<Incoming>)
     let Ok(mut response) = router.call(Request::from_parts(head, Body::empty())).await;
     // Who asked first whether to send a body sees the answer and does not send it. Reading would
     // make hyper ask for it.
-    let whole = match slot.take() {
-        None => true,
-        Some(body) if body.is_end_stream() => true,
-        Some(_) if expects_continue => false,
-        Some(body) => discard(body).await,
+    let whole = match slot.replace(Rest::Nothing) {
+        Rest::Nothing => true,
+        Rest::Lost => false,
+        Rest::Body(body) if body.is_end_stream() => true,
+        Rest::Body(_) if expects_continue => false,
+        Rest::Body(body) => discard(body).await,
     };
     if !whole {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -263,6 +281,10 @@ mod tests {
             let error = slot.read(LIMIT, &budget, begun + deadline, pace).await.unwrap_err();
             assert!(matches!(error, ApiError::Timeout { outcome: Outcome::NotApplied, .. }));
             assert!(begun.elapsed() < long / 2, "{:?}", begun.elapsed());
+            assert!(
+                matches!(slot.replace(Rest::Nothing), Rest::Lost),
+                "there is nothing to wait for any more"
+            );
         }
     }
 
@@ -271,6 +293,7 @@ mod tests {
     async fn a_refused_body_is_discarded() {
         let slot = pieces(&[8, 8, 8]);
         assert!(read(&slot, &BodyBudget::new(10)).await.is_err());
-        assert!(discard(slot.take().unwrap()).await);
+        let Rest::Body(rest) = slot.replace(Rest::Nothing) else { panic!("the rest is gone") };
+        assert!(discard(rest).await);
     }
 }

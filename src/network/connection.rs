@@ -13,7 +13,8 @@
 //! | the first byte of a header came, the rest did not | `header_timeout`, not extended by more bytes |
 //! | idle | [`IDLE_TIMEOUT`] since the last byte |
 //! | an answer that the client does not take | [`UNREAD_TIMEOUT`] since the last byte |
-//! | idle or sending its body for [`SHED_AFTER`], and others wait for a connection | closed |
+//! | refused or cut off, and still sending | [`LINGER_TIME`](socket::LINGER_TIME) since the answer |
+//! | idle, sending its body or not taking its answer for [`SHED_AFTER`], and others wait | closed |
 //!
 //! `Watched` also keeps from hyper what hyper would misread or refuse without a word ([`super::head`]),
 //! and gives the answer in its place, once all answers before it are written.
@@ -46,8 +47,8 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// Longer than a client needs that is stopped for a moment or loses some packets.
 pub const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Connections that are idle, or wait for the rest of a body, are closed after this already when others
-/// wait for one. Long enough that a client with a steady stream of requests is never hit between two of
+/// Connections that are idle, wait for the rest of a body or for somebody to take their answer, are
+/// closed after this already when others wait for one. Long enough that a client with a steady stream of requests is never hit between two of
 /// them, nor one that sends a large value over a usual network.
 pub const SHED_AFTER: Duration = Duration::from_secs(1);
 
@@ -248,11 +249,9 @@ impl Phase {
             Self::Waiting { header_since: Some(first), .. } => {
                 Some((first + header_timeout, Event::Overdue))
             }
-            Self::Waiting { since, unread: true, .. } => {
-                Some((since + UNREAD_TIMEOUT, Event::Overdue))
-            }
-            Self::Waiting { since, .. } if reported == Some(since) => {
-                Some((since + IDLE_TIMEOUT, Event::Overdue))
+            Self::Waiting { since, unread, .. } if reported == Some(since) => {
+                let timeout = if unread { UNREAD_TIMEOUT } else { IDLE_TIMEOUT };
+                Some((since + timeout, Event::Overdue))
             }
             Self::Waiting { since, .. } => long_idle(since),
         }
@@ -363,18 +362,22 @@ mod tests {
         assert!(!phase.is_long_idle(Instant::now() + IDLE_TIMEOUT));
     }
 
-    /// Who does not take his answer has less time than who is idle.
+    /// Who does not take his answer may have to make room like who is idle, and has less time.
     #[test]
     fn an_unread_answer_is_given_up_soon() {
         let start = Instant::now();
         let mut phase = Phase::waiting(start);
         phase.note_unread();
+        let long_idle = Event::LongIdle { since: start };
+        assert_eq!(phase.due(HEADER_TIMEOUT, None), Some((start + SHED_AFTER, long_idle)));
         let overdue = Some((start + UNREAD_TIMEOUT, Event::Overdue));
-        assert_eq!(phase.due(HEADER_TIMEOUT, None), overdue);
+        assert_eq!(phase.due(HEADER_TIMEOUT, Some(start)), overdue);
         phase.note_written(start + MOMENT);
         let long_idle = Event::LongIdle { since: start + MOMENT };
         let due = Some((start + MOMENT + SHED_AFTER, long_idle));
-        assert_eq!(phase.due(HEADER_TIMEOUT, None), due, "all of it was taken");
+        assert_eq!(phase.due(HEADER_TIMEOUT, Some(start)), due);
+        let overdue = Some((start + MOMENT + IDLE_TIMEOUT, Event::Overdue));
+        assert_eq!(phase.due(HEADER_TIMEOUT, Some(start + MOMENT)), overdue, "all of it was taken");
     }
 
     /// While its body is missing, a request may have to make room; once that is whole, it may not.

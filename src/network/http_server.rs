@@ -145,13 +145,18 @@ impl AcceptFailures {
 mod tests {
     use std::net::SocketAddr;
 
-    use axum::routing::get;
+    use axum::Extension;
+    use axum::routing::{get, post};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::Notify;
 
+    use super::super::body::{BodyBudget, BodyLimit, BodySlot};
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// In bytes; Linux gives both ends of a connection 10 MiB together.
+    const LARGER_THAN_SOCKETS_HOLD: usize = 64 << 20;
 
     async fn start(router: Router, limits: Limits) -> (SocketAddr, HttpServer, CancellationToken) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -213,6 +218,14 @@ mod tests {
             }
         };
         hello().route("/wait", get(wait))
+    }
+
+    /// How long a body is, once it is whole.
+    async fn take_in(slot: BodySlot) -> String {
+        let limit = BodyLimit { what: "body", bytes_max: 1 << 20 };
+        let deadline = Instant::now() + 2 * PATIENCE;
+        let read = slot.read(limit, &BodyBudget::new(1 << 20), deadline, 2 * PATIENCE).await;
+        read.map_or_else(|error| error.to_string(), |body| body.bytes.len().to_string())
     }
 
     /// A client that closes its sending side before the answer is there still gets it.
@@ -284,6 +297,65 @@ mod tests {
         gate.notify_one();
         assert!(read_all(&mut busy).await.ends_with("done"));
         read_until(&mut late, "hello").await;
+    }
+
+    /// A request whose chunks are all there is busy like any other, however they arrived.
+    #[tokio::test]
+    async fn a_whole_body_of_chunks_keeps_its_connection() {
+        let gate = Arc::new(Notify::new());
+        let reached = Arc::new(Notify::new());
+        let (opened, told) = (gate.clone(), reached.clone());
+        let upload = post(move |Extension(slot): Extension<BodySlot>| async move {
+            let length = take_in(slot).await;
+            told.notify_one();
+            opened.notified().await;
+            length
+        });
+        let router = hello().route("/in", upload);
+        let limits = Limits { http_connections_max: 1, ..Limits::default() };
+        let (address, _server, _shutdown) = start(router, limits).await;
+        let mut busy = TcpStream::connect(address).await.unwrap();
+        send(&mut busy, "POST /in HTTP/1.1\r\nTransfer-Encoding: chunked\r\n").await;
+        // Larger than what is read at once: some of it goes past the gate.
+        let chunk = "x".repeat(0x10000);
+        send(&mut busy, &format!("Connection: close\r\n\r\n10000\r\n{chunk}\r\n0\r\n\r\n")).await;
+        reached.notified().await;
+        let mut late = TcpStream::connect(address).await.unwrap();
+        send(&mut late, "GET / HTTP/1.1\r\n\r\n").await;
+        let early = tokio::time::timeout(connection::SHED_AFTER * 2, late.readable()).await;
+        assert!(early.is_err(), "answered although there was no room");
+        gate.notify_one();
+        assert!(read_all(&mut busy).await.ends_with("65536"));
+        read_until(&mut late, "hello").await;
+    }
+
+    /// Who drips or holds back a body, in chunks too, or does not read his answer, makes room for others.
+    #[tokio::test]
+    async fn slow_clients_make_room() {
+        let upload = post(|Extension(slot): Extension<BodySlot>| take_in(slot));
+        let large = get(|| async { vec![b'x'; LARGER_THAN_SOCKETS_HOLD] });
+        let router = hello().route("/in", upload).route("/large", large);
+        let limits = Limits { http_connections_max: 1, ..Limits::default() };
+        let (address, _server, _shutdown) = start(router, limits).await;
+        let head = "POST /in HTTP/1.1\r\n";
+        for (request, drip) in [
+            (format!("{head}Content-Length: 9999\r\n\r\n"), "x"),
+            (format!("{head}Transfer-Encoding: chunked\r\n\r\n"), "1\r\nx\r\n"),
+            (format!("{head}Transfer-Encoding: chunked\r\n\r\n"), ""),
+            ("GET /large HTTP/1.1\r\n\r\n".to_owned(), ""),
+        ] {
+            let mut slow = TcpStream::connect(address).await.unwrap();
+            send(&mut slow, &request).await;
+            let dripping = tokio::spawn(async move {
+                while slow.write_all(drip.as_bytes()).await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            });
+            let mut late = TcpStream::connect(address).await.unwrap();
+            send(&mut late, "GET / HTTP/1.1\r\nConnection: close\r\n\r\n").await;
+            assert!(read_all(&mut late).await.ends_with("hello"), "behind {request:?}");
+            dripping.abort();
+        }
     }
 
     /// Stopping lets a request in flight finish, closes idle connections, and ends.

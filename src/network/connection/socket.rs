@@ -15,29 +15,35 @@ use super::super::error::ApiError;
 use super::super::head::{Gate, HEAD_BUFFER_BYTES, Next};
 use super::{Activity, Phase};
 
-/// How long what a refused client goes on sending is thrown away: closing at once would reset the
-/// connection, and the client might lose the answer that says why.
-const REFUSED_GRACE: Duration = Duration::from_secs(1);
+/// How long what a client goes on sending after its last answer is thrown away: closing at once would
+/// reset the connection, and the client might lose the answer that says why. As long as a client needs
+/// that sends some tens of megabytes before it looks; who has to make room for others has less.
+pub(super) const LINGER_TIME: Duration = Duration::from_secs(5);
+
+/// How much is thrown away at once, in bytes: on the stack, so not more.
+const SCRAP_BYTES: usize = 16 << 10;
 
 /// The socket; notes every byte that moves, and lets only sound requests through.
 pub(super) struct Watched {
     stream: TcpStream,
     activity: Arc<Activity>,
     gate: Gate,
-    refused: Option<Refused>,
+    parting: Option<Parting>,
 }
 
-/// What is left to do for a client that was refused at the gate.
-struct Refused {
-    /// The rest of its answer.
+/// What is left to do for a client that was refused at the gate, or whose request was answered before it
+/// was whole.
+#[derive(Default)]
+struct Parting {
+    /// The rest of its answer, if that is not hyper's to give.
     answer: Bytes,
     /// Runs once that is written.
-    grace: Pin<Box<Sleep>>,
+    linger: Option<Pin<Box<Sleep>>>,
 }
 
 impl Watched {
     pub(super) fn new(stream: TcpStream, activity: Arc<Activity>) -> Self {
-        Self { stream, activity, gate: Gate::default(), refused: None }
+        Self { stream, activity, gate: Gate::default(), parting: None }
     }
 
     fn note_written(&self, written: &Poll<io::Result<usize>>) {
@@ -50,7 +56,8 @@ impl Watched {
         }
     }
 
-    fn note_body(&self, awaited: bool) {
+    fn note_body(&self) {
+        let awaited = self.gate.awaits_body();
         self.activity.update(|phase| phase.note_body(awaited, Instant::now()));
     }
 
@@ -79,24 +86,27 @@ impl Watched {
         Poll::Ready(Ok(piece.filled().len()))
     }
 
-    /// Writes the refused client's answer, then takes what it still sends, for a moment.
-    fn poll_refuse(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(refused) = &mut self.refused else { return Poll::Ready(Ok(())) };
-        while refused.answer.has_remaining() {
-            let mut stream = Pin::new(&mut self.stream);
-            let written = ready!(stream.as_mut().poll_write(cx, &refused.answer))?;
-            if written == 0 {
+    /// Writes what a refused client is told, then takes what it still sends, for a while.
+    fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some(answer) = self.parting.as_mut().map(|parting| &mut parting.answer)
+            && answer.has_remaining()
+        {
+            let written = Pin::new(&mut self.stream).poll_write(cx, answer);
+            if let Poll::Ready(Ok(count)) = written {
+                answer.advance(count);
+            }
+            self.note_written(&written);
+            if ready!(written)? == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            refused.answer.advance(written);
-            if refused.answer.is_empty() {
-                refused.grace.as_mut().reset(Instant::now() + REFUSED_GRACE);
-            }
         }
+        let Some(parting) = &mut self.parting else { return Poll::Ready(Ok(())) };
         ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
-        let mut scrap = [0; 4096];
+        let linger =
+            parting.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIME)));
+        let mut scrap = [0; SCRAP_BYTES];
         loop {
-            if refused.grace.as_mut().poll(cx).is_ready() {
+            if linger.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             let mut scrap = ReadBuf::new(&mut scrap);
@@ -108,8 +118,8 @@ impl Watched {
     }
 }
 
-impl Refused {
-    fn new(error: &ApiError) -> Self {
+impl Parting {
+    fn refusal(error: &ApiError) -> Self {
         let (status, _) = error.status_and_code();
         let body = serde_json::to_string(&error.body()).unwrap_or_default();
         let reason = status.canonical_reason().unwrap_or_default();
@@ -119,7 +129,7 @@ impl Refused {
             status.as_u16(),
             body.len()
         );
-        Self { answer: answer.into(), grace: Box::pin(tokio::time::sleep(REFUSED_GRACE)) }
+        Self { answer: answer.into(), linger: None }
     }
 }
 
@@ -134,7 +144,7 @@ impl AsyncRead for Watched {
         loop {
             let read = match this.gate.next() {
                 Err(error) => {
-                    this.refused = Some(Refused::new(&error));
+                    this.parting = Some(Parting::refusal(&error));
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Next::End) => return Poll::Ready(Ok(())),
@@ -143,15 +153,19 @@ impl AsyncRead for Watched {
                     this.gate.take(out);
                     let count = out.len();
                     buffer.advance(count);
+                    this.note_body();
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Next::Direct(max)) => {
-                    this.note_body(this.gate.awaits_body());
+                    this.note_body();
                     let count = ready!(this.poll_direct(cx, buffer, max))?;
-                    this.note_body(this.gate.awaits_body());
+                    this.note_body();
                     count
                 }
-                Ok(Next::More) => ready!(this.poll_receive(cx))?,
+                Ok(Next::More) => {
+                    this.note_body();
+                    ready!(this.poll_receive(cx))?
+                }
             };
             if read > 0 {
                 this.activity.update(|phase| phase.note_read(Instant::now()));
@@ -193,7 +207,40 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_refuse(cx))?;
+        if self.parting.is_none() && self.gate.unfinished() {
+            self.parting = Some(Parting::default());
+        }
+        ready!(self.poll_part(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// As soon as a client takes less than there is, its answer counts as unread.
+    #[tokio::test]
+    async fn an_answer_that_is_not_taken_is_noted() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        let activity = Arc::new(Activity::new());
+        let mut watched = Watched::new(stream, activity.clone());
+        let is_unread = || matches!(*activity.phase(), Phase::Waiting { unread: true, .. });
+        let piece = [0; 64 << 10];
+        let mut written = true;
+        while written {
+            assert!(!is_unread());
+            // Anew for each piece: Tokio makes a task that never waits wait once.
+            tokio::task::yield_now().await;
+            let write = |cx: &mut Context<'_>| {
+                Poll::Ready(Pin::new(&mut watched).poll_write(cx, &piece).is_ready())
+            };
+            written = std::future::poll_fn(write).await;
+        }
+        assert!(is_unread());
     }
 }
