@@ -291,6 +291,16 @@ fn sizes_are_limited() {
     post(http, "/api/write", &set).assert_error(413, "TOO_LARGE", "not_applied");
 }
 
+/// The largest key that may be configured fits into a path with every byte escaped.
+#[test]
+fn the_longest_key_fits_into_a_path() {
+    let node = Node::ready("[limits]\nkey_bytes_max = 21504");
+    let longest = format!("/v1/kv/{}", "%FF".repeat(21504));
+    assert_eq!(put(node.http(), &longest, b"v").status, 200);
+    assert_eq!(get(node.http(), &longest).text(), "v");
+    put(node.http(), &format!("{longest}k"), b"v").assert_error(413, "TOO_LARGE", "not_applied");
+}
+
 /// An unescaped `#` would be dropped with what follows it, and the write would hit another key. It is
 /// refused, also behind other requests of the same connection, and a body may hold what it likes.
 #[test]
@@ -327,6 +337,8 @@ fn what_is_no_request_is_answered_in_json() {
         ("GET /livez HTTP/3.0\r\n\r\n".into(), 400, "BAD_REQUEST"),
         ("GET /v1/kv/a b HTTP/1.1\r\n\r\n".into(), 400, "BAD_REQUEST"),
         ("PUT /v1/kv/k HTTP/1.1\r\nContent-Length: x\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        ("PUT /v1/kv/k HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        (format!("GET /livez HTTP/1.1\r\n{long}: x\r\n\r\n"), 413, "TOO_LARGE"),
         (format!("GET /v1/kv/{long} HTTP/1.1\r\n\r\n"), 413, "TOO_LARGE"),
         (format!("GET /livez HTTP/1.1\r\nA: {long}{long}\r\n\r\n"), 413, "TOO_LARGE"),
     ] {
@@ -354,6 +366,21 @@ fn who_sends_far_too_much_hears_why() {
     connection.send(&huge);
     connection.send(b"\r\n0\r\n\r\n");
     connection.receive().assert_error(413, "TOO_LARGE", "not_applied");
+    // Refused where nothing of the body is read before the answer: it asked, but did not wait.
+    let length = huge.len();
+    for (fields, status, code) in [
+        (format!("Expect: 100-continue\r\nContent-Length: {length}"), 413, "TOO_LARGE"),
+        ("Transfer-Encoding: chunked\r\n\r\nno size".to_owned(), 400, "BAD_REQUEST"),
+    ] {
+        let mut connection = Connection::open(http);
+        connection.send(format!("PUT /v1/kv/k HTTP/1.1\r\n{fields}\r\n\r\n").as_bytes());
+        connection.send(&huge);
+        let answer = connection.receive();
+        answer.assert_error(status, code, "not_applied");
+        assert_eq!(answer.header("connection"), Some("close"), "{fields}");
+        connection.finish();
+        assert!(connection.closes_after().is_empty());
+    }
     get(http, "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
 }
 

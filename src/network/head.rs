@@ -27,6 +27,9 @@ const PATH_BYTES_MAX: usize = u16::MAX as usize - 1;
 /// The most header fields of a request: hyper's bound.
 const FIELDS_MAX: usize = 100;
 
+/// The longest name of one, in bytes: what the `http` crate takes.
+const FIELD_NAME_BYTES_MAX: usize = u16::MAX as usize;
+
 /// How much is read at once while a head is not complete; most are shorter.
 pub(super) const HEAD_BUFFER_BYTES: usize = 4 << 10;
 
@@ -149,6 +152,11 @@ impl Gate {
         }
     }
 
+    /// Whether the client may still be sending what nobody will read once the connection ends here.
+    pub(super) fn unfinished(&self) -> bool {
+        !matches!(self.state, State::Head | State::Length(0))
+    }
+
     /// Whether the client has to send more of the request that hyper is reading.
     pub(super) fn awaits_body(&self) -> bool {
         self.cleared == 0 && matches!(self.state, State::Length(1..) | State::Chunks(_))
@@ -222,7 +230,14 @@ fn body_of(head: &[u8]) -> Result<State, ApiError> {
     if path.parse::<http::Uri>().is_err() {
         return Err(bad("the path is malformed; percent-encode what is not plain ASCII"));
     }
-    framing(request.headers)
+    if request.headers.iter().any(|field| field.name.len() > FIELD_NAME_BYTES_MAX) {
+        let what = "name of a header field";
+        return Err(ApiError::TooLarge { what, max: FIELD_NAME_BYTES_MAX });
+    }
+    match framing(request.headers)? {
+        State::Chunks(_) if request.version == Some(0) => Err(bad("HTTP/1.0 has no chunks")),
+        state => Ok(state),
+    }
 }
 
 fn framing(fields: &[httparse::Header<'_>]) -> Result<State, ApiError> {
