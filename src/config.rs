@@ -100,7 +100,7 @@ pub struct RingConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// The longest key, in bytes.
+    /// The longest key, in bytes; at most 21 KiB, which a path holds with every byte escaped.
     pub key_bytes_max: usize,
     /// The longest value, in bytes.
     pub value_bytes_max: usize,
@@ -108,12 +108,14 @@ pub struct Limits {
     pub http_body_bytes_max: usize,
     /// The largest message between peers, in bytes.
     pub peer_frame_bytes_max: usize,
-    /// HTTP connections at once; further ones wait until one ends, and an idle one is closed for them.
+    /// HTTP connections at once; further ones wait until one ends, and an idle or slow one is
+    /// closed for them.
     pub http_connections_max: usize,
     /// Connections that peers have opened to this node at once, three for each peer; further ones are
     /// closed.
     pub peer_connections_max: usize,
-    /// How long a client may take for a request's header, a peer for its greeting.
+    /// How long a client may take for a request's header, or pause within its body, and a peer take for
+    /// its greeting.
     pub header_timeout_ms: u64,
     /// How long a request may take in all; then 504.
     pub request_timeout_ms: u64,
