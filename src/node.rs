@@ -9,6 +9,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use openraft::SnapshotPolicy;
 use openraft::async_runtime::WatchReceiver;
@@ -93,6 +94,9 @@ pub enum StopError {
     #[error("consensus did not stop cleanly: {0}")]
     Raft(String),
 }
+
+/// How often a node looks whether consensus has died without its storage failing.
+const CONSENSUS_LOOK: Duration = Duration::from_millis(250);
 
 /// A running node. Stop it with [`Node::shutdown`]; dropping it aborts nothing and joins nothing.
 pub struct Node {
@@ -192,17 +196,17 @@ impl Node {
     /// Resolves, with the reason, when storage or consensus fails. Then the node answers every read and
     /// write with an error, so that its operator sees why, until it is stopped. Cancel safe.
     pub async fn failed(&self) -> String {
-        let mut metrics = self.raft.metrics();
         let mut storage = self.app.storage_failure();
         loop {
             if let Some(failure) = self.app.storage_failed() {
                 return failure;
             }
-            // Either sender may go first when the node stops; then only the other can still speak.
-            tokio::select! {
-                Ok(()) = metrics.changed() => {}
-                Ok(()) = storage.changed() => {}
-                else => std::future::pending().await,
+            // Consensus is looked at, not waited for: its metrics change several times with every
+            // write, and each time would wake a thread.
+            let changed = tokio::time::timeout(CONSENSUS_LOOK, storage.changed()).await;
+            if let Ok(Err(_)) = changed {
+                // The store is closed: the node is being stopped.
+                std::future::pending::<()>().await;
             }
         }
     }
