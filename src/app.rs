@@ -14,8 +14,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::LogIdOptionExt;
-use openraft::async_runtime::WatchReceiver;
-use openraft::errors::{LinearizableReadError, RaftError};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -25,7 +23,7 @@ use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
 use crate::proposer::{ProposeError, Proposer};
-use crate::read_gate::ReadGate;
+use crate::read_gate::{ReadGate, ReadIndexFailure};
 use crate::ring::{Ring, RingNode, RingTable};
 use crate::store::formation::Formation;
 use crate::store::{Lookup, StateReader};
@@ -266,12 +264,13 @@ impl App {
             }
             let answer = self.inner.gate.read_index(deadline).await;
             match answer {
-                Some(Ok(log_id)) => break log_id.index,
+                // What it has applied is what it may answer from.
+                Some(Ok(_)) => return Ok(()),
                 // An old leader that is cut off: until it hears of the new one it can only wait.
-                Some(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => {
+                Some(Err(ReadIndexFailure::NoQuorum)) => {
                     tokio::time::sleep(POLL_INTERVAL).await;
                 }
-                Some(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to)))) => {
+                Some(Err(ReadIndexFailure::NotLeader(to))) => {
                     let error = self.not_leader(to, Outcome::NotApplied);
                     let ApiError::NotLeader { leader, .. } = &error else { return Err(error) };
                     if consistency == Consistency::Linearizable {
@@ -279,7 +278,7 @@ impl App {
                     }
                     break self.ask_leader(leader, deadline).await?;
                 }
-                Some(Err(RaftError::Fatal(error))) => {
+                Some(Err(ReadIndexFailure::Fatal(error))) => {
                     return Err(self.fatal(&error, Outcome::NotApplied));
                 }
                 None if Instant::now() >= deadline => return Err(timeout()),
@@ -305,8 +304,7 @@ impl App {
     }
 
     async fn await_applied(&self, index: u64, deadline: Instant) -> Result<(), ApiError> {
-        let applied = |metrics: &Metrics| metrics.last_applied.index() >= Some(index);
-        if applied(&self.inner.raft.metrics().borrow_watched()) {
+        if self.inner.reader.last_applied().index() >= Some(index) {
             return Ok(());
         }
         let left = deadline.saturating_duration_since(Instant::now());

@@ -225,14 +225,22 @@ pub(crate) fn get_log_id(reader: &mut Reader) -> Result<LogId, DecodeError> {
 }
 
 pub(crate) fn put_vote(vote: &Vote, out: &mut impl BufMut) {
-    out.put_u64(vote.leader_id.term);
-    out.put_u64(vote.leader_id.node_id);
+    put_leader_id(&vote.leader_id, out);
     out.put_u8(u8::from(vote.committed));
 }
 
 pub(crate) fn get_vote(reader: &mut Reader) -> Result<Vote, DecodeError> {
-    let leader_id = LeaderId { term: reader.u64()?, node_id: reader.u64()? };
+    let leader_id = get_leader_id(reader)?;
     Ok(Vote { leader_id, committed: reader.flag()? })
+}
+
+pub(crate) fn put_leader_id(id: &LeaderId, out: &mut impl BufMut) {
+    out.put_u64(id.term);
+    out.put_u64(id.node_id);
+}
+
+pub(crate) fn get_leader_id(reader: &mut Reader) -> Result<LeaderId, DecodeError> {
+    Ok(LeaderId { term: reader.u64()?, node_id: reader.u64()? })
 }
 
 pub(crate) fn put_stored_membership<B: BufMut>(stored: &StoredMembership, out: &mut B) {

@@ -25,7 +25,7 @@ use crate::network::http_server::HttpServer;
 use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
 use crate::proposer::Proposer;
-use crate::read_gate::ReadGate;
+use crate::read_gate::{ReadGate, Voters};
 use crate::store::{OpenError, StateMachine, Store, StoreOptions};
 use crate::types::{ClusterId, NodeAddrs, NodeId, TypeConfig};
 
@@ -141,17 +141,10 @@ impl Node {
         };
         warn_if_moved(&raft, options.id, &addrs);
         let shutdown = CancellationToken::new();
-        let (formation, stager) = (store.formation(), store.stager());
-        let peers = PeerServer::serve(
-            rpc,
-            identity,
-            formation,
-            raft.clone(),
-            stager,
-            config,
-            shutdown.clone(),
-        );
-        let (gate, gate_task) = ReadGate::spawn(raft.clone());
+        let voters = Voters { own: store.promise(), peers: network.clone() };
+        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
+        let (of_raft, token) = (raft.clone(), shutdown.clone());
+        let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
         let (proposer, proposer_task) = Proposer::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
         let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };

@@ -1,23 +1,58 @@
 //! ReadIndex rounds, shared by all reads that wait for one.
 //!
-//! A linearizable read must learn, after it arrived, that this node still leads and how far the log
-//! was committed (Raft dissertation, 6.4). That costs a round of heartbeats. One round can vouch for
-//! every read that arrived before it started, so the gate runs one after the other: reads that come
-//! while a round is under way wait for the next. No read ever uses a round that began before it.
+//! A linearizable read must learn, after it arrived, that this node still led, and must see everything
+//! that had been acknowledged by then (Raft dissertation, 6.4). One round does that for every read that
+//! arrived before it began; reads that come while a round is under way wait for the next.
+//!
+//! A round asks the other voters whether they have promised their vote to anyone later than this
+//! leader. When a majority, of each half of a joint membership, has not, the state as this node has
+//! applied it is what the reads may see:
+//!
+//! - A later leader needs the votes of a majority, and one of them is a voter that confirmed. It had
+//!   promised nothing when it did ([`Promise`]), so the later leader was elected, and acknowledged its
+//!   first write, after the reads arrived.
+//! - What earlier leaders acknowledged lies in this leader's log before the first entry of its own. A
+//!   round waits until an entry of this leader is applied here.
+//! - What this leader acknowledged itself, it had applied here before.
+//!
+//! The membership is the one that Raft reported last. It may be one change behind, never two: a change
+//! is committed, which takes more than one of the reports, before the next one begins; and a majority
+//! of either of two neighbouring memberships meets every majority of the joint one between them.
+//!
+//! openraft's own read index is not used, for two reasons. Here neither end's Raft task has to take a
+//! turn. And openraft judges by the time of sending of the last message that a reply covers: a message
+//! without entries, sent while entries are in flight, counts as answered by the reply to the entries,
+//! which the follower may have sent before the read arrived.
 
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
-use openraft::errors::{LinearizableReadError, RaftError};
-use openraft::raft::ReadPolicy;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{Fatal, ForwardToLeader};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
-use crate::types::{LogId, TypeConfig};
+use crate::store::{Promise, StateReader};
+use crate::types::{LeaderId, LogId, NodeAddrs, NodeId, StoredMembership, TypeConfig};
 
 /// Why there is no read index.
-pub type ReadIndexFailure = RaftError<TypeConfig, LinearizableReadError<TypeConfig>>;
+#[derive(Debug, Clone)]
+pub enum ReadIndexFailure {
+    /// This node does not lead, and says who does if it knows.
+    NotLeader(ForwardToLeader<TypeConfig>),
+    /// It leads as far as it knows, but no majority has confirmed it, or it has only begun to lead.
+    NoQuorum,
+    /// Its Raft has stopped.
+    Fatal(Fatal<TypeConfig>),
+}
+
 type Waiter = oneshot::Sender<Result<LogId, ReadIndexFailure>>;
 
 /// The most reads that one round vouches for; the queue is as long. More wait in their callers, whose
@@ -28,6 +63,10 @@ const ROUND_READS_MAX: usize = 4096;
 /// loses nothing, and enough to keep retries from using up a core.
 const FAILED_ROUND_PAUSE: Duration = Duration::from_millis(2);
 
+/// How long a round waits for a new leader's first entry to be applied, and how often it looks.
+const FIRST_ENTRY_WAIT_MAX: Duration = Duration::from_millis(500);
+const FIRST_ENTRY_LOOK: Duration = Duration::from_millis(1);
+
 /// Hands out read indexes. Cloning shares the rounds; the task ends when the last clone goes.
 #[derive(Clone)]
 pub struct ReadGate {
@@ -35,14 +74,17 @@ pub struct ReadGate {
 }
 
 impl ReadGate {
-    /// Starts the task that runs the rounds. It ends once all clones are dropped and Raft has ended the
-    /// last round; join the handle then.
-    pub fn spawn(raft: Raft) -> (Self, JoinHandle<()>) {
+    /// Starts the task that runs the rounds. It ends once all clones are dropped and the last round is
+    /// over; join the handle then.
+    pub fn spawn(raft: Raft, reader: StateReader, voters: Voters) -> (Self, JoinHandle<()>) {
         let (queue, waiting) = mpsc::channel(ROUND_READS_MAX);
-        (Self { queue }, tokio::spawn(run(raft, waiting)))
+        let rounds = Rounds { raft, reader, poll: Poll::new(voters) };
+        (Self { queue }, tokio::spawn(rounds.run(waiting)))
     }
 
-    /// The log id that must be applied before a read that arrived before this call is linearizable.
+    /// An entry that this node has applied. What it has applied holds everything that was acknowledged
+    /// before this call: on this node, a linearizable read may look at once; on another, after that one
+    /// has applied the entry.
     ///
     /// Cancel safe. `None` when the node stops or the deadline passes.
     pub async fn read_index(&self, deadline: Instant) -> Option<Result<LogId, ReadIndexFailure>> {
@@ -55,24 +97,258 @@ impl ReadGate {
     }
 }
 
-async fn run(raft: Raft, mut waiting: mpsc::Receiver<Waiter>) {
-    let mut round = Vec::new();
-    while waiting.recv_many(&mut round, ROUND_READS_MAX).await > 0 {
-        // Whoever gave up meanwhile needs no round.
-        round.retain(|waiter| !waiter.is_closed());
-        if round.is_empty() {
-            continue;
+/// The task of a gate.
+struct Rounds {
+    raft: Raft,
+    reader: StateReader,
+    poll: Poll<Voters>,
+}
+
+/// A leader as its Raft reported it.
+struct Lead {
+    leader: LeaderId,
+    membership: Arc<StoredMembership>,
+}
+
+impl Rounds {
+    async fn run(mut self, mut waiting: mpsc::Receiver<Waiter>) {
+        let mut round = Vec::new();
+        while waiting.recv_many(&mut round, ROUND_READS_MAX).await > 0 {
+            // Whoever gave up meanwhile needs no round.
+            round.retain(|waiter| !waiter.is_closed());
+            if round.is_empty() {
+                continue;
+            }
+            let answer = self.round().await;
+            let failed = answer.is_err();
+            for waiter in round.drain(..) {
+                // Whoever gave up since needs no answer either.
+                let _ = waiter.send(answer.clone());
+            }
+            if failed {
+                // A node that cannot lead fails at once: without a pause its callers' retries would spin.
+                tokio::time::sleep(FAILED_ROUND_PAUSE).await;
+            }
         }
-        let result = raft.get_read_linearizer(ReadPolicy::ReadIndex).await;
-        let failed = result.is_err();
-        let answer = result.map(|linearizer| *linearizer.read_log_id().log_id());
-        for waiter in round.drain(..) {
-            // Whoever gave up since needs no answer either.
-            let _ = waiter.send(answer.clone());
+    }
+
+    async fn round(&mut self) -> Result<LogId, ReadIndexFailure> {
+        let lead = self.lead()?;
+        if !self.poll.confirmed(lead.leader, &lead.membership).await {
+            return Err(ReadIndexFailure::NoQuorum);
         }
-        if failed {
-            // A node that cannot lead fails at once: without a pause its callers' retries would spin.
-            tokio::time::sleep(FAILED_ROUND_PAUSE).await;
+        let give_up = Instant::now() + FIRST_ENTRY_WAIT_MAX;
+        loop {
+            if let Some(applied) = self.reader.last_applied()
+                && applied.leader_id == lead.leader
+            {
+                return Ok(applied);
+            }
+            if Instant::now() >= give_up {
+                return Err(ReadIndexFailure::NoQuorum);
+            }
+            tokio::time::sleep(FIRST_ENTRY_LOOK).await;
         }
+    }
+
+    fn lead(&self) -> Result<Lead, ReadIndexFailure> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        if let Err(fatal) = &metrics.running_state {
+            return Err(ReadIndexFailure::Fatal(fatal.clone()));
+        }
+        let leader = metrics.vote.leader_id;
+        let leads = metrics.state == openraft::ServerState::Leader && leader.node_id == metrics.id;
+        if leads {
+            return Ok(Lead { leader, membership: metrics.membership_config.clone() });
+        }
+        let forward = metrics.current_leader.and_then(|id| {
+            let node = metrics.membership_config.membership().get_node(&id)?;
+            Some(ForwardToLeader::new(id, node.clone()))
+        });
+        Err(ReadIndexFailure::NotLeader(forward.unwrap_or(ForwardToLeader::empty())))
+    }
+}
+
+/// Whom a [`Poll`] asks.
+trait Ask {
+    /// Whether this node, now, has promised its vote to nobody later than `leader`.
+    fn own(&self, leader: LeaderId) -> bool;
+
+    /// The same of another voter. Asks after the call.
+    fn other(&self, voter: NodeId, addrs: &NodeAddrs, leader: LeaderId)
+    -> BoxFuture<'static, bool>;
+}
+
+/// The voters of a node's cluster: itself and its peers.
+pub struct Voters {
+    /// The node's own promise.
+    pub own: Promise,
+    /// The way to the others.
+    pub peers: PeerNetwork,
+}
+
+impl Ask for Voters {
+    fn own(&self, leader: LeaderId) -> bool {
+        self.own.none_after(leader)
+    }
+
+    fn other(
+        &self,
+        voter: NodeId,
+        addrs: &NodeAddrs,
+        leader: LeaderId,
+    ) -> BoxFuture<'static, bool> {
+        let (peers, addrs) = (self.peers.clone(), addrs.clone());
+        Box::pin(async move { peers.confirm(voter, &addrs, leader).await })
+    }
+}
+
+/// Asks voters, each of them one thing at a time: one that does not answer is asked nothing more until
+/// it does or its connection is given up, so it costs one call, however many rounds pass.
+struct Poll<A> {
+    ask: A,
+    round: u64,
+    calls: FuturesUnordered<BoxFuture<'static, Reply>>,
+    /// Who is being asked, since which round.
+    asked: HashMap<NodeId, u64>,
+}
+
+struct Reply {
+    voter: NodeId,
+    confirms: bool,
+}
+
+impl<A: Ask> Poll<A> {
+    fn new(ask: A) -> Self {
+        Self { ask, round: 0, calls: FuturesUnordered::new(), asked: HashMap::new() }
+    }
+
+    /// Whether a majority of each configuration confirms, after this call, that it has promised its vote
+    /// to nobody later than `leader`. Ends with the majority, or when no voter is left to hear from.
+    async fn confirmed(&mut self, leader: LeaderId, membership: &StoredMembership) -> bool {
+        self.round += 1;
+        let own = leader.node_id;
+        if !self.ask.own(leader) {
+            return false;
+        }
+        let mut confirmed = BTreeSet::from([own]);
+        let mut heard = BTreeSet::from([own]);
+        let configs = membership.membership().get_joint_config();
+        let is_majority = |of: &BTreeSet<NodeId>, voters: &BTreeSet<NodeId>| {
+            2 * voters.intersection(of).count() > voters.len()
+        };
+        loop {
+            if configs.iter().all(|voters| is_majority(&confirmed, voters)) {
+                return true;
+            }
+            for voter in configs.iter().flatten() {
+                if !heard.contains(voter) && !self.asked.contains_key(voter) {
+                    self.call(*voter, leader, membership);
+                }
+            }
+            let Some(Reply { voter, confirms }) = self.calls.next().await else { return false };
+            // A reply to an earlier round says nothing about this one: ask again.
+            if self.asked.remove(&voter) == Some(self.round) {
+                heard.insert(voter);
+                confirmed.extend(confirms.then_some(voter));
+            }
+        }
+    }
+
+    fn call(&mut self, voter: NodeId, leader: LeaderId, membership: &StoredMembership) {
+        let addrs = membership.membership().get_node(&voter).cloned().unwrap_or_default();
+        let asking = self.ask.other(voter, &addrs, leader);
+        self.asked.insert(voter, self.round);
+        self.calls.push(Box::pin(async move { Reply { voter, confirms: asking.await } }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Membership;
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+    use tokio::time::timeout;
+
+    /// Voters that answer as they are told; one without an order never answers.
+    #[derive(Default)]
+    struct Fake {
+        own: bool,
+        calls: Arc<Mutex<Vec<(NodeId, oneshot::Sender<bool>)>>>,
+        answers: HashMap<NodeId, bool>,
+    }
+
+    impl Ask for Fake {
+        fn own(&self, _: LeaderId) -> bool {
+            self.own
+        }
+
+        fn other(&self, voter: NodeId, _: &NodeAddrs, _: LeaderId) -> BoxFuture<'static, bool> {
+            let (answer, answered) = oneshot::channel();
+            match self.answers.get(&voter) {
+                Some(confirms) => answer.send(*confirms).unwrap(),
+                None => self.calls.lock().unwrap().push((voter, answer)),
+            }
+            Box::pin(async { answered.await.unwrap_or(false) })
+        }
+    }
+
+    const LEADER: LeaderId = LeaderId { term: 5, node_id: 1 };
+    const A_WHILE: Duration = Duration::from_millis(20);
+
+    fn members(configs: &[&[NodeId]]) -> StoredMembership {
+        let sets: Vec<BTreeSet<NodeId>> =
+            configs.iter().map(|ids| ids.iter().copied().collect()).collect();
+        let nodes: BTreeMap<_, _> =
+            sets.iter().flatten().map(|id| (*id, NodeAddrs::default())).collect();
+        StoredMembership::new(None, Membership::new(sets, nodes).unwrap())
+    }
+
+    fn poll(own: bool, answers: &[(NodeId, bool)]) -> Poll<Fake> {
+        Poll::new(Fake { own, answers: answers.iter().copied().collect(), ..Fake::default() })
+    }
+
+    #[tokio::test]
+    async fn a_majority_confirms_and_less_does_not() {
+        let three = members(&[&[1, 2, 3]]);
+        assert!(poll(true, &[]).confirmed(LEADER, &members(&[&[1]])).await);
+        assert!(poll(true, &[(2, true)]).confirmed(LEADER, &three).await);
+        assert!(poll(true, &[(2, false), (3, true)]).confirmed(LEADER, &three).await);
+        assert!(!poll(true, &[(2, false), (3, false)]).confirmed(LEADER, &three).await);
+        // A leader that has promised its own vote to another does not lead.
+        assert!(!poll(false, &[(2, true), (3, true)]).confirmed(LEADER, &three).await);
+    }
+
+    #[tokio::test]
+    async fn both_halves_of_a_joint_membership_must_confirm() {
+        let joint = members(&[&[1, 2, 3], &[1, 4, 5]]);
+        let old_only = [(2, true), (3, true), (4, false), (5, false)];
+        assert!(!poll(true, &old_only).confirmed(LEADER, &joint).await);
+        let both = [(2, true), (3, false), (4, false), (5, true)];
+        assert!(poll(true, &both).confirmed(LEADER, &joint).await);
+        // A leader that is no voter does not count.
+        let without = members(&[&[2, 3, 4]]);
+        let one = [(2, true), (3, false), (4, false)];
+        assert!(!poll(true, &one).confirmed(LEADER, &without).await);
+    }
+
+    /// The heart of it: a reply that was on its way when a read arrived proves nothing to that read.
+    #[tokio::test]
+    async fn a_late_reply_does_not_count_for_the_next_round() {
+        let three = members(&[&[1, 2, 3]]);
+        let mut poll = poll(true, &[(3, false)]);
+        let calls = poll.ask.calls.clone();
+        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err());
+        // One that is silent is asked once, however many rounds pass.
+        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err());
+        let (voter, late) = calls.lock().unwrap().pop().unwrap();
+        assert!(voter == 2 && calls.lock().unwrap().is_empty());
+        late.send(true).unwrap();
+        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err(), "a late reply");
+        let (voter, fresh) = calls.lock().unwrap().pop().expect("it is asked again");
+        assert_eq!(voter, 2);
+        fresh.send(true).unwrap();
     }
 }

@@ -31,6 +31,7 @@ mod image;
 pub mod log;
 mod marker;
 mod meta;
+mod promise;
 mod reader;
 pub mod snapshot;
 mod staging;
@@ -52,6 +53,7 @@ use flusher::Flusher;
 use formation::Formation;
 pub use log::LogStore;
 use marker::Marker;
+pub use promise::Promise;
 pub use reader::{Lookup, StateReader};
 pub use state_machine::StateMachine;
 
@@ -219,6 +221,11 @@ impl Store {
     /// Which forming of its cluster the node belongs to.
     pub fn formation(&self) -> Formation {
         self.formation.clone()
+    }
+
+    /// To whom the node has promised its vote.
+    pub fn promise(&self) -> Promise {
+        self.log.promise()
     }
 
     /// The receiving end of snapshot transfers.

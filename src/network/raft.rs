@@ -39,8 +39,10 @@ use super::peer::quiet::Quiet;
 use super::peer::service::{self, Session};
 use super::peer::settings::PeerSettings;
 use crate::config::Config;
+use crate::read_gate::ReadGate;
+use crate::store::Store;
 use crate::store::formation::{Formation, Joined};
-use crate::store::snapshot::{SnapshotData, SnapshotStager};
+use crate::store::snapshot::SnapshotData;
 use crate::types::TypeConfig;
 use admit::{Greeted, Greetings};
 use handler::RaftHandler;
@@ -64,9 +66,9 @@ impl PeerServer {
     pub fn serve<SM>(
         listener: TcpListener,
         identity: PeerIdentity,
-        formation: Formation,
         raft: Raft<TypeConfig, SM>,
-        stager: SnapshotStager,
+        gate: ReadGate,
+        store: &Store,
         config: &Config,
         shutdown: CancellationToken,
     ) -> Self
@@ -76,7 +78,9 @@ impl PeerServer {
         let settings = PeerSettings::new(config);
         // A leader that cannot confirm itself says so while the asking node still listens.
         let read_index_timeout = settings.reply_timeout / 2;
-        let handler = Arc::new(RaftHandler::new(raft, stager, read_index_timeout));
+        let (stager, promise) = (store.stager(), store.promise());
+        let handler = RaftHandler::new(raft, stager, promise, gate, read_index_timeout);
+        let (formation, handler) = (store.formation(), Arc::new(handler));
         Self::serve_handler(listener, identity, formation, handler, settings, shutdown)
     }
 

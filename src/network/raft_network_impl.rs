@@ -36,13 +36,13 @@ use super::peer::rounds::{self, RoundError};
 use super::peer::settings::PeerSettings;
 use super::peer::snapshot::{SendError, Transfer};
 use super::peer::wire::{
-    AppendReply, AppendRequest, Call, Failure, Heartbeat, HeartbeatReply, Installed, PreVote,
-    TransferReply, TransferRequest, VoteReply, VoteRequest,
+    AppendReply, AppendRequest, Call, Confirm, Failure, Heartbeat, HeartbeatReply, Installed,
+    PreVote, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
 use crate::config::Config;
 use crate::store::formation::Formation;
 use crate::store::snapshot::SnapshotData;
-use crate::types::{LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote};
+use crate::types::{LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote};
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 type ReplyStream<'s> = BoxStream<'s, RpcResult<AppendReply>>;
@@ -114,6 +114,14 @@ impl PeerNetwork {
             Ok(Err(error)) => Err(ReadIndexError::Unavailable(error.to_string())),
             Err(_) => Err(ReadIndexError::Timeout),
         }
+    }
+
+    /// Whether a member, asked now, has promised its vote to nobody later than `leader`. Not reaching
+    /// it is a no. Takes a connection's and a reply's time at most.
+    pub async fn confirm(&self, target: NodeId, addrs: &NodeAddrs, leader: LeaderId) -> bool {
+        let link = self.link(target, addrs, Purpose::Control);
+        let Ok(connection) = link.connection().await else { return false };
+        connection.call(&Confirm(leader), link.settings().reply_timeout).await.unwrap_or(false)
     }
 
     /// Greets a node that is about to become a member. `Some` says why it and this node do not belong

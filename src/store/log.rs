@@ -31,6 +31,7 @@ use super::engine::{CF_LOG, CF_META, Engine, to_io};
 use super::flusher::FlushHandle;
 use super::marker::Marker;
 use super::meta::{self, corrupt};
+use super::promise::Promise;
 use super::tail::Tail;
 
 /// How much of the log one step of an apply reads: bounds its memory while a node catches up.
@@ -44,6 +45,7 @@ pub struct LogStore {
     marker: Arc<Marker>,
     /// How much one replication message may carry.
     read_bytes_max: usize,
+    promise: Promise,
     shared: Arc<Mutex<Ends>>,
 }
 
@@ -78,10 +80,11 @@ impl LogStore {
         }
         let tail = Tail::new(options.storage.log_tail_bytes);
         let first = purged.next_index();
+        let promise = Promise::new(vote);
         let shared = Arc::new(Mutex::new(Ends { vote, purged, first, last, tail }));
         drop(meta_family);
         let read_bytes_max = options.raft.append_bytes_max;
-        Ok(Self { engine, flusher, marker, read_bytes_max, shared })
+        Ok(Self { engine, flusher, marker, read_bytes_max, promise, shared })
     }
 
     /// Reads the whole log once. A torn tail of an older write-ahead log file, followed by a newer
@@ -105,6 +108,10 @@ impl LogStore {
 
     pub(super) fn vote(&self) -> Option<Vote> {
         self.lock().vote
+    }
+
+    pub(super) fn promise(&self) -> Promise {
+        self.promise.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Ends> {
@@ -270,6 +277,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
+        self.promise.raise(vote.leader_id);
         let mut batch = WriteBatch::default();
         batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_VOTE, meta::encode_vote(vote));
         self.engine.write(batch)?;

@@ -5,16 +5,16 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rocksdb::IteratorMode;
 use tokio::sync::watch;
 
 use crate::ring::RingTable;
-use crate::types::{ClusterId, Record, Revision};
+use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
-use super::meta;
+use super::meta::{self, Progress};
 
 /// Up to this many keys, and this many bytes of data, [`StateReader::key_count`] counts: that takes
 /// milliseconds. Above, it takes RocksDB's estimate.
@@ -27,6 +27,7 @@ pub(super) struct StateShared {
     pub(super) cluster: ClusterId,
     view: RwLock<View>,
     revision: AtomicU64,
+    applied: Mutex<Option<LogId>>,
 }
 
 /// What must be seen together.
@@ -42,9 +43,15 @@ impl StateShared {
         engine: Arc<Engine>,
         cluster: ClusterId,
         view: View,
-        revision: Revision,
+        progress: &Progress,
     ) -> Self {
-        Self { engine, cluster, view: RwLock::new(view), revision: AtomicU64::new(revision) }
+        Self {
+            engine,
+            cluster,
+            view: RwLock::new(view),
+            revision: AtomicU64::new(progress.revision),
+            applied: Mutex::new(progress.last_applied),
+        }
     }
 
     pub(super) fn view(&self) -> RwLockReadGuard<'_, View> {
@@ -56,8 +63,10 @@ impl StateShared {
         self.view.write().expect("no code panics while it holds this lock")
     }
 
-    pub(super) fn publish_revision(&self, revision: Revision) {
-        self.revision.store(revision, Ordering::Release);
+    /// Tells readers what they can read by now. Comes after it is readable and before it is answered.
+    pub(super) fn publish(&self, progress: &Progress) {
+        self.revision.store(progress.revision, Ordering::Release);
+        *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = progress.last_applied;
     }
 }
 
@@ -127,6 +136,12 @@ impl StateReader {
     /// The state machine's revision counter.
     pub fn revision(&self) -> Revision {
         self.shared.revision.load(Ordering::Acquire)
+    }
+
+    /// The last entry whose changes a read that begins now will see. What this node answered as
+    /// applied lies at or before it.
+    pub fn last_applied(&self) -> Option<LogId> {
+        *self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many keys there are: counted when they are few, RocksDB's estimate when they are many.

@@ -82,8 +82,8 @@ impl StateMachine {
         let stored = Stored::read(engine.db())?;
         let ring = stored.ring.unwrap_or_else(RingTable::none);
         let view = View { data, ring: Arc::new(ring) };
-        let revision = stored.applied.progress.revision;
-        let shared = StateShared::new(engine, options.cluster.clone(), view, revision);
+        let shared =
+            StateShared::new(engine, options.cluster.clone(), view, &stored.applied.progress);
         let shared = Arc::new(shared);
         Ok(Self {
             stager: SnapshotStager::new(shared.clone()),
@@ -294,7 +294,7 @@ impl StateMachine {
                 applied.membership = membership;
             }
         }
-        self.shared.publish_revision(round.progress.revision);
+        self.shared.publish(&round.progress);
         for (responder, answer) in round.replies {
             responder.send(answer);
         }
@@ -337,7 +337,7 @@ impl StateMachine {
         };
         *self.lock() =
             AppliedState { progress: head.progress, membership: head.membership.clone() };
-        self.shared.publish_revision(head.progress.revision);
+        self.shared.publish(&head.progress);
         staged.keep();
         engine.drop_family(&old)
     }

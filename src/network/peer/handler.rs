@@ -10,7 +10,7 @@ use super::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
     SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
-use crate::types::{LogId, NodeId};
+use crate::types::{LeaderId, LogId, NodeId};
 
 /// The work behind a message. Every method may take as long as a disk does, and its future may be
 /// dropped when the node stops.
@@ -34,6 +34,9 @@ pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure>;
 
     async fn read_index(&self) -> Result<LogId, Failure>;
+
+    /// Whether this node has promised its vote to nobody later than `leader`. Answers at once.
+    fn confirm(&self, leader: LeaderId) -> bool;
 
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure>;
 

@@ -27,7 +27,7 @@ use super::lane::{Lane, LaneError};
 use super::settings::PeerSettings;
 use super::toy_codec::{Admission, PeerCodec};
 use super::wire::{
-    Append, BeginSnapshot, Call, Failure, FinishSnapshot, Heartbeat, PreVote, ReadIndex,
+    Append, BeginSnapshot, Call, Confirm, Failure, FinishSnapshot, Heartbeat, PreVote, ReadIndex,
     SnapshotChunk, TransferRequest, VoteRequest,
 };
 use crate::codec::DecodeError;
@@ -120,6 +120,12 @@ impl PeerService {
         Ok(seal_reply(sequence, &outcome))
     }
 
+    /// A leader asks with every round of reads: no task, no turn in Raft's queue.
+    fn confirm(&self, request: Bytes) -> Result<Vec<u8>, Breach> {
+        let (sequence, Confirm(leader)) = self.open(request)?;
+        Ok(seal_reply(sequence, &Ok(self.handler.confirm(leader))))
+    }
+
     async fn append(self: Arc<Self>, request: Bytes) -> Result<Vec<u8>, Breach> {
         let (sequence, append) = self.open::<Append>(request)?;
         let reply = self.lane.enqueue(sequence, append)?;
@@ -183,6 +189,7 @@ impl RegisterService for PeerService {
             "read_index",
             handler!(|s, r| s.work(r, |h, _: ReadIndex| async move { h.read_index().await })),
         );
+        handlers.insert("confirm", handler!(|s, r| std::future::ready(s.confirm(r))));
         handlers.insert(
             "begin_snapshot",
             handler!(

@@ -9,6 +9,8 @@
 //! vote reply     = vote, granted:u8 (0|1), last:log id?
 //! transfer       = from:vote, to:u64, last:log id?
 //! transfer reply = 0 | 1, expected:vote, actual:vote | 2, expected:log id?, actual:log id?
+//! confirm        = term:u64, node:u64
+//! confirm reply  = u8 (0|1)
 //! begin, finish  = vote, id:u64, last:log id?, stored membership
 //! chunk          = vote, id:u64, seq:u64, length:u32, bytes
 //! step           = 0, next seq:u64, complete:u8 (0|1), length:u32, cursor | 1, higher:vote
@@ -30,7 +32,7 @@ use bytes::BufMut;
 
 pub(in crate::network) use methods::{Call, Method};
 pub(in crate::network) use raft::{
-    Append, EncodedAppend, EntryTooLarge, Heartbeat, PreVote, ReadIndex, encode_appends,
+    Append, Confirm, EncodedAppend, EntryTooLarge, Heartbeat, PreVote, ReadIndex, encode_appends,
 };
 pub(in crate::network) use snapshot::{BeginSnapshot, FinishSnapshot, SnapshotChunk, SnapshotStep};
 
@@ -121,6 +123,16 @@ impl Wire for () {
 
     fn decode(_: &mut Reader) -> Result<Self, DecodeError> {
         Ok(())
+    }
+}
+
+impl Wire for bool {
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.put_u8(u8::from(*self));
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        reader.flag()
     }
 }
 

@@ -10,12 +10,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use openraft::{Raft, SnapshotPolicy};
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{PeerIdentity, PeerServer};
 use crate::config::Config;
 use crate::network::raft_network_impl::PeerNetwork;
+use crate::read_gate::{ReadGate, Voters};
 use crate::store::state_machine::StateMachine;
 use crate::store::{Store, StoreOptions};
 use crate::types::{Command, Condition, NodeAddrs, NodeId, TypeConfig, Write};
@@ -27,6 +29,7 @@ struct TestNode {
     network: PeerNetwork,
     server: PeerServer,
     store: Store,
+    gate: JoinHandle<()>,
     shutdown: CancellationToken,
 }
 
@@ -60,11 +63,12 @@ impl TestNode {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let rpc = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
-        let (formation, stager, token) = (store.formation(), store.stager(), shutdown.clone());
-        let server =
-            PeerServer::serve(listener, identity, formation, raft.clone(), stager, &config, token);
+        let voters = Voters { own: store.promise(), peers: network.clone() };
+        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
+        let (of_raft, token) = (raft.clone(), shutdown.clone());
+        let server = PeerServer::serve(listener, identity, of_raft, gate, &store, &config, token);
         let addrs = NodeAddrs { http: String::new(), rpc };
-        Self { id, addrs, raft, network, server, store, shutdown }
+        Self { id, addrs, raft, network, server, store, gate: gate_task, shutdown }
     }
 
     async fn stop(self) {
@@ -73,6 +77,7 @@ impl TestNode {
         self.raft.shutdown().await.unwrap();
         self.network.shutdown().await;
         drop((self.raft, self.network));
+        self.gate.await.unwrap();
         self.store.close().unwrap();
     }
 }

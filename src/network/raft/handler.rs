@@ -8,11 +8,10 @@ use async_trait::async_trait;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use openraft::async_runtime::watch::WatchReceiver;
-use openraft::errors::{LinearizableReadError, RaftError};
 use openraft::storage::RaftStateMachine;
-use openraft::{Raft, ReadPolicy, Snapshot};
+use openraft::{Raft, Snapshot};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::Instant;
 
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::quiet::Quiet;
@@ -20,8 +19,10 @@ use crate::network::peer::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
     SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
+use crate::read_gate::{ReadGate, ReadIndexFailure};
+use crate::store::Promise;
 use crate::store::snapshot::{SnapshotData, SnapshotStager};
-use crate::types::{LogId, NodeId, TypeConfig, Vote};
+use crate::types::{LeaderId, LogId, NodeId, TypeConfig, Vote};
 
 /// The [`PeerHandler`] of a node.
 pub(super) struct RaftHandler<SM>
@@ -30,6 +31,8 @@ where
 {
     raft: Raft<TypeConfig, SM>,
     stager: SnapshotStager,
+    promise: Promise,
+    gate: ReadGate,
     read_index_timeout: Duration,
     quiet: Quiet,
 }
@@ -41,9 +44,11 @@ where
     pub(super) fn new(
         raft: Raft<TypeConfig, SM>,
         stager: SnapshotStager,
+        promise: Promise,
+        gate: ReadGate,
         read_index_timeout: Duration,
     ) -> Self {
-        Self { raft, stager, read_index_timeout, quiet: Quiet::default() }
+        Self { raft, stager, promise, gate, read_index_timeout, quiet: Quiet::default() }
     }
 
     /// This node's vote, if it is higher: then the sender does not lead any more, and must not
@@ -110,19 +115,20 @@ where
         self.raft.handle_transfer_leader(request).await.map_err(stopped)
     }
 
-    /// Not the lease: a follower that was restarted has forgotten its promise.
     async fn read_index(&self) -> Result<LogId, Failure> {
-        let confirmed = self.raft.get_read_linearizer(ReadPolicy::ReadIndex);
-        match timeout(self.read_index_timeout, confirmed).await {
-            Ok(Ok(linearizer)) => Ok(*linearizer.read_log_id().log_id()),
-            Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
+        let deadline = Instant::now() + self.read_index_timeout;
+        match self.gate.read_index(deadline).await {
+            Some(Ok(log_id)) => Ok(log_id),
+            Some(Err(ReadIndexFailure::NotLeader(forward))) => {
                 Err(Failure::NotLeader(forward.leader_id))
             }
-            Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) | Err(_) => {
-                Err(Failure::NoQuorum)
-            }
-            Ok(Err(RaftError::Fatal(_))) => Err(Failure::Stopped),
+            Some(Err(ReadIndexFailure::NoQuorum)) | None => Err(Failure::NoQuorum),
+            Some(Err(ReadIndexFailure::Fatal(_))) => Err(Failure::Stopped),
         }
+    }
+
+    fn confirm(&self, leader: LeaderId) -> bool {
+        self.promise.none_after(leader)
     }
 
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {

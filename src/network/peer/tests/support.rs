@@ -221,6 +221,11 @@ impl PeerHandler for Fake {
         Err(Failure::NotLeader(Some(3)))
     }
 
+    fn confirm(&self, leader: LeaderId) -> bool {
+        self.begin();
+        leader.term < 10
+    }
+
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {
         let mut staging = self.staging.lock().unwrap();
         if staging.id != Some(begin.id) {

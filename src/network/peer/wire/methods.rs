@@ -1,9 +1,9 @@
 //! The procedures: their numbers in frames, their names for Toy-RPC, what goes in and what comes out.
 
 use super::{
-    Append, AppendReply, BeginSnapshot, FinishSnapshot, Heartbeat, HeartbeatReply, Installed,
-    PreVote, ReadIndex, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply,
-    VoteRequest, Wire,
+    Append, AppendReply, BeginSnapshot, Confirm, FinishSnapshot, Heartbeat, HeartbeatReply,
+    Installed, PreVote, ReadIndex, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest,
+    VoteReply, VoteRequest, Wire,
 };
 use crate::network::peer::Purpose;
 use crate::types::LogId;
@@ -20,10 +20,11 @@ pub(in crate::network) enum Method {
     BeginSnapshot,
     SnapshotChunk,
     FinishSnapshot,
+    Confirm,
 }
 
 impl Method {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Append,
         Self::Heartbeat,
         Self::Vote,
@@ -33,6 +34,7 @@ impl Method {
         Self::BeginSnapshot,
         Self::SnapshotChunk,
         Self::FinishSnapshot,
+        Self::Confirm,
     ];
 
     /// Its number in a frame; 0 is not one.
@@ -56,6 +58,7 @@ impl Method {
             Self::BeginSnapshot => "peer.begin_snapshot",
             Self::SnapshotChunk => "peer.snapshot_chunk",
             Self::FinishSnapshot => "peer.finish_snapshot",
+            Self::Confirm => "peer.confirm",
         }
     }
 
@@ -71,7 +74,8 @@ impl Method {
             | Self::Vote
             | Self::PreVote
             | Self::TransferLeader
-            | Self::ReadIndex => Purpose::Control,
+            | Self::ReadIndex
+            | Self::Confirm => Purpose::Control,
             Self::BeginSnapshot | Self::SnapshotChunk | Self::FinishSnapshot => Purpose::Snapshot,
         }
     }
@@ -99,6 +103,7 @@ calls! {
     PreVote => PreVote -> VoteReply;
     TransferRequest => TransferLeader -> TransferReply;
     ReadIndex => ReadIndex -> LogId;
+    Confirm => Confirm -> bool;
     BeginSnapshot => BeginSnapshot -> SnapshotStep;
     SnapshotChunk => SnapshotChunk -> SnapshotStep;
     FinishSnapshot => FinishSnapshot -> Installed;

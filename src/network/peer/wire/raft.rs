@@ -7,10 +7,11 @@ use super::{
     TransferRequest, VoteReply, VoteRequest, Wire, get_maybe, put_maybe,
 };
 use crate::codec::{
-    DecodeError, Reader, decode_entry, encode_entry, get_log_id, get_vote, put_log_id, put_vote,
+    DecodeError, Reader, decode_entry, encode_entry, get_leader_id, get_log_id, get_vote,
+    put_leader_id, put_log_id, put_vote,
 };
 use crate::network::peer::envelope::message_buffer;
-use crate::types::{Entry, LogId};
+use crate::types::{Entry, LeaderId, LogId};
 
 /// One append of a pipelined session.
 #[derive(Debug)]
@@ -32,6 +33,10 @@ pub(in crate::network) struct PreVote(pub(in crate::network) VoteRequest);
 /// Up to which log id a linearizable read must wait.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::network) struct ReadIndex;
+
+/// Whether this node has promised its vote to nobody later than the leader that asks.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::network) struct Confirm(pub(in crate::network) LeaderId);
 
 /// One message of an append that may have been split.
 #[derive(Debug)]
@@ -331,5 +336,15 @@ impl Wire for ReadIndex {
 
     fn decode(_: &mut Reader) -> Result<Self, DecodeError> {
         Ok(Self)
+    }
+}
+
+impl Wire for Confirm {
+    fn encode(&self, out: &mut Vec<u8>) {
+        put_leader_id(&self.0, out);
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        get_leader_id(reader).map(Self)
     }
 }
