@@ -5,6 +5,12 @@
 //! is another session. What was in flight behind the refusal is answered "session ended" by the peer
 //! and ignored here.
 //!
+//! An append that only brings a newer commit index is held back for a moment ([`COMMIT_HOLD_MAX`]) and
+//! dropped when another append follows, which brings it too: under load it would cost a message, a turn
+//! of the follower's Raft and a reply for every entry. A dropped append is not answered, because nobody
+//! answered it; openraft settles it with the next answer. That would be unsound if read indexes came of
+//! openraft's clock; they do not ([`crate::read_gate`]).
+//!
 //! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
 //!
 //! A peer is connected to only once there is a request for it. That is more than thrift: openraft's
@@ -29,6 +35,11 @@ use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
 };
 use crate::types::LogId;
+
+/// How long an append that only brings a commit index waits for another one to take it along. A
+/// follower of an idle leader learns of the last commit that much later. Longer than a write takes, so
+/// that a client which writes one value after the other does not pay for it either.
+const COMMIT_HOLD_MAX: Duration = Duration::from_millis(4);
 
 /// Why a stream of appends ended early.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -75,6 +86,8 @@ where
         connection,
         input: Some(input),
         parts: VecDeque::new(),
+        last_sent: None,
+        held: None,
         permit: None,
         in_flight: FuturesOrdered::new(),
         bytes_in_flight: 0,
@@ -100,6 +113,10 @@ struct Pipeline<S> {
     input: Option<S>,
     /// The messages of one request, if it had to be split, that are still to be sent.
     parts: VecDeque<EncodedAppend>,
+    /// Where the log ended, for the peer, after the last message; `None` before the first.
+    last_sent: Option<Option<LogId>>,
+    /// An append that only brings a commit index, and until when it is held back.
+    held: Option<(AppendRequest, Instant)>,
     /// Permission to send one message.
     permit: Option<OwnedSemaphorePermit>,
     in_flight: FuturesOrdered<BoxFuture<'static, Answered>>,
@@ -132,7 +149,8 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
     async fn next_reply(&mut self) -> Option<Result<Reply, PipelineError>> {
         loop {
             self.send_part();
-            if self.input.is_none() && self.parts.is_empty() && self.in_flight.is_empty() {
+            let nothing_to_send = self.input.is_none() && self.parts.is_empty();
+            if nothing_to_send && self.held.is_none() && self.in_flight.is_empty() {
                 return None;
             }
             match self.next_event().await {
@@ -142,11 +160,24 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
                 },
                 Event::Permitted(Ok(permit)) => self.permit = Some(permit),
                 Event::Permitted(Err(error)) => return Some(Err(error.into())),
-                Event::Requested(None) => self.input = None,
+                Event::Requested(None) => {
+                    self.input = None;
+                    self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
+                }
                 Event::Requested(Some(request)) => {
-                    match encode_appends(self.session, &request, self.message_bytes_max) {
-                        Ok(parts) => self.parts = parts.into(),
-                        Err(error) => return Some(Err(error.into())),
+                    // The newer one brings what a held one would have brought.
+                    self.held = None;
+                    if request.entries.is_empty() && self.last_sent == Some(request.prev_log_id) {
+                        self.held = Some((request, Instant::now() + COMMIT_HOLD_MAX));
+                    } else if let Err(error) = self.prepare(&request) {
+                        return Some(Err(error.into()));
+                    }
+                }
+                Event::HeldLongEnough => {
+                    if let Some((request, _)) = self.held.take()
+                        && let Err(error) = self.prepare(&request)
+                    {
+                        return Some(Err(error.into()));
                     }
                 }
                 Event::Idle => return Some(Err(self.time_out().into())),
@@ -158,14 +189,22 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         }
     }
 
+    fn prepare(&mut self, request: &AppendRequest) -> Result<(), EntryTooLarge> {
+        self.parts = encode_appends(self.session, request, self.message_bytes_max)?.into();
+        Ok(())
+    }
+
     /// What happens first. Replies go before all else, so that a slow consumer of this stream never
     /// mistakes its own pause for the peer's.
     async fn next_event(&mut self) -> Event {
         let room = self.in_flight.len() < self.calls_max && self.bytes_in_flight < self.bytes_max;
-        let something_to_send = self.input.is_some() || !self.parts.is_empty();
+        let something_to_send =
+            self.input.is_some() || !self.parts.is_empty() || self.held.is_some();
         let want_permit = self.permit.is_none() && room && something_to_send;
         let want_request = self.permit.is_some() && self.parts.is_empty() && self.input.is_some();
         let waiting = !self.in_flight.is_empty();
+        let held_until = self.held.as_ref().map(|(_, until)| *until);
+        let may_send_held = held_until.is_some() && self.permit.is_some() && self.parts.is_empty();
         let connection = Arc::clone(&self.connection);
         let next_request = async {
             match &mut self.input {
@@ -178,6 +217,9 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             Some(answered) = self.in_flight.next(), if waiting => Event::Answered(Box::new(answered)),
             permit = connection.permit(), if want_permit => Event::Permitted(permit),
             request = next_request, if want_request => Event::Requested(request),
+            () = sleep_until(held_until.unwrap_or(self.last_progress)), if may_send_held => {
+                Event::HeldLongEnough
+            }
             () = sleep_until(self.last_progress + self.reply_timeout), if waiting => Event::Idle,
             () = connection.closer().closed(), if !waiting => Event::Closed,
         }
@@ -196,6 +238,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             self.last_progress = Instant::now();
         }
         self.bytes_in_flight += bytes;
+        self.last_sent = Some(last);
         let call = self.connection.start(Method::Append, message, permit);
         let answered =
             call.reply().map(move |answer| Answered { answer, prev, last, bytes, split });
@@ -239,6 +282,8 @@ enum Event {
     Permitted(Result<OwnedSemaphorePermit, CallError>),
     /// `None` when the input has ended.
     Requested(Option<AppendRequest>),
+    /// The held append has waited long enough.
+    HeldLongEnough,
     /// No reply for too long.
     Idle,
     /// The connection ended while nothing was in flight.
