@@ -84,6 +84,8 @@ pub struct Config {
     pub raft: RaftConfig,
     /// RocksDB.
     pub storage: StorageConfig,
+    /// Threads.
+    pub runtime: RuntimeConfig,
 }
 
 /// The first ring that `admin` installs.
@@ -147,6 +149,26 @@ pub struct RaftConfig {
     pub snapshot_chunk_bytes: usize,
 }
 
+/// What a `raft-kv` process takes of the processor. `admin` and its nodes share one process and take all
+/// of it.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RuntimeConfig {
+    /// Threads that serve requests and run consensus; 0 means half of the processor's, one at least.
+    /// The flusher, RocksDB's background work and the kernel's network need the others.
+    pub worker_threads: usize,
+}
+
+impl RuntimeConfig {
+    /// The number of threads to start.
+    pub fn workers(&self) -> usize {
+        match self.worker_threads {
+            0 => std::thread::available_parallelism().map_or(1, |all| all.get().div_ceil(2)),
+            chosen => chosen,
+        }
+    }
+}
+
 /// RocksDB's memory and the log's tail.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -175,6 +197,7 @@ impl Default for Config {
             limits: Limits::default(),
             raft: RaftConfig::default(),
             storage: StorageConfig::default(),
+            runtime: RuntimeConfig::default(),
         }
     }
 }
@@ -255,6 +278,7 @@ impl Config {
         within("ring.list_ttl_s", self.ring.list_ttl_s, 1..=86_400)?;
         self.limits.check()?;
         self.raft.check(&self.limits)?;
+        within("runtime.worker_threads", self.runtime.worker_threads, 0..=1024)?;
         self.storage.check()
     }
 
@@ -415,6 +439,7 @@ mod tests {
             ("limits.peer_frame_bytes_max = 1100000", "limits.peer_frame_bytes_max"),
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
+            ("runtime.worker_threads = 1025", "runtime.worker_threads"),
         ] {
             let Err(ConfigError::OutOfRange { key: found, .. }) = parse(text) else {
                 panic!("{text} was not refused");

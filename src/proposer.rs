@@ -27,9 +27,9 @@ use crate::config::ENTRY_BYTES_MAX;
 use crate::node::Raft;
 use crate::types::{Applied, Command, TypeConfig, Write, Written};
 
-/// Entries on their way at once. More would make entries smaller, fewer would leave the log idle
-/// between one fsync and the next.
-const PROPOSALS_MAX: usize = 4;
+/// Entries on their way at once. More would make entries smaller, and each of them costs the same;
+/// with one alone, a write that comes while another's fsync runs would wait for all of it.
+const PROPOSALS_MAX: usize = 2;
 
 /// An entry holds no more than this many writes, and no more than [`ENTRY_BYTES_MAX`] unless a single one
 /// is larger.

@@ -14,6 +14,7 @@ use clap::Parser;
 use distrib_kv_store::config::Config;
 use distrib_kv_store::node::{Node, NodeOptions};
 use distrib_kv_store::types::{ClusterId, NodeId};
+use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -56,18 +57,30 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(1, &error),
-    };
-    runtime.block_on(run(flags))
-}
-
-async fn run(flags: Flags) -> ExitCode {
-    let config = match flags.config.map_or_else(|| Ok(Config::default()), Config::load) {
+    let config = match flags.config.as_ref().map_or_else(|| Ok(Config::default()), Config::load) {
         Ok(config) => config,
         Err(error) => return fail(EXIT_USAGE, &error),
     };
+    let runtime = match runtime(config.runtime.workers()) {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &error),
+    };
+    runtime.block_on(run(flags, config))
+}
+
+/// A single worker is this thread: it never has to wake another one to hand work over.
+fn runtime(workers: usize) -> std::io::Result<Runtime> {
+    let mut builder = match workers {
+        1 => Builder::new_current_thread(),
+        _ => Builder::new_multi_thread(),
+    };
+    if workers > 1 {
+        builder.worker_threads(workers);
+    }
+    builder.enable_all().build()
+}
+
+async fn run(flags: Flags, config: Config) -> ExitCode {
     let (mut terminate, mut interrupt) =
         match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
             (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
