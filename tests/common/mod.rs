@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod line;
 pub mod load;
 pub mod proxy;
+pub mod watch;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
