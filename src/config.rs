@@ -131,9 +131,10 @@ pub struct Limits {
 pub struct RaftConfig {
     /// How often a leader shows that it is alive, in milliseconds.
     pub heartbeat_interval_ms: u64,
-    /// A follower that heard nothing for a random time between this ...
+    /// A follower that heard nothing for `election_timeout_max_ms`, in which it helps nobody to depose
+    /// the leader, and then for a random time between this ...
     pub election_timeout_min_ms: u64,
-    /// ... and this starts an election, in milliseconds.
+    /// ... and this starts an election, in milliseconds: by default after 400 to 500.
     pub election_timeout_max_ms: u64,
     /// A snapshot is taken after this many entries since the last one.
     pub snapshot_log_entries: u64,
@@ -227,9 +228,9 @@ impl Default for Limits {
 impl Default for RaftConfig {
     fn default() -> Self {
         Self {
-            heartbeat_interval_ms: 100,
-            election_timeout_min_ms: 400,
-            election_timeout_max_ms: 800,
+            heartbeat_interval_ms: 50,
+            election_timeout_min_ms: 150,
+            election_timeout_max_ms: 250,
             snapshot_log_entries: 50_000,
             log_entries_kept: 10_000,
             append_pipeline_max: 32,

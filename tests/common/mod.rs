@@ -6,6 +6,7 @@
 // Each test binary uses a part of this.
 #![allow(dead_code)]
 
+pub mod alone;
 pub mod cluster;
 pub mod line;
 pub mod load;

@@ -63,7 +63,7 @@ impl PeerSettings {
             frame_timeout: FRAME_TIMEOUT,
             connections_max: config.limits.peer_connections_max,
             greeting_timeout: Duration::from_millis(config.limits.header_timeout_ms),
-            connect_timeout: election_timeout_max,
+            connect_timeout: 2 * election_timeout_max,
             reply_timeout: REPLY_TIMEOUT_MIN.max(2 * election_timeout_max),
             chunk_timeout: CHUNK_TIMEOUT,
             install_timeout: INSTALL_TIMEOUT,
