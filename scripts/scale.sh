@@ -117,7 +117,7 @@ table() {
 # resident: the largest of the nodes, in MB.
 resident() {
     for pid in $(printf '%s' "$KV_PIDS" | tr ',' ' '); do
-        sed -n 's/^VmRSS: *\([0-9]*\) kB/\1/p' "/proc/$pid/status"
+        sed -n 's/^VmRSS:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$pid/status"
     done | sort -n | tail -n 1 | awk '{ printf "%d", $1 / 1024 }'
 }
 

@@ -272,11 +272,14 @@ mod tests {
     use std::sync::Mutex;
     use tokio::time::timeout;
 
+    /// Who was asked and has not answered yet, with the way to answer.
+    type OpenCalls = Arc<Mutex<Vec<(NodeId, oneshot::Sender<bool>)>>>;
+
     /// Voters that answer as they are told; one without an order never answers.
     #[derive(Default)]
     struct Fake {
         own: bool,
-        calls: Arc<Mutex<Vec<(NodeId, oneshot::Sender<bool>)>>>,
+        calls: OpenCalls,
         answers: HashMap<NodeId, bool>,
     }
 
