@@ -176,7 +176,8 @@ impl RuntimeConfig {
 pub struct StorageConfig {
     /// Blocks of data files kept in memory, in bytes, shared by all column families.
     pub block_cache_bytes: usize,
-    /// One memtable, in bytes; up to two of the log and four of the data exist at once.
+    /// One memtable of the data, in bytes; up to three exist at once. RocksDB's own, for the log, take
+    /// up to 64 MiB.
     pub memtable_bytes: usize,
     /// The newest log entries kept in memory, in bytes.
     pub log_tail_bytes: usize,
@@ -243,7 +244,7 @@ impl Default for RaftConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { block_cache_bytes: 128 << 20, memtable_bytes: 16 << 20, log_tail_bytes: 16 << 20 }
+        Self { block_cache_bytes: 128 << 20, memtable_bytes: 32 << 20, log_tail_bytes: 16 << 20 }
     }
 }
 

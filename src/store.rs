@@ -4,19 +4,23 @@
 //! DATA-DIR/
 //!   node.lock    held (flock) while a process uses the directory
 //!   marker       who owns it and how much must be in it, fsynced apart from RocksDB
-//!   db/          RocksDB: column families log, meta and data-N, one write-ahead log for all
+//!   db/          RocksDB: column families log, meta and data-N
+//!   flush.sst    a data file on its way into db/; removed at every start
 //!   snapshots/   images for followers that lag too far; removed at every start
 //! ```
 //!
-//! **One write-ahead log** orders everything. An entry's append precedes its apply in it, a purge
-//! follows what it forgets, and a crash cuts off a suffix, so vote, log and state cannot disagree and
-//! applying needs no fsync of its own: after a crash, the log that is left brings the state forward.
+//! **One write-ahead log** orders votes, entries and purges, and a crash cuts off a suffix of it. The
+//! **state** is not in it: applied rows stand in memory ([`memtable`]) until a flush writes them to a
+//! data file together with the last applied id ([`flush`]). A flush fsyncs the write-ahead log first,
+//! and the log keeps every entry that is not flushed. So log and state cannot disagree, applying needs
+//! neither a write nor an fsync, and after a crash the log brings the state forward.
 //!
 //! Invariants:
 //! 1. Nothing is acknowledged, neither to a leader nor to a client, before `flush_wal(sync)` covered
 //!    it ([`flusher`]). The first failed write or fsync is final: the store refuses everything after
 //!    it ([`engine`]), because a second fsync may claim what the first one lost.
-//! 2. Data, last applied log id, membership and ring change in one batch ([`state_machine`]).
+//! 2. Data, last applied log id, membership and ring change together, for readers ([`memtable`]) and on
+//!    disk ([`flush`]); entries are purged only when the state on disk contains them.
 //! 3. The log has no holes between the last purged index and its end ([`log`]).
 //! 4. What does not decode is an error, never "absent". Each stored value starts with a version byte.
 //! 5. The marker never claims more than is on disk, and a store that holds less than its marker
@@ -25,11 +29,13 @@
 //! Only this module and the ones below it know RocksDB.
 
 mod engine;
+mod flush;
 mod flusher;
 pub mod formation;
 mod image;
 pub mod log;
 mod marker;
+mod memtable;
 mod meta;
 mod promise;
 mod reader;
@@ -173,6 +179,8 @@ impl Store {
         let marker = Marker::open(&marker_path, options.node_id, &options.cluster)?;
         let snapshots = dir.join("snapshots");
         remove_dir_if_there(&snapshots).map_err(|source| io_error(&snapshots, source))?;
+        let unfinished = dir.join(flush::FILE_NAME);
+        remove_file_if_there(&unfinished).map_err(|source| io_error(&unfinished, source))?;
 
         let db_path = dir.join("db");
         let failed = |error: io::Error| OpenError::Engine {
@@ -192,7 +200,12 @@ impl Store {
             log.check_no_holes().map_err(failed)?;
         }
         let state = StateMachine::open(engine.clone(), snapshots, options).map_err(failed)?;
-        let durable = log.last_log_id().max(state.last_applied());
+        let applied = state.last_applied();
+        if log.last_purged() > applied {
+            let text = "entries were purged that the state does not contain";
+            return Err(failed(meta::corrupt("the log", text)));
+        }
+        let durable = log.last_log_id().max(applied);
         marker
             .check_kept(log.vote(), durable)
             .map_err(|message| OpenError::LostData { path: db_path.clone(), message })?;
@@ -233,13 +246,15 @@ impl Store {
         self.state.stager()
     }
 
-    /// Flushes, writes the marker, ends the flusher and closes RocksDB. Blocks.
+    /// Flushes state and log, writes the marker, ends the flusher and closes RocksDB. Blocks.
     ///
     /// Other holders of the store's parts must be dropped by now; it waits a little for stragglers,
     /// because the directory can be opened again only when the last of them is gone.
     pub fn close(self) -> io::Result<()> {
         let Self { engine, flusher, log, state, formation: _, _lock } = self;
-        let flushed = flusher.stop();
+        // In this order: the state's flush syncs the log, too.
+        let flushed = state.flush();
+        let flushed = flusher.stop().and(flushed);
         drop(log);
         drop(state);
         let deadline = Instant::now() + CLOSE_WAIT_MAX;
@@ -311,6 +326,13 @@ fn lock(dir: &Path) -> Result<std::fs::File, OpenError> {
 
 fn remove_dir_if_there(path: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn remove_file_if_there(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

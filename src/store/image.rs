@@ -14,10 +14,10 @@ use openraft::type_config::alias::SnapshotOf;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use crate::types::{StoredMembership, TypeConfig};
+use crate::types::TypeConfig;
 
 use super::engine::{self, CF_META, Db, Engine, to_io};
-use super::meta::{self, Progress};
+use super::meta;
 use super::reader::StateShared;
 use super::snapshot::{Chunk, ChunkWriter, Cursor, Head, SnapshotData};
 
@@ -73,6 +73,8 @@ impl Images {
         let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
         let engine = &self.shared.engine;
         engine.check()?;
+        // A checkpoint holds what is in files: with this, all that was applied before.
+        self.shared.flush()?;
         let made = {
             let mut state = self.state.lock().expect("no code panics while it holds this lock");
             state.made += 1;
@@ -108,23 +110,17 @@ fn as_snapshot(image: &Arc<SnapshotImage>) -> SnapshotOf<TypeConfig, SnapshotDat
 impl SnapshotImage {
     fn open(dir: ImageDir) -> io::Result<Self> {
         let db = Engine::open_image(&dir.0)?;
-        let (data, head) = {
+        let data = {
             let family = engine::family(&db, CF_META)?;
-            let get = |key| db.get_cf(&family, key).map_err(to_io);
-            let data = get(meta::KEY_DATA)?.ok_or_else(|| {
+            let name = db.get_cf(&family, meta::KEY_DATA).map_err(to_io)?;
+            meta::decode_data_family(&name.ok_or_else(|| {
                 meta::corrupt("a snapshot image", "it does not name its data family")
-            })?;
-            let progress = get(meta::KEY_APPLIED)?;
-            let membership = get(meta::KEY_MEMBERSHIP)?;
-            let head = Head {
-                progress: progress
-                    .map_or(Ok(Progress::default()), |bytes| meta::decode_progress(&bytes))?,
-                membership: membership.map_or(Ok(StoredMembership::default()), |bytes| {
-                    meta::decode_membership(&bytes)
-                })?,
-                ring: get(meta::KEY_RING)?,
-            };
-            (meta::decode_data_family(&data)?, head)
+            })?)?
+        };
+        let head = {
+            let family = engine::family(&db, &data)?;
+            let head = db.get_cf(&family, meta::KEY_HEAD).map_err(to_io)?;
+            head.map_or(Ok(Head::default()), |bytes| meta::decode_head(&bytes))?
         };
         Ok(Self { id: rand::random(), db, data, head, _dir: dir })
     }
@@ -147,18 +143,18 @@ impl SnapshotImage {
         let family = engine::family(&self.db, &self.data)?;
         let mut options = ReadOptions::default();
         options.fill_cache(false);
-        let mode = match &cursor.key[..] {
-            [] => IteratorMode::Start,
-            key => IteratorMode::From(key, Direction::Forward),
-        };
+        let mut start = Vec::new();
+        meta::record_key(&cursor.key, &mut start);
+        let mode = IteratorMode::From(&start, Direction::Forward);
         let mut chunk = None;
         for item in self.db.iterator_cf_opt(&family, options, mode) {
-            let (key, record) = item.map_err(to_io)?;
-            if key[..] == cursor.key[..] {
+            let (stored, record) = item.map_err(to_io)?;
+            let key = meta::key_of(&stored)?;
+            if key == &cursor.key[..] {
                 continue;
             }
             let writer = chunk.get_or_insert_with(ChunkWriter::records);
-            writer.record(&key, &record);
+            writer.record(key, &record);
             if writer.len() >= bytes_max {
                 break;
             }

@@ -101,6 +101,11 @@ impl LogStore {
         Ok(())
     }
 
+    /// The last entry that was purged.
+    pub(super) fn last_purged(&self) -> Option<LogId> {
+        self.lock().purged
+    }
+
     /// The last entry's id, or what was last purged.
     pub(super) fn last_log_id(&self) -> Option<LogId> {
         self.lock().last

@@ -1,17 +1,18 @@
-//! The small single values: what the `meta` column family holds under which key, and how.
+//! What the column families `meta` and `data-N` hold under which key, and how.
 //!
-//! | key | value |
-//! | --- | --- |
-//! | `identity` | version (u8), node id (u64), cluster id (rest) |
-//! | `vote` | the vote, a record of [`crate::codec`] with its own version |
-//! | `purged` | log id of the last purged entry, likewise |
-//! | `applied` | version (u8), revision (u64), log id of the last applied entry (or nothing) |
-//! | `membership` | the membership of the last applied membership entry |
-//! | `ring` | version (u8), JSON of the ring |
-//! | `data` | version (u8), name of the active data column family |
+//! | family | key | value |
+//! | --- | --- | --- |
+//! | meta | `identity` | version (u8), node id (u64), cluster id (rest) |
+//! | meta | `vote` | the vote, a record of [`crate::codec`] with its own version |
+//! | meta | `purged` | log id of the last purged entry, likewise |
+//! | meta | `data` | version (u8), name of the active data column family |
+//! | data | `h` | the head: version (u8), then applied, membership and ring, each a u32 length and bytes |
+//! | data | `k` and a key | the key's record |
 //!
-//! Integers are big-endian. The state machine's keys (`applied`, `membership`, `ring`, `data`) change
-//! only in the batch that changes the data.
+//! Integers are big-endian. The parts of the head are: applied: version (u8), revision (u64), log id of
+//! the last applied entry (or nothing); membership: that of the last applied membership entry; ring:
+//! version (u8), JSON, or nothing before the first ring. The head lies among the data because both
+//! reach the disk in one file or not at all.
 
 use std::io;
 
@@ -21,16 +22,19 @@ use crate::codec;
 use crate::ring::{Ring, RingTable};
 use crate::types::{ClusterId, LogId, NodeId, Record, Revision, StoredMembership, Vote};
 
+use super::snapshot::Head;
+
 pub(super) const KEY_IDENTITY: &[u8] = b"identity";
 pub(super) const KEY_VOTE: &[u8] = b"vote";
 pub(super) const KEY_PURGED: &[u8] = b"purged";
-pub(super) const KEY_APPLIED: &[u8] = b"applied";
-pub(super) const KEY_MEMBERSHIP: &[u8] = b"membership";
-pub(super) const KEY_RING: &[u8] = b"ring";
 pub(super) const KEY_DATA: &[u8] = b"data";
+/// The head's key in a data family: before all records.
+pub(super) const KEY_HEAD: &[u8] = b"h";
+/// What the keys of records begin with in a data family.
+pub(super) const RECORDS: &[u8] = b"k";
 
-/// The version of all of these formats.
-const VERSION: u8 = 1;
+/// The version of all of these formats. 1 kept the head in the meta family.
+const VERSION: u8 = 2;
 
 /// An error for stored bytes that do not decode.
 pub(super) fn corrupt(what: &str, why: impl std::fmt::Display) -> io::Error {
@@ -144,6 +148,51 @@ pub(super) fn decode_data_family(bytes: &[u8]) -> io::Result<String> {
     String::from_utf8(name.to_vec()).map_err(|e| corrupt("data family", e))
 }
 
+/// The head as it is stored, and as it travels at the beginning of a snapshot.
+pub(super) fn encode_head(head: &Head) -> Vec<u8> {
+    let mut bytes = start();
+    put_block(&mut bytes, &encode_progress(&head.progress));
+    put_block(&mut bytes, &encode_membership(&head.membership));
+    put_block(&mut bytes, head.ring.as_deref().unwrap_or_default());
+    bytes
+}
+
+pub(super) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
+    let mut rest = Bytes::copy_from_slice(versioned("the head", bytes)?);
+    let progress = decode_progress(&take_block("the head", &mut rest)?)?;
+    let membership = decode_membership(&take_block("the head", &mut rest)?)?;
+    let ring = take_block("the head", &mut rest)?;
+    let ring = (!ring.is_empty()).then(|| ring.to_vec());
+    Ok(Head { progress, membership, ring })
+}
+
+pub(super) fn put_block(bytes: &mut Vec<u8>, block: &[u8]) {
+    let length = u32::try_from(block.len()).expect("keys and records are far below 4 GiB");
+    bytes.put_u32(length);
+    bytes.put_slice(block);
+}
+
+/// Takes a block off the front. Slices it, never copies, never allocates by an announced length.
+pub(super) fn take_block(what: &str, rest: &mut Bytes) -> io::Result<Bytes> {
+    let length = rest.try_get_u32().map_err(|e| corrupt(what, e))? as usize;
+    if length > rest.len() {
+        return Err(corrupt(what, "a length reaches beyond its end"));
+    }
+    Ok(rest.split_to(length))
+}
+
+/// Where a key's record lies in a data family. Takes the buffer, so that many keys need only one.
+pub(super) fn record_key(key: &[u8], stored: &mut Vec<u8>) {
+    stored.clear();
+    stored.extend_from_slice(RECORDS);
+    stored.extend_from_slice(key);
+}
+
+/// The key of a record that lies there.
+pub(super) fn key_of(stored: &[u8]) -> io::Result<&[u8]> {
+    stored.strip_prefix(RECORDS).ok_or_else(|| corrupt("the data", "a key is not a record's"))
+}
+
 // --- Records of the data column family -------------------------------------------------------------
 
 /// The version of a record: `version u8, flags u8, revision u64, value`.
@@ -172,6 +221,12 @@ pub(super) fn decode_record_revision(bytes: &[u8]) -> io::Result<Revision> {
 pub(super) fn decode_record(bytes: &[u8]) -> io::Result<Record> {
     let revision = decode_record_revision(bytes)?;
     Ok(Record { revision, value: Bytes::copy_from_slice(&bytes[RECORD_HEAD_BYTES..]) })
+}
+
+/// As [`decode_record`], without copying the value.
+pub(super) fn slice_record(bytes: &Bytes) -> io::Result<Record> {
+    let revision = decode_record_revision(bytes)?;
+    Ok(Record { revision, value: bytes.slice(RECORD_HEAD_BYTES..) })
 }
 
 #[cfg(test)]

@@ -2,18 +2,23 @@
 //!
 //! A read looks at the ring and at the data in one moment: both are replaced only under the write
 //! lock of [`View`], so a key that moves away can never be read as "absent" in between.
+//!
+//! It looks into the memtables first, then into RocksDB. Between the two looks rows may move from the
+//! first to the second, never back, so whatever was there is found, or something newer.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use rocksdb::IteratorMode;
+use rocksdb::{Direction, IteratorMode};
 use tokio::sync::watch;
 
 use crate::ring::RingTable;
 use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
+use super::flush::Flushes;
+use super::memtable::Memtables;
 use super::meta::{self, Progress};
 
 /// Up to this many keys, and this many bytes of data, [`StateReader::key_count`] counts: that takes
@@ -25,6 +30,8 @@ const COUNT_BYTES_MAX: u64 = 32 << 20;
 pub(super) struct StateShared {
     pub(super) engine: Arc<Engine>,
     pub(super) cluster: ClusterId,
+    pub(super) memtables: Memtables,
+    pub(super) flushes: Flushes,
     view: RwLock<View>,
     revision: AtomicU64,
     applied: Mutex<Option<LogId>>,
@@ -42,12 +49,16 @@ impl StateShared {
     pub(super) fn new(
         engine: Arc<Engine>,
         cluster: ClusterId,
+        memtables: Memtables,
+        flushes: Flushes,
         view: View,
-        progress: &Progress,
     ) -> Self {
+        let progress = memtables.read().head().progress;
         Self {
             engine,
             cluster,
+            memtables,
+            flushes,
             view: RwLock::new(view),
             revision: AtomicU64::new(progress.revision),
             applied: Mutex::new(progress.last_applied),
@@ -58,7 +69,7 @@ impl StateShared {
         self.view.read().expect("no code panics while it holds this lock")
     }
 
-    /// Held while a batch that changes ring or data family is written, and until it is published.
+    /// Held while ring or data family change, together with the rows that belong to the change.
     pub(super) fn view_mut(&self) -> RwLockWriteGuard<'_, View> {
         self.view.write().expect("no code panics while it holds this lock")
     }
@@ -105,11 +116,19 @@ impl StateReader {
         engine.check()?;
         let view = self.shared.view();
         let family = engine.family(&view.data)?;
-        let look_up = |key: &[u8]| -> io::Result<Lookup> {
+        let mut stored = Vec::new();
+        let mut look_up = |key: &[u8]| -> io::Result<Lookup> {
             if !view.ring.owns(&self.shared.cluster, key) {
                 return Ok(Lookup::WrongCluster(view.ring.clone()));
             }
-            match engine.db().get_pinned_cf(&family, key).map_err(to_io)? {
+            if let Some(row) = self.shared.memtables.read().get(key) {
+                return match row {
+                    Some(record) => Ok(Lookup::Found(meta::slice_record(record)?)),
+                    None => Ok(Lookup::Absent),
+                };
+            }
+            meta::record_key(key, &mut stored);
+            match engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? {
                 Some(bytes) => Ok(Lookup::Found(meta::decode_record(&bytes)?)),
                 None => Ok(Lookup::Absent),
             }
@@ -149,17 +168,21 @@ impl StateReader {
         let engine = &self.shared.engine;
         let view = self.shared.view();
         let property = |name| engine.number(&view.data, name);
-        let estimate = property("rocksdb.estimate-num-keys")?;
-        let bytes = property("rocksdb.total-sst-files-size")?
-            + property("rocksdb.cur-size-all-mem-tables")?;
+        let on_disk = property("rocksdb.estimate-num-keys")?;
+        let bytes = property("rocksdb.total-sst-files-size")?;
+        let newer = self.shared.memtables.read();
+        let there = newer.keys().filter(|(_, there)| *there).count() as u64;
+        // Some of them may be on disk as well. The head is not a key.
+        let estimate = (on_disk + there).saturating_sub(1);
         if estimate > COUNT_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
         let family = engine.family(&view.data)?;
-        let mut count = 0;
-        for item in engine.db().iterator_cf(&family, IteratorMode::Start) {
-            item.map_err(to_io)?;
-            count += 1;
+        let mut count = there;
+        let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
+        for item in engine.db().iterator_cf(&family, records) {
+            let (stored, _) = item.map_err(to_io)?;
+            count += u64::from(newer.unflushed(meta::key_of(&stored)?).is_none());
             if count > COUNT_KEYS_MAX {
                 return Ok(count.max(estimate));
             }

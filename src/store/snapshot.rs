@@ -5,8 +5,8 @@
 //! than one chunk in memory.
 //!
 //! ```text
-//! chunk    version u8 = 1, kind u8, body, crc32 u32 of everything before it
-//! head     (kind 1, first)  applied, membership, ring: each u32 length and bytes; length 0: none
+//! chunk    version u8 = 2, kind u8, body, crc32 u32 of everything before it
+//! head     (kind 1, first)  as it is stored: applied, membership, ring
 //! records  (kind 2, any number)  repeated: key u32 length and bytes, stored record u32 length and bytes
 //! end      (kind 3, last)   number of records u64, digest u64
 //! ```
@@ -29,7 +29,7 @@ pub use super::image::SnapshotImage;
 use super::meta::{self, Progress, corrupt};
 pub use super::staging::{SnapshotStager, StagedSnapshot, StagingPosition};
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const KIND_HEAD: u8 = 1;
 const KIND_RECORDS: u8 = 2;
 const KIND_END: u8 = 3;
@@ -74,8 +74,8 @@ pub struct Chunk {
     pub last: bool,
 }
 
-/// The state machine's small values in a snapshot.
-#[derive(Debug, Clone)]
+/// The state machine's small values: what belongs to all of the data.
+#[derive(Debug, Clone, Default)]
 pub(super) struct Head {
     pub(super) progress: Progress,
     pub(super) membership: StoredMembership,
@@ -164,9 +164,7 @@ impl ChunkWriter {
 
     pub(super) fn head(head: &Head) -> Bytes {
         let mut chunk = Self::new(KIND_HEAD);
-        chunk.block(&meta::encode_progress(&head.progress));
-        chunk.block(&meta::encode_membership(&head.membership));
-        chunk.block(head.ring.as_deref().unwrap_or_default());
+        chunk.0.put_slice(&meta::encode_head(head));
         chunk.seal()
     }
 
@@ -182,8 +180,8 @@ impl ChunkWriter {
     }
 
     pub(super) fn record(&mut self, key: &[u8], record: &[u8]) {
-        self.block(key);
-        self.block(record);
+        meta::put_block(&mut self.0, key);
+        meta::put_block(&mut self.0, record);
     }
 
     pub(super) fn len(&self) -> usize {
@@ -194,12 +192,6 @@ impl ChunkWriter {
         let crc = crc32fast::hash(&self.0);
         self.0.put_u32(crc);
         self.0.into()
-    }
-
-    fn block(&mut self, block: &[u8]) {
-        let length = u32::try_from(block.len()).expect("keys and records are far below 4 GiB");
-        self.0.put_u32(length);
-        self.0.put_slice(block);
     }
 }
 
@@ -217,17 +209,12 @@ pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
         return Err(bad("unknown version"));
     }
     match rest.get_u8() {
-        KIND_HEAD => {
-            let progress = meta::decode_progress(&take_block(&mut rest)?)?;
-            let membership = meta::decode_membership(&take_block(&mut rest)?)?;
-            let ring = take_block(&mut rest)?;
-            let ring = (!ring.is_empty()).then(|| ring.to_vec());
-            Ok(Body::Head(Box::new(Head { progress, membership, ring })))
-        }
+        KIND_HEAD => Ok(Body::Head(Box::new(meta::decode_head(&rest)?))),
         KIND_RECORDS => {
             let mut records = Vec::new();
             while !rest.is_empty() {
-                records.push((take_block(&mut rest)?, take_block(&mut rest)?));
+                let mut block = || meta::take_block("a snapshot chunk", &mut rest);
+                records.push((block()?, block()?));
             }
             Ok(Body::Records(records))
         }
@@ -236,14 +223,6 @@ pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
         }
         _ => Err(bad("unknown kind or length")),
     }
-}
-
-fn take_block(rest: &mut Bytes) -> io::Result<Bytes> {
-    let length = rest.try_get_u32().map_err(|e| corrupt("a snapshot chunk", e))? as usize;
-    if length > rest.len() {
-        return Err(corrupt("a snapshot chunk", "a length reaches beyond its end"));
-    }
-    Ok(rest.split_to(length))
 }
 
 /// Makes the image that a snapshot is. openraft runs it in a task of its own, beside applying.

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use rocksdb::WriteBatch;
 
 use super::engine::CF_DATA_PREFIX;
-use super::meta::corrupt;
+use super::meta::{self, corrupt};
 use super::reader::StateShared;
 use super::snapshot::{Body, Cursor, Head, SnapshotData, decode_chunk};
 
@@ -184,8 +184,13 @@ impl SnapshotStager {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "chunks are missing"));
         }
         let staging = slot.take().ok_or_else(|| no_staging(id))?;
-        self.shared.engine.flush_family(&staging.family.name)?;
         let head = staging.head.ok_or_else(|| corrupt("a snapshot", "it has no head"))?;
+        let engine = &self.shared.engine;
+        let mut batch = WriteBatch::default();
+        let family = engine.family(&staging.family.name)?;
+        batch.put_cf(&family, meta::KEY_HEAD, meta::encode_head(&head));
+        engine.write_unlogged(batch)?;
+        engine.flush_family(&staging.family.name)?;
         Ok(SnapshotData::Staged(StagedSnapshot(Arc::new(Staged { family: staging.family, head }))))
     }
 
@@ -195,12 +200,14 @@ impl SnapshotStager {
         let mut cursor = staging.cursor.clone();
         {
             let family = engine.family(&staging.family.name)?;
+            let mut stored = Vec::new();
             for (key, record) in records {
                 if *key <= cursor.key {
                     return Err(corrupt("a snapshot", "its keys are not in order"));
                 }
-                super::meta::decode_record_revision(record)?;
-                batch.put_cf(&family, key, record);
+                meta::decode_record_revision(record)?;
+                meta::record_key(key, &mut stored);
+                batch.put_cf(&family, &stored, record);
                 cursor.pass(key, record);
                 cursor.key = key.clone();
             }

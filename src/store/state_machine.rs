@@ -4,21 +4,22 @@
 //! every replica computes the same bytes and the same answers. Conditions and ownership are decided
 //! here and nowhere earlier, because only here all replicas agree on what is true.
 //!
-//! Entries are applied in rounds. A round collects the changes of many entries in one RocksDB batch
-//! together with the last applied id and the revision, writes it, and only then answers the clients.
-//! Within a round, later entries see earlier ones through a small overlay. The batch is not fsynced:
-//! the entries themselves are on a majority's disks, and the shared write-ahead log keeps the order.
+//! Entries are applied in rounds. A round collects the changes of many entries, makes them visible in
+//! the memtables together with the last applied id and the revision, and only then answers the
+//! clients. Within a round, later entries see earlier ones through the round's own rows. Nothing of it
+//! is written or fsynced here: the entries themselves are on a majority's disks, and a flush
+//! ([`super::flush`]) brings the state there later.
 
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
-use rocksdb::{IteratorMode, WriteBatch};
+use rocksdb::{Direction, IteratorMode, WriteBatch};
 
 use crate::ring::{Ring, RingTable};
 use crate::types::{
@@ -28,13 +29,15 @@ use crate::types::{
 
 use super::StoreOptions;
 use super::engine::{CF_DATA_PREFIX, CF_META, Db, Engine, to_io};
+use super::flush::{self, Flushes};
 use super::image::Images;
+use super::memtable::{Memtables, Row};
 use super::meta::{self, Progress};
 use super::reader::{StateReader, StateShared, View};
-use super::snapshot::{SnapshotBuilder, SnapshotData, SnapshotStager, StagedSnapshot};
+use super::snapshot::{Head, SnapshotBuilder, SnapshotData, SnapshotStager, StagedSnapshot};
 
-/// A round is written once it holds this many changes or bytes: large enough to share the cost of a
-/// batch, small enough to answer the first client soon.
+/// A round ends once it holds this many changes or bytes: large enough to share the cost of making it
+/// visible, small enough to answer the first client soon.
 const ROUND_CHANGES_MAX: usize = 1024;
 const ROUND_BYTES_MAX: usize = 4 << 20;
 
@@ -42,26 +45,17 @@ const ROUND_BYTES_MAX: usize = 4 << 20;
 #[derive(Clone)]
 pub struct StateMachine {
     shared: Arc<StateShared>,
-    applied: Arc<Mutex<AppliedState>>,
     images: Arc<Images>,
     stager: SnapshotStager,
 }
 
-/// What apply has come to. Locked by apply and by those who report it, for short.
-#[derive(Debug, Clone, Default)]
-struct AppliedState {
-    progress: Progress,
-    membership: StoredMembership,
-}
-
 type Reply = (openraft::storage::ApplyResponder<TypeConfig>, Applied);
 
-/// The changes of some consecutive entries, on their way into one batch.
+/// The changes of some consecutive entries, on their way into the memtables.
 #[derive(Default)]
 struct Round {
-    batch: WriteBatch,
-    /// Keys that this round wrote (their new revision) or deleted (`None`).
-    overlay: HashMap<Bytes, Option<Revision>>,
+    /// What this round wrote or deleted, by key.
+    rows: HashMap<Bytes, Row>,
     bytes: usize,
     progress: Progress,
     membership: Option<StoredMembership>,
@@ -79,17 +73,17 @@ impl StateMachine {
     ) -> io::Result<Self> {
         let data = active_data_family(&engine)?;
         drop_stale_families(&engine, &data)?;
-        let stored = Stored::read(engine.db())?;
-        let ring = stored.ring.unwrap_or_else(RingTable::none);
-        let view = View { data, ring: Arc::new(ring) };
-        let shared =
-            StateShared::new(engine, options.cluster.clone(), view, &stored.applied.progress);
-        let shared = Arc::new(shared);
+        let head = read_head(&engine, &data)?;
+        let ring = head.ring.as_ref().map(|bytes| meta::decode_ring(bytes)).transpose()?;
+        let view = View { data, ring: Arc::new(ring.unwrap_or_else(RingTable::none)) };
+        let memtables = Memtables::new(head, options.storage.memtable_bytes);
+        let flushes = Flushes::new(options.dir.join(flush::FILE_NAME));
+        let cluster = options.cluster.clone();
+        let shared = Arc::new(StateShared::new(engine, cluster, memtables, flushes, view));
         Ok(Self {
             stager: SnapshotStager::new(shared.clone()),
             images: Arc::new(Images::new(shared.clone(), snapshots)),
             shared,
-            applied: Arc::new(Mutex::new(stored.applied)),
         })
     }
 
@@ -102,15 +96,17 @@ impl StateMachine {
     }
 
     pub(super) fn last_applied(&self) -> Option<LogId> {
-        self.lock().progress.last_applied
+        self.shared.memtables.read().head().progress.last_applied
     }
 
-    fn lock(&self) -> MutexGuard<'_, AppliedState> {
-        self.applied.lock().expect("no code panics while it holds this lock")
+    /// Writes what was applied to disk, so that a start after this has nothing to apply again. Blocks.
+    pub(super) fn flush(&self) -> io::Result<()> {
+        self.shared.flush()
     }
 
     fn new_round(&self) -> Round {
-        Round { progress: self.lock().progress, ..Round::default() }
+        let progress = self.shared.memtables.read().head().progress;
+        Round { progress, ..Round::default() }
     }
 
     /// Adds one entry's changes to the round.
@@ -155,9 +151,7 @@ impl StateMachine {
         let revision = round.progress.revision;
         let record = meta::encode_record(revision, value);
         round.bytes += key.len() + record.len();
-        let view = self.shared.view();
-        round.batch.put_cf(&self.shared.engine.family(&view.data)?, &key, record);
-        round.overlay.insert(key, Some(revision));
+        round.rows.insert(key, Some(record.into()));
         Ok(Written::Put { revision })
     }
 
@@ -170,9 +164,7 @@ impl StateMachine {
         }
         round.progress.revision += 1;
         round.bytes += key.len();
-        let view = self.shared.view();
-        round.batch.delete_cf(&self.shared.engine.family(&view.data)?, &key);
-        round.overlay.insert(key, None);
+        round.rows.insert(key, None);
         Ok(Written::Deleted { revision: round.progress.revision, deleted: true })
     }
 
@@ -205,13 +197,19 @@ impl StateMachine {
 
     /// The revision of a key's record as of this point of the round.
     fn current(&self, round: &Round, key: &Bytes) -> io::Result<Option<Revision>> {
-        if let Some(changed) = round.overlay.get(key) {
-            return Ok(*changed);
+        let revision = |row: &Row| row.as_deref().map(meta::decode_record_revision).transpose();
+        if let Some(row) = round.rows.get(key) {
+            return revision(row);
+        }
+        if let Some(row) = self.shared.memtables.read().get(key) {
+            return revision(row);
         }
         let view = self.shared.view();
         let engine = &self.shared.engine;
         let family = engine.family(&view.data)?;
-        let found = engine.db().get_pinned_cf(&family, key).map_err(to_io)?;
+        let mut stored = Vec::new();
+        meta::record_key(key, &mut stored);
+        let found = engine.db().get_pinned_cf(&family, &stored).map_err(to_io)?;
         found.map(|bytes| meta::decode_record_revision(&bytes)).transpose()
     }
 
@@ -240,8 +238,6 @@ impl StateMachine {
         if self.holds_foreign_key(round, &table)? {
             return Ok(Applied::RingRefused(RingRefusal::HoldsForeignKeys));
         }
-        let family = self.shared.engine.family(CF_META)?;
-        round.batch.put_cf(&family, meta::KEY_RING, meta::encode_ring(table.ring()));
         round.ring = Some(Arc::new(table));
         Ok(Applied::RingInstalled { epoch })
     }
@@ -253,56 +249,70 @@ impl StateMachine {
             return Ok(false);
         }
         let foreign = |key: &[u8]| !table.owns(&self.shared.cluster, key);
-        if round.overlay.iter().any(|(key, there)| there.is_some() && foreign(key)) {
+        if round.rows.iter().any(|(key, row)| row.is_some() && foreign(key)) {
+            return Ok(true);
+        }
+        let newer = self.shared.memtables.read();
+        let hidden = |key: &[u8]| round.rows.contains_key(key);
+        if newer.keys().any(|(key, there)| there && foreign(key) && !hidden(key)) {
             return Ok(true);
         }
         let view = self.shared.view();
         let engine = &self.shared.engine;
         let family = engine.family(&view.data)?;
-        for item in engine.db().iterator_cf(&family, IteratorMode::Start) {
-            let (key, _) = item.map_err(to_io)?;
-            if foreign(&key) && !round.overlay.contains_key(&key[..]) {
+        let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
+        for item in engine.db().iterator_cf(&family, records) {
+            let (stored, _) = item.map_err(to_io)?;
+            let key = meta::key_of(&stored)?;
+            if foreign(key) && !hidden(key) && newer.unflushed(key).is_none() {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// Writes the round's batch, makes it visible, then answers its clients.
-    fn finish(&self, mut round: Round) -> io::Result<()> {
+    /// Makes the round visible, then answers its clients.
+    fn finish(&self, round: Round) -> io::Result<()> {
         if round.changes == 0 {
             return Ok(());
         }
-        let family = self.shared.engine.family(CF_META)?;
-        round.batch.put_cf(&family, meta::KEY_APPLIED, meta::encode_progress(&round.progress));
-        if let Some(membership) = &round.membership {
-            let bytes = meta::encode_membership(membership);
-            round.batch.put_cf(&family, meta::KEY_MEMBERSHIP, bytes);
-        }
-        match round.ring {
-            None => self.shared.engine.write(round.batch)?,
-            Some(ring) => {
-                let mut view = self.shared.view_mut();
-                self.shared.engine.write(round.batch)?;
-                view.ring = ring;
-            }
-        }
+        self.shared.engine.check()?;
+        let progress = round.progress;
+        let ring = round.ring.as_ref().map(|table| meta::encode_ring(table.ring()));
         {
-            let mut applied = self.lock();
-            applied.progress = round.progress;
-            if let Some(membership) = round.membership {
-                applied.membership = membership;
+            // Readers see the rows and the ring that decided them together.
+            let view = round.ring.map(|table| (self.shared.view_mut(), table));
+            self.shared.memtables.apply(round.rows, |head| {
+                head.progress = progress;
+                if let Some(membership) = round.membership {
+                    head.membership = membership;
+                }
+                head.ring = ring.or(head.ring.take());
+            });
+            if let Some((mut view, table)) = view {
+                view.ring = table;
             }
         }
-        self.shared.publish(&round.progress);
+        self.shared.publish(&progress);
         for (responder, answer) in round.replies {
             responder.send(answer);
         }
         Ok(())
     }
 
-    /// Puts a staged snapshot in the place of the state: one fsynced batch names the staged family as
-    /// the active one and sets everything that belongs to it.
+    /// Sees to it that there is memory for another round: starts a flush, waits for one.
+    async fn make_room(&self) -> io::Result<()> {
+        let shared = &self.shared;
+        if shared.memtables.freeze_if_full() {
+            let flushing = shared.clone();
+            // Its error is the engine's failure, which everybody sees.
+            drop(tokio::task::spawn_blocking(move || flushing.flush_frozen()));
+        }
+        shared.memtables.await_room(|| shared.engine.check()).await
+    }
+
+    /// Puts a staged snapshot in the place of the state: one fsynced write names the staged family, with
+    /// the head in it, as the active one.
     fn switch_to(&self, meta: &SnapshotMeta, staged: StagedSnapshot) -> io::Result<()> {
         let engine = &self.shared.engine;
         let head = staged.head();
@@ -321,48 +331,26 @@ impl StateMachine {
         let mut batch = WriteBatch::default();
         let family = engine.family(CF_META)?;
         batch.put_cf(&family, meta::KEY_DATA, meta::encode_data_family(staged.family()));
-        batch.put_cf(&family, meta::KEY_APPLIED, meta::encode_progress(&head.progress));
-        let membership = meta::encode_membership(&head.membership);
-        batch.put_cf(&family, meta::KEY_MEMBERSHIP, membership);
-        match &head.ring {
-            Some(bytes) => batch.put_cf(&family, meta::KEY_RING, bytes),
-            None => batch.delete_cf(&family, meta::KEY_RING),
-        }
+        // No flush may put rows of the old state into the new family.
+        let _no_flush = self.shared.flushes.exclude();
         let old = {
             let mut view = self.shared.view_mut();
             engine.write(batch)?;
             engine.sync()?;
+            self.shared.memtables.replace(head.clone());
             let new = View { data: staged.family().to_owned(), ring };
             std::mem::replace(&mut *view, new).data
         };
-        *self.lock() =
-            AppliedState { progress: head.progress, membership: head.membership.clone() };
         self.shared.publish(&head.progress);
         staged.keep();
         engine.drop_family(&old)
     }
 }
 
-/// The state machine's part of the meta column family.
-pub(super) struct Stored {
-    applied: AppliedState,
-    ring: Option<RingTable>,
-}
-
-impl Stored {
-    fn read(db: &Db) -> io::Result<Self> {
-        let family = super::engine::family(db, CF_META)?;
-        let get = |key| db.get_cf(&family, key).map_err(to_io);
-        let progress = get(meta::KEY_APPLIED)?;
-        let membership = get(meta::KEY_MEMBERSHIP)?;
-        let ring = get(meta::KEY_RING)?;
-        let applied = AppliedState {
-            progress: progress.map_or(Ok(Progress::default()), |b| meta::decode_progress(&b))?,
-            membership: membership
-                .map_or(Ok(StoredMembership::default()), |b| meta::decode_membership(&b))?,
-        };
-        Ok(Self { applied, ring: ring.map(|bytes| meta::decode_ring(&bytes)).transpose()? })
-    }
+fn read_head(engine: &Engine, data: &str) -> io::Result<Head> {
+    let family = engine.family(data)?;
+    let head = engine.db().get_cf(&family, meta::KEY_HEAD).map_err(to_io)?;
+    head.map_or(Ok(Head::default()), |bytes| meta::decode_head(&bytes))
 }
 
 /// The name of the active data family; the first one is made for a new store.
@@ -400,8 +388,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<LogId>, StoredMembership)> {
-        let applied = self.lock();
-        Ok((applied.progress.last_applied, applied.membership.clone()))
+        let layers = self.shared.memtables.read();
+        let head = layers.head();
+        Ok((head.applied(), head.membership.clone()))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
@@ -414,10 +403,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             round.replies.extend(responder.map(|responder| (responder, answer)));
             if round.changes >= ROUND_CHANGES_MAX || round.bytes >= ROUND_BYTES_MAX {
                 self.finish(round)?;
+                self.make_room().await?;
                 round = self.new_round();
             }
         }
-        self.finish(round)
+        self.finish(round)?;
+        self.make_room().await
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {

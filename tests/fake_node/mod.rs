@@ -97,9 +97,14 @@ pub fn bind() -> Bound {
     Bound { address: listener.local_addr().unwrap().to_string(), listener }
 }
 
-/// An address that refuses connections.
+/// An address that refuses connections, now and later: the port stays taken until the process ends,
+/// or the next test's node would get it.
 pub fn refusing() -> String {
-    bind().address
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = socket.local_addr().unwrap().to_string();
+    std::mem::forget(socket);
+    address
 }
 
 pub fn start(script: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> FakeNode {

@@ -1,0 +1,113 @@
+//! The way of applied state to disk: a frozen memtable becomes a data file.
+//!
+//! A flush fsyncs the write-ahead log first, so that the state on disk never runs ahead of the log on
+//! the same disk; then it writes the rows, sorted, with the head of their moment among them, into a
+//! file, and hands the file to RocksDB. RocksDB fsyncs it and its manifest before it is readable, and
+//! puts it above all older files. A crash before that leaves a file that nobody knows; it is written
+//! anew. A crash after it has lost nothing.
+//!
+//! So the last applied id on disk is always the one that the rows on disk belong to, and entries after
+//! it must stay in the log. They do: openraft purges what a snapshot covers, and making a snapshot
+//! begins with a flush.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::memtable::Frozen;
+use super::meta;
+use super::reader::StateShared;
+
+/// The file on its way, beside the database.
+pub(super) const FILE_NAME: &str = "flush.sst";
+
+/// With this many files that reads must look into one by one, a flush gives compaction time.
+/// RocksDB's own measure for slowing writers down.
+const LEVEL0_FILES_MAX: u64 = 20;
+const LEVEL0_WAIT_MAX: Duration = Duration::from_secs(10);
+const LEVEL0_POLL: Duration = Duration::from_millis(20);
+
+/// Makes one flush at a time.
+pub(super) struct Flushes {
+    one: Mutex<()>,
+    file: PathBuf,
+}
+
+impl Flushes {
+    pub(super) fn new(file: PathBuf) -> Self {
+        Self { one: Mutex::new(()), file }
+    }
+
+    /// While this is held, no flush runs and no file changes the data family.
+    pub(super) fn exclude(&self) -> MutexGuard<'_, ()> {
+        self.one.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+impl StateShared {
+    /// Writes the frozen table to disk, if there is one. Blocks.
+    ///
+    /// # Errors
+    /// The storage has failed, now or before. Rows that could not be written stay in memory.
+    pub(super) fn flush_frozen(&self) -> io::Result<()> {
+        let _one_at_a_time = self.flushes.exclude();
+        self.memtables.frozen().map_or(Ok(()), |frozen| self.flush_table(&frozen))
+    }
+
+    /// Writes everything that was applied before this call to disk. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::flush_frozen`].
+    pub(super) fn flush(&self) -> io::Result<()> {
+        let _one_at_a_time = self.flushes.exclude();
+        if let Some(frozen) = self.memtables.frozen() {
+            self.flush_table(&frozen)?;
+        }
+        self.memtables.freeze().map_or(Ok(()), |frozen| self.flush_table(&frozen))
+    }
+
+    fn flush_table(&self, frozen: &Frozen) -> io::Result<()> {
+        if let Err(error) = self.write_file(frozen) {
+            let error = self.engine.fail("flush", &error);
+            self.memtables.give_up();
+            return Err(error);
+        }
+        self.memtables.thaw();
+        Ok(())
+    }
+
+    fn write_file(&self, frozen: &Frozen) -> io::Result<()> {
+        self.await_compaction()?;
+        self.engine.sync()?;
+        let head = meta::encode_head(&frozen.head);
+        let rows = frozen.rows.sorted();
+        let mut key_bytes = Vec::new();
+        let data = self.view().data.clone();
+        self.engine.add_file(&data, &self.flushes.file, |file| {
+            file.put(meta::KEY_HEAD, &head)?;
+            for (key, row) in &rows {
+                meta::record_key(key, &mut key_bytes);
+                match row {
+                    Some(record) => file.put(&key_bytes, record)?,
+                    None => file.delete(&key_bytes)?,
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Files that a flush adds are not counted by RocksDB's brake on writers, so this is ours.
+    fn await_compaction(&self) -> io::Result<()> {
+        let data = self.view().data.clone();
+        let deadline = Instant::now() + LEVEL0_WAIT_MAX;
+        while Instant::now() < deadline {
+            self.engine.check()?;
+            if self.engine.number(&data, "rocksdb.num-files-at-level0")? < LEVEL0_FILES_MAX {
+                break;
+            }
+            std::thread::sleep(LEVEL0_POLL);
+        }
+        Ok(())
+    }
+}
