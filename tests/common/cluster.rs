@@ -1,7 +1,6 @@
 //! Clusters of real processes: formed over HTTP, killed, paused and started again.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -309,14 +308,22 @@ pub fn free_address() -> String {
     for _ in 0..places {
         let place = (start + NEXT.fetch_add(1, Ordering::SeqCst) % places) % places;
         let address = format!("127.0.0.1:{}", PORTS.start + place);
-        if TcpListener::bind(&address).is_ok() {
+        if is_free(&address) {
             return address;
         }
     }
     panic!("no port is free");
 }
 
+/// Whether nobody listens there. Binds and does not listen: a process that another thread is just
+/// starting holds a copy of every socket for a moment, and a copy that listens would be in the way.
+fn is_free(address: &str) -> bool {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind(address.parse().unwrap()).is_ok()
+}
+
 /// Waits until an address can be listened on again.
 fn await_free(address: &str) {
-    eventually(&format!("{address} is free again"), || TcpListener::bind(address).ok().map(drop));
+    eventually(&format!("{address} is free again"), || is_free(address).then_some(()));
 }
