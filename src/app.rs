@@ -22,6 +22,7 @@ use crate::config::Limits;
 use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
+use crate::once::Once;
 use crate::proposer::{ProposeError, Proposer};
 use crate::read_gate::{ReadGate, ReadIndexFailure};
 use crate::ring::{Ring, RingNode, RingTable};
@@ -130,7 +131,8 @@ impl App {
 
     // --- Keys ------------------------------------------------------------------------------------
 
-    /// Stores a value; returns its revision.
+    /// Stores a value; returns its revision. With `once` it does so at most once, and a repeat returns
+    /// what the first one did.
     ///
     /// Dropping the future does not take the write back once it was proposed.
     pub async fn put(
@@ -138,10 +140,11 @@ impl App {
         key: Bytes,
         value: Bytes,
         condition: Condition,
+        once: Option<Once>,
         deadline: Instant,
     ) -> Result<Revision, ApiError> {
         let started = Instant::now();
-        let write = Write::Put { key, value, condition };
+        let write = Write::put(key, value, condition).once(once);
         let result = self.write(write, deadline).await.map(|written| match written {
             Written::Put { revision } => revision,
             other => unreachable!("a put was answered by {other:?}"),
@@ -150,15 +153,16 @@ impl App {
         result
     }
 
-    /// Removes a key.
+    /// Removes a key. `once` as with [`Self::put`].
     pub async fn delete(
         &self,
         key: Bytes,
         condition: Condition,
+        once: Option<Once>,
         deadline: Instant,
     ) -> Result<Deletion, ApiError> {
         let started = Instant::now();
-        let write = Write::Delete { key, condition };
+        let write = Write::delete(key, condition).once(once);
         let result = self.write(write, deadline).await.map(|written| match written {
             Written::Deleted { revision, deleted } => Deletion { revision, deleted },
             other => unreachable!("a delete was answered by {other:?}"),
@@ -194,7 +198,7 @@ impl App {
             return Err(not_proposed());
         }
         let _permit = self.admit()?;
-        let key = write.key().clone();
+        let key = write.key.clone();
         // Only to save a log entry: what counts is the same check at apply.
         self.check_owner(&key)?;
         let answers = self.inner.proposer.propose(vec![write], deadline).await;
@@ -211,6 +215,9 @@ impl App {
         match answer {
             Ok(Written::ConditionFailed { current }) => Err(ApiError::ConditionFailed { current }),
             Ok(Written::WrongCluster { .. }) => Err(self.wrong_cluster(key)),
+            Ok(Written::OnceReused) => Err(ApiError::OnceReused),
+            Ok(Written::OnceForgotten) => Err(ApiError::OnceForgotten),
+            Ok(Written::TooManyClients) => Err(ApiError::TooManyClients),
             Ok(done) => Ok(done),
             Err(ProposeError::Raft(error)) => Err(self.write_error(&error)),
             Err(ProposeError::NotProposed) => Err(not_proposed()),

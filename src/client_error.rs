@@ -2,8 +2,8 @@
 //! [`KVClient`](crate::kvclient::KVClient) can fail.
 //!
 //! As on the server, the question that matters is [`ClientError::outcome`]: may the operation have
-//! taken effect? A write whose answer was lost is `Unknown` and was not sent a second time; everything
-//! that is `NotApplied` left no trace. A read changes nothing, so it never fails with anything else.
+//! taken effect? A write whose answer was lost has been tried again until its deadline, and is `Unknown`
+//! if nobody could tell by then; everything that is `NotApplied` left no trace. A read changes nothing, so it never fails with anything else.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -71,7 +71,7 @@ pub enum ClientError {
         /// How long room was waited for.
         waited: Duration,
     },
-    /// The request went out, but no answer came back.
+    /// The request went out, and until the deadline no answer came back that tells what became of it.
     #[error("{message}; it may or may not take effect")]
     AnswerLost {
         /// The node and what happened.

@@ -23,6 +23,7 @@ pub mod kvclient;
 pub mod metrics;
 pub mod network;
 pub mod node;
+pub mod once;
 pub mod proposer;
 pub mod raft_node;
 pub mod read_gate;

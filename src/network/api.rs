@@ -86,10 +86,11 @@ async fn put_kv(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     let key = key_of(&state, &call)?;
     let condition = call.condition()?;
-    call.no_idempotency()?;
+    let once = call.once()?;
     let bytes_max = state.app.limits().value_bytes_max;
     let body = call.read_body(&state, BodyLimit { what: "value", bytes_max }).await?;
-    let put = || state.app.put(key.clone(), body.bytes.clone(), condition, call.deadline);
+    let put =
+        || state.app.put(key.clone(), body.bytes.clone(), condition, once.clone(), call.deadline);
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
     served.respond(|revision| Ok(Json(json!({"revision": revision})).into_response()))
 }
@@ -98,8 +99,8 @@ async fn delete_kv(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     let key = key_of(&state, &call)?;
     let condition = call.condition()?;
-    call.no_idempotency()?;
-    let delete = || state.app.delete(key.clone(), condition, call.deadline);
+    let once = call.once()?;
+    let delete = || state.app.delete(key.clone(), condition, once.clone(), call.deadline);
     let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Write, delete).await?;
     served.respond(|done| {
         Ok(Json(json!({"revision": done.revision, "deleted": done.deleted})).into_response())
@@ -191,7 +192,7 @@ struct OriginalSet {
 
 async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    call.no_idempotency()?;
+    call.no_once()?;
     let (OriginalWrite::Set(Object(set)), body) = call.read_json(&state).await?;
     check_key(&state, set.key.as_bytes())?;
     let max = state.app.limits().value_bytes_max;
@@ -200,7 +201,7 @@ async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     }
     let (key, value) = (Bytes::from(set.key), Bytes::from(set.value));
     let always = Condition::Always;
-    let put = || state.app.put(key.clone(), value.clone(), always, call.deadline);
+    let put = || state.app.put(key.clone(), value.clone(), always, None, call.deadline);
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
     served.respond(|revision| {
         Ok((StatusCode::CREATED, Json(json!({"revision": revision}))).into_response())

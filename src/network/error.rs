@@ -124,9 +124,17 @@ pub enum ApiError {
     /// The request contradicts the cluster's state.
     #[error("{0}")]
     Conflict(String),
-    /// A part of the contract that this version does not have.
-    #[error("{0} is not implemented in this version")]
-    NotImplemented(&'static str),
+    /// The client's sequence stands for another write already.
+    #[error("this Idempotency-Key was used for a write of another key, or of another kind")]
+    OnceReused,
+    /// The client's sequence is too old: nobody knows any more whether its write was carried out.
+    #[error(
+        "this Idempotency-Key lies below the client's floor, or its answer has been forgotten; the write may have taken effect before, and is not carried out now"
+    )]
+    OnceForgotten,
+    /// No more clients can be remembered.
+    #[error("too many clients use an Idempotency-Key; new ones are taken when others fall silent")]
+    TooManyClients,
 }
 
 /// The JSON body of an error.
@@ -160,7 +168,8 @@ impl ApiError {
     /// The HTTP status and the stable code.
     ///
     /// Whatever leaves the outcome open is a `504 TIMEOUT`, whichever way it came about: a 503 with
-    /// its `Retry-After` tells stock HTTP clients to send the request again.
+    /// its `Retry-After` tells stock HTTP clients to send the request again. Except for what no wait
+    /// will decide, [`Self::OnceForgotten`].
     pub fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoLeader { outcome: Outcome::Unknown, .. }
@@ -175,7 +184,9 @@ impl ApiError {
             Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
             Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
             Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
-            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED"),
+            Self::Overloaded | Self::TooManyClients => {
+                (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED")
+            }
             Self::Stopping { .. } => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
             // Leaders or rings disagree at the moment, or the node that should know has just died.
             Self::TooManyHops { .. } | Self::Forward { .. } => {
@@ -185,8 +196,8 @@ impl ApiError {
             Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
             Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
             Self::Storage { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "STORAGE"),
-            Self::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
-            Self::NotImplemented(_) => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
+            Self::Conflict(_) | Self::OnceReused => (StatusCode::CONFLICT, "CONFLICT"),
+            Self::OnceForgotten => (StatusCode::CONFLICT, "IDEMPOTENCY_EXPIRED"),
         }
     }
 
@@ -198,6 +209,7 @@ impl ApiError {
             | Self::Timeout { outcome, .. }
             | Self::Forward { outcome, .. }
             | Self::Storage { outcome, .. } => *outcome,
+            Self::OnceForgotten => Outcome::Unknown,
             _ => Outcome::NotApplied,
         }
     }
@@ -271,6 +283,17 @@ mod tests {
             assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
             assert!(!response.headers().contains_key(header::RETRY_AFTER));
         }
+    }
+
+    /// It is no 503: sending the same once more never helps.
+    #[test]
+    fn what_is_forgotten_is_unknown_and_not_tried_again() {
+        let response = ApiError::OnceForgotten.into_response();
+        assert_eq!(response.status(), StatusCode::CONFLICT);
+        assert!(!response.headers().contains_key(header::RETRY_AFTER));
+        assert_eq!(ApiError::OnceForgotten.outcome(), Outcome::Unknown);
+        assert_eq!(ApiError::OnceReused.outcome(), Outcome::NotApplied);
+        assert_eq!(ApiError::TooManyClients.outcome(), Outcome::NotApplied);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The way of applied state to disk: a frozen memtable becomes a data file.
 //!
 //! A flush fsyncs the write-ahead log first, so that the state on disk never runs ahead of the log on
-//! the same disk; then it writes the rows, sorted, with the head of their moment among them, into a
-//! file, and hands the file to RocksDB. RocksDB fsyncs it and its manifest before it is readable, and
+//! the same disk; then it writes the rows, sorted, with head and machine of their moment among them, into
+//! a file, and hands the file to RocksDB. RocksDB fsyncs it and its manifest before it is readable, and
 //! puts it above all older files. A crash before that leaves a file that nobody knows; it is written
 //! anew. A crash after it has lost nothing.
 //!
@@ -12,9 +12,10 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use super::machine::stored_side_rows;
 use super::memtable::Frozen;
 use super::meta;
 use super::reader::StateShared;
@@ -46,6 +47,17 @@ impl Flushes {
 }
 
 impl StateShared {
+    /// Freezes the active memtable if it is full and there is no frozen one; true if it did.
+    pub(super) fn freeze_if_full(&self) -> bool {
+        self.memtables.is_due() && self.freeze().is_some()
+    }
+
+    /// Rows, head and machine of one moment: no round is applied while the machine is held.
+    fn freeze(&self) -> Option<Arc<Frozen>> {
+        let machine = self.machine();
+        self.memtables.freeze(|| machine.side_rows())
+    }
+
     /// Writes the frozen table to disk, if there is one. Blocks.
     ///
     /// # Errors
@@ -64,7 +76,7 @@ impl StateShared {
         if let Some(frozen) = self.memtables.frozen() {
             self.flush_table(&frozen)?;
         }
-        self.memtables.freeze().map_or(Ok(()), |frozen| self.flush_table(&frozen))
+        self.freeze().map_or(Ok(()), |frozen| self.flush_table(&frozen))
     }
 
     fn flush_table(&self, frozen: &Frozen) -> io::Result<()> {
@@ -84,7 +96,14 @@ impl StateShared {
         let rows = frozen.rows.sorted();
         let mut key_bytes = Vec::new();
         let data = self.view().data.clone();
+        let before = stored_side_rows(self.engine.db(), &self.engine.family(&data)?)?;
         self.engine.add_file(&data, &self.flushes.file, |file| {
+            for (stored, row) in &frozen.side {
+                file.put(stored, row)?;
+            }
+            for number in (0..before).skip(frozen.side.len()) {
+                file.delete(&meta::dedupe_key(number))?;
+            }
             file.put(meta::KEY_HEAD, &head)?;
             for (key, row) in &rows {
                 meta::record_key(key, &mut key_bytes);

@@ -6,13 +6,15 @@
 //! | meta | `vote` | the vote, a record of [`crate::codec`] with its own version |
 //! | meta | `purged` | log id of the last purged entry, likewise |
 //! | meta | `data` | version (u8), name of the active data column family |
+//! | data | `d` and a number (u32) | what is remembered of writes that happen at most once: a chunk of [`super::dedupe`], with its own version |
 //! | data | `h` | the head: version (u8), then applied, membership and ring, each a u32 length and bytes |
 //! | data | `k` and a key | the key's record |
 //!
 //! Integers are big-endian. The parts of the head are: applied: version (u8), revision (u64), log id of
 //! the last applied entry (or nothing); membership: that of the last applied membership entry; ring:
-//! version (u8), JSON, or nothing before the first ring. The head lies among the data because both
-//! reach the disk in one file or not at all.
+//! version (u8), JSON, or nothing before the first ring. All of it lies among the data because it
+//! reaches the disk in one file or not at all. Chunks are numbered from 0, and there is at least one
+//! wherever an entry has been applied.
 
 use std::io;
 
@@ -28,13 +30,15 @@ pub(super) const KEY_IDENTITY: &[u8] = b"identity";
 pub(super) const KEY_VOTE: &[u8] = b"vote";
 pub(super) const KEY_PURGED: &[u8] = b"purged";
 pub(super) const KEY_DATA: &[u8] = b"data";
+/// What the keys of the chunks begin with that [`super::dedupe`] encodes itself in.
+pub(super) const DEDUPE: &[u8] = b"d";
 /// The head's key in a data family: before all records.
 pub(super) const KEY_HEAD: &[u8] = b"h";
 /// What the keys of records begin with in a data family.
 pub(super) const RECORDS: &[u8] = b"k";
 
-/// The version of all of these formats. 1 kept the head in the meta family.
-const VERSION: u8 = 2;
+/// The version of all of these formats. 1 kept the head in the meta family, 2 had no chunks beside it.
+const VERSION: u8 = 3;
 
 /// An error for stored bytes that do not decode.
 pub(super) fn corrupt(what: &str, why: impl std::fmt::Display) -> io::Error {
@@ -191,6 +195,30 @@ pub(super) fn record_key(key: &[u8], stored: &mut Vec<u8>) {
 /// The key of a record that lies there.
 pub(super) fn key_of(stored: &[u8]) -> io::Result<&[u8]> {
     stored.strip_prefix(RECORDS).ok_or_else(|| corrupt("the data", "a key is not a record's"))
+}
+
+/// Where chunk `number` lies in a data family.
+pub(super) fn dedupe_key(number: u32) -> Vec<u8> {
+    [DEDUPE, &number.to_be_bytes()].concat()
+}
+
+/// The number of the chunk that lies there.
+pub(super) fn dedupe_number(stored: &[u8]) -> io::Result<u32> {
+    let number = stored.strip_prefix(DEDUPE).and_then(|number| number.try_into().ok());
+    let number = number.ok_or_else(|| corrupt("the data", "a key is not a chunk's"))?;
+    Ok(u32::from_be_bytes(number))
+}
+
+/// Checks a row that comes from another node, as far as it tells by itself. Chunks are checked
+/// together, when all are there.
+pub(super) fn check_row(stored: &[u8], row: &[u8]) -> io::Result<()> {
+    if stored.starts_with(DEDUPE) {
+        return dedupe_number(stored).map(drop);
+    }
+    if key_of(stored)?.is_empty() {
+        return Err(corrupt("the data", "a key is empty"));
+    }
+    decode_record_revision(row).map(drop)
 }
 
 // --- Records of the data column family -------------------------------------------------------------

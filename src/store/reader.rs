@@ -8,7 +8,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rocksdb::{Direction, IteratorMode};
 use tokio::sync::watch;
@@ -18,6 +18,7 @@ use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
+use super::machine::{Machine, stored_side_rows};
 use super::memtable::Memtables;
 use super::meta::{self, Progress};
 
@@ -30,6 +31,7 @@ const COUNT_BYTES_MAX: u64 = 32 << 20;
 pub(super) struct StateShared {
     pub(super) engine: Arc<Engine>,
     pub(super) cluster: ClusterId,
+    machine: Mutex<Machine>,
     pub(super) memtables: Memtables,
     pub(super) flushes: Flushes,
     view: RwLock<View>,
@@ -49,6 +51,7 @@ impl StateShared {
     pub(super) fn new(
         engine: Arc<Engine>,
         cluster: ClusterId,
+        machine: Mutex<Machine>,
         memtables: Memtables,
         flushes: Flushes,
         view: View,
@@ -57,12 +60,18 @@ impl StateShared {
         Self {
             engine,
             cluster,
+            machine,
             memtables,
             flushes,
             view: RwLock::new(view),
             revision: AtomicU64::new(progress.revision),
             applied: Mutex::new(progress.last_applied),
         }
+    }
+
+    /// The machine; [`super::machine`] says in which order locks are taken.
+    pub(super) fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().expect("no code panics while it holds this lock")
     }
 
     pub(super) fn view(&self) -> RwLockReadGuard<'_, View> {
@@ -172,12 +181,13 @@ impl StateReader {
         let bytes = property("rocksdb.total-sst-files-size")?;
         let newer = self.shared.memtables.read();
         let there = newer.keys().filter(|(_, there)| *there).count() as u64;
-        // Some of them may be on disk as well. The head is not a key.
-        let estimate = (on_disk + there).saturating_sub(1);
+        // Some of them may be on disk as well. The head and what goes with it are no keys.
+        let family = engine.family(&view.data)?;
+        let others = 1 + u64::from(stored_side_rows(engine.db(), &family)?);
+        let estimate = (on_disk + there).saturating_sub(others);
         if estimate > COUNT_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
-        let family = engine.family(&view.data)?;
         let mut count = there;
         let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
         for item in engine.db().iterator_cf(&family, records) {

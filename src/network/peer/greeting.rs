@@ -25,8 +25,9 @@ use crate::types::{CLUSTER_ID_BYTES_MAX, ClusterId, NodeId};
 /// Says that this is a peer connection of this program.
 const MAGIC: [u8; 8] = *b"dkv-peer";
 
-/// The version of the protocol: greeting, frames and messages together.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 1;
+/// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
+/// no clients.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 2;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;

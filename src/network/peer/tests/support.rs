@@ -53,8 +53,8 @@ pub(super) fn vote(term: u64) -> Vote {
 pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendRequest {
     let entry = |index| {
         let value = Bytes::from(vec![7; value_bytes]);
-        let put = Write::Put { key: "k".into(), value, condition: Condition::Always };
-        let command = Command::Write(vec![put]);
+        let put = Write::put("k".into(), value, Condition::Always);
+        let command = Command::Write { at_ms: 0, writes: vec![put] };
         Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
     };
     AppendRequest {
