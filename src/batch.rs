@@ -39,7 +39,7 @@
 //! Invariants: as in [`crate::codec`], of which this uses the reader. Decoders never panic, check
 //! every length against what is left, and allocate no more than a small multiple of their input.
 
-mod base64;
+pub(crate) mod base64;
 mod binary;
 pub mod json;
 #[cfg(test)]

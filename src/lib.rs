@@ -17,6 +17,7 @@ pub mod client_error;
 pub mod cluster_manager;
 pub mod codec;
 pub mod config;
+pub mod handoff;
 pub mod http_client;
 pub mod key_path;
 pub mod kvclient;

@@ -57,8 +57,17 @@ pub struct RingCluster {
     pub nodes: Vec<RingNode>,
 }
 
+impl std::hash::Hash for RingCluster {
+    /// A weight is never NaN or -0, so equal ones have equal bits.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.id.hash(state);
+        self.weight.to_bits().hash(state);
+        self.nodes.hash(state);
+    }
+}
+
 /// One node of a member.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RingNode {
     /// Its id inside the cluster.
@@ -116,13 +125,42 @@ impl Ring {
     }
 }
 
-/// A ring with its CARP table: answers who owns a key.
-#[derive(Debug, Clone)]
+/// A ring with its CARP table: answers who owns a key. Two are equal when their rings are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Ring", into = "Ring")]
 pub struct RingTable {
     ring: Ring,
     carp: Carp,
     /// For each CARP member, in CARP's (sorted) order, its place in `ring.clusters`.
     places: Vec<usize>,
+}
+
+impl PartialEq for RingTable {
+    fn eq(&self, other: &Self) -> bool {
+        self.ring == other.ring
+    }
+}
+
+impl std::hash::Hash for RingTable {
+    /// By what tells one ring of a system from another.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.ring.epoch.hash(state);
+        self.ring.clusters.hash(state);
+    }
+}
+
+impl TryFrom<Ring> for RingTable {
+    type Error = RingError;
+
+    fn try_from(ring: Ring) -> Result<Self, RingError> {
+        Self::new(ring)
+    }
+}
+
+impl From<RingTable> for Ring {
+    fn from(table: RingTable) -> Self {
+        table.ring
+    }
 }
 
 impl RingTable {

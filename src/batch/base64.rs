@@ -6,7 +6,7 @@
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-pub(super) fn encode(bytes: &[u8]) -> String {
+pub(crate) fn encode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for group in bytes.chunks(3) {
         let at = |place: usize| u32::from(group.get(place).copied().unwrap_or(0));
@@ -21,7 +21,7 @@ pub(super) fn encode(bytes: &[u8]) -> String {
 }
 
 /// The bytes, or `None` when `text` is no base64.
-pub(super) fn decode(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn decode(text: &str) -> Option<Vec<u8>> {
     let groups = text.as_bytes().chunks_exact(4);
     if !groups.remainder().is_empty() {
         return None;

@@ -1,0 +1,636 @@
+//! What a step does to a cluster's [`RingState`], or why it does nothing.
+//!
+//! The only place where that is decided. It looks at the state, the step and a few [`Facts`] about the
+//! data, all of which replicas agree on, and changes the state. What must happen to the data then is the
+//! store's to do, in the same round: see [`Decision::changed`].
+
+use std::io;
+
+use crate::ring::{Ring, RingTable};
+use crate::types::{ClusterId, Epoch, Revision};
+
+use super::state::{Change, Counted, Incoming, Outgoing, Receipt, RingState, Sending};
+use super::{
+    Attempt, Cursor, Done, Frozen, Handoff, Pair, Position, Refused, Step, Tally, members_of_both,
+    pairs,
+};
+
+/// What a step needs to know about the data of the cluster that takes it.
+pub trait Facts {
+    /// The cluster.
+    fn own(&self) -> &ClusterId;
+    /// The index of the step's entry in the log.
+    fn index(&self) -> u64;
+    /// The revision counter.
+    fn revision(&self) -> Revision;
+    /// The log time, in milliseconds since the Unix epoch.
+    fn log_time_ms(&self) -> u64;
+    /// The floors of all clients.
+    fn floors(&self) -> Vec<(String, u64)>;
+    /// Whether there is neither a record, nor an answer, nor anything staged.
+    fn is_empty(&self) -> io::Result<bool>;
+    /// The answers to operations on keys that move.
+    fn answers(&self, moves: &dyn Fn(&[u8]) -> bool) -> Tally;
+    /// The records of keys that move, after `from` and up to `to`, at most of this revision.
+    fn records(
+        &self,
+        moves: &dyn Fn(&[u8]) -> bool,
+        from: &[u8],
+        to: Option<&[u8]>,
+        revision_max: Revision,
+    ) -> io::Result<Tally>;
+}
+
+/// What a step came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// The answer.
+    pub done: Done,
+    /// Whether this is the first time. Only then the data follows: see [`RingState::decide`].
+    pub changed: bool,
+}
+
+type Decided = Result<Decision, Refused>;
+
+fn first(done: Done) -> Decided {
+    Ok(Decision { done, changed: true })
+}
+
+fn repeat(done: Done) -> Decided {
+    Ok(Decision { done, changed: false })
+}
+
+impl RingState {
+    /// Takes a step, or refuses it and changes nothing.
+    ///
+    /// After a step that changed something, in the same round, the caller:
+    /// - `Open`, `Refuse`: forgets the answers that earlier attempts of the handoff staged;
+    /// - `Activate`: makes the staged answers its own, raises its revision and log time to the source's
+    ///   if they are lower, and each client's floor;
+    /// - `Release`: forgets the answers to operations on keys that moved.
+    ///
+    /// # Errors
+    /// The data could not be read. Nothing has changed then.
+    pub fn decide(&mut self, step: &Step, facts: &dyn Facts) -> io::Result<Decided> {
+        Ok(match step {
+            Step::Join { ring } => return self.join(ring, facts),
+            Step::Begin { ring, next, plan } => self.begin(ring, next, plan, facts.own()),
+            Step::Cancel { epoch } => self.cancel(*epoch, facts.own()),
+            Step::Revert { ring } => self.revert(ring, facts.own()),
+            Step::Finish { epoch } => self.finish(*epoch, facts.own()),
+            Step::Settle { epoch } => self.settle(*epoch, facts.own()),
+            Step::Prepare { handoff, attempt } => self.prepare(handoff, *attempt, facts),
+            Step::Count { handoff, attempt, from, to } => {
+                return self.count(handoff, *attempt, from, to.as_deref(), facts);
+            }
+            Step::Freeze { handoff, attempt } => self.freeze(handoff, *attempt, facts),
+            Step::Thaw { handoff, refused } => self.thaw(handoff, *refused, facts.own()),
+            Step::Release { handoff, attempt, tally } => {
+                self.release(handoff, *attempt, *tally, facts.own())
+            }
+            Step::Open { handoff, attempt, start } => {
+                self.open(handoff, *attempt, *start, facts.own())
+            }
+            Step::Activate { handoff, attempt, frozen } => {
+                self.activate(handoff, *attempt, frozen, facts.own())
+            }
+            Step::Refuse { handoff, attempt } => self.refuse(handoff, *attempt, facts.own()),
+        })
+    }
+
+    // --- Rings and changes -------------------------------------------------------------------------
+
+    /// Takes the first ring of a cluster that holds only keys which it goes on owning.
+    pub fn install_first(&mut self, ring: RingTable, own: &ClusterId) {
+        let clusters = &ring.ring().clusters;
+        let is_sequencer = ring.ring().sequencer.as_ref() == Some(own);
+        let others = clusters.iter().filter(|cluster| cluster.id != *own);
+        self.settling = if is_sequencer { others.cloned().collect() } else { Vec::new() };
+        self.ring = std::sync::Arc::new(ring);
+    }
+
+    fn join(&mut self, ring: &Ring, facts: &dyn Facts) -> io::Result<Decided> {
+        let current = self.epoch();
+        if *self.ring.ring() == *ring {
+            return Ok(repeat(Done::Ok));
+        }
+        let table = match checked(ring) {
+            Ok(table) => table,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if let Some(change) = &self.change {
+            return Ok(Err(Refused::ChangeUnderWay { epoch: change.next.ring().epoch }));
+        }
+        if ring.epoch <= current {
+            return Ok(Err(Refused::Stale { current }));
+        }
+        if ring.cluster(facts.own()).is_some() {
+            return Ok(Err(Refused::NotConcerned(facts.own().clone())));
+        }
+        let owns_something = current > 0 && self.ring.ring().cluster(facts.own()).is_some();
+        if owns_something || !facts.is_empty()? {
+            return Ok(Err(Refused::NotEmpty(facts.own().clone())));
+        }
+        self.ring = std::sync::Arc::new(table);
+        self.settling = Vec::new();
+        Ok(first(Done::Ok))
+    }
+
+    fn begin(&mut self, ring: &Ring, next: &Ring, plan: &[Pair], own: &ClusterId) -> Decided {
+        let current = self.epoch();
+        if let Some(change) = &self.change {
+            let same =
+                *self.ring.ring() == *ring && *change.next.ring() == *next && change.plan == plan;
+            let epoch = change.next.ring().epoch;
+            return if same { repeat(Done::Ok) } else { Err(Refused::ChangeUnderWay { epoch }) };
+        }
+        if *self.ring.ring() == *next {
+            return repeat(Done::Ok);
+        }
+        if *self.ring.ring() != *ring {
+            let offered = ring.epoch;
+            let stale = offered <= current;
+            return Err(match stale {
+                true => Refused::Stale { current },
+                false => Refused::Gap { current, offered },
+            });
+        }
+        let table = checked(next)?;
+        if current == 0 || next.epoch != current + 1 {
+            return Err(Refused::Gap { current, offered: next.epoch });
+        }
+        if ring.cluster(own).is_none() && next.cluster(own).is_none() {
+            return Err(Refused::NotConcerned(own.clone()));
+        }
+        if *plan != pairs(ring, next)[..] {
+            return Err(Refused::BadPlan);
+        }
+        if ring.sequencer.as_ref() == Some(own) && !self.settling.is_empty() {
+            return Err(Refused::Unsettled { epoch: current });
+        }
+        let gives = plan.iter().filter(|pair| pair.from == *own);
+        let gets = plan.iter().filter(|pair| pair.to == *own);
+        self.change = Some(Change {
+            outgoing: gives.map(|pair| (pair.to.clone(), Outgoing::default())).collect(),
+            incoming: gets.map(|pair| (pair.from.clone(), Incoming::default())).collect(),
+            next: std::sync::Arc::new(table),
+            plan: plan.to_vec(),
+            cancelled: false,
+        });
+        first(Done::Ok)
+    }
+
+    fn cancel(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
+        let change = self.change_mut(epoch, own)?;
+        if change.cancelled {
+            return repeat(Done::Ok);
+        }
+        let frozen =
+            |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
+        let active = |incoming: &Incoming| incoming.receipt == Receipt::Active;
+        if change.outgoing.values().any(frozen) || change.incoming.values().any(active) {
+            return Err(Refused::TooLate);
+        }
+        change.cancelled = true;
+        for outgoing in change.outgoing.values_mut() {
+            outgoing.sending = Sending::Idle;
+        }
+        first(Done::Ok)
+    }
+
+    fn revert(&mut self, ring: &Ring, own: &ClusterId) -> Decided {
+        let current = self.epoch();
+        if self.change.is_none() && *self.ring.ring() == *ring {
+            return repeat(Done::Ok);
+        }
+        let same_content = {
+            let ours = self.ring.ring();
+            Ring { epoch: ours.epoch, ..ring.clone() } == *ours
+        };
+        if ring.epoch != current + 2 {
+            return Err(if ring.epoch <= current + 1 {
+                Refused::Stale { current }
+            } else {
+                Refused::Gap { current, offered: ring.epoch }
+            });
+        }
+        let table = checked(ring)?;
+        if !same_content {
+            return Err(Refused::NotConcerned(own.clone()));
+        }
+        // A cluster that never heard of the cancelled change loses nothing by passing over it: the
+        // next ring has the content of the present one.
+        if let Some(change) = &self.change {
+            if !change.cancelled {
+                return Err(Refused::Unfinished("the change is not cancelled here".into()));
+            }
+            for (from, incoming) in &change.incoming {
+                if incoming.receipt != Receipt::Waiting || incoming.garbage > 0 {
+                    let text = format!("what {from} sent is not discarded yet");
+                    return Err(Refused::Unfinished(text));
+                }
+            }
+        }
+        if ring.sequencer.as_ref() == Some(own) {
+            let change = self.change.as_ref();
+            self.settling = match change {
+                Some(change) => members_of_both(ring, change.next.ring()),
+                None => ring.clusters.clone(),
+            };
+        }
+        self.ring = std::sync::Arc::new(table);
+        self.change = None;
+        first(Done::Ok)
+    }
+
+    fn finish(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
+        if self.change.is_none() && self.epoch() == epoch {
+            return repeat(Done::Ok);
+        }
+        let change = self.change_mut(epoch, own)?;
+        if change.cancelled {
+            return Err(Refused::Cancelled);
+        }
+        if let Some((to, _)) = change.outgoing.iter().find(|(_, outgoing)| !outgoing.is_over()) {
+            return Err(Refused::Unfinished(format!("keys for {to} are still here")));
+        }
+        if let Some((from, _)) = change.incoming.iter().find(|(_, incoming)| !incoming.is_over()) {
+            return Err(Refused::Unfinished(format!("keys of {from} are not all taken over")));
+        }
+        let next = change.next.clone();
+        if next.ring().sequencer.as_ref() == Some(own) {
+            self.settling = members_of_both(self.ring.ring(), next.ring());
+        } else {
+            self.settling = Vec::new();
+        }
+        self.ring = next;
+        self.change = None;
+        first(Done::Ok)
+    }
+
+    fn settle(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
+        let current = self.epoch();
+        if let Some(change) = &self.change {
+            return Err(Refused::ChangeUnderWay { epoch: change.next.ring().epoch });
+        }
+        if epoch != current {
+            return Err(Refused::Stale { current });
+        }
+        if self.ring.ring().sequencer.as_ref() != Some(own) {
+            return Err(Refused::NotSequencer { cluster: own.clone(), epoch });
+        }
+        if self.settling.is_empty() {
+            return repeat(Done::Ok);
+        }
+        self.settling = Vec::new();
+        first(Done::Ok)
+    }
+
+    // --- The source's side -------------------------------------------------------------------------
+
+    fn prepare(&mut self, handoff: &Handoff, attempt: Attempt, facts: &dyn Facts) -> Decided {
+        let start = self.position;
+        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
+        let moves = self.moves(handoff);
+        let outgoing = self.outgoing_mut(handoff, facts.own())?;
+        if outgoing.attempt == attempt && outgoing.logs() {
+            return repeat(Done::Prepared { start: outgoing.start });
+        }
+        if cancelled {
+            return Err(Refused::Cancelled);
+        }
+        if matches!(outgoing.sending, Sending::Frozen | Sending::Moved) {
+            return Err(wrong_phase("prepare", outgoing.sending));
+        }
+        if attempt <= outgoing.attempt {
+            return Err(Refused::WrongAttempt { attempt, present: outgoing.attempt });
+        }
+        *outgoing = Outgoing {
+            attempt,
+            sending: Sending::Sending,
+            start,
+            prepared_revision: facts.revision(),
+            prepared_index: facts.index(),
+            counted: Counted::default(),
+            tally: facts.answers(&moves),
+            frozen: None,
+        };
+        first(Done::Prepared { start })
+    }
+
+    fn count(
+        &mut self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        from: &[u8],
+        to: Option<&[u8]>,
+        facts: &dyn Facts,
+    ) -> io::Result<Decided> {
+        let moves = self.moves(handoff);
+        let outgoing = match self.outgoing_in(handoff, attempt, facts.own()) {
+            Ok(outgoing) => outgoing,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if outgoing.sending != Sending::Sending {
+            return Ok(Err(wrong_phase("count", outgoing.sending)));
+        }
+        match &outgoing.counted {
+            Counted::UpTo(last) if &last[..] == from && to.is_none_or(|to| to > from) => {}
+            // A repeat, or somebody else's stretch came first.
+            _ => return Ok(Err(Refused::WrongCursor)),
+        }
+        let records = facts.records(&moves, from, to, outgoing.prepared_revision)?;
+        outgoing.tally.records += records.records;
+        outgoing.tally.digest = outgoing.tally.digest.wrapping_add(records.digest);
+        outgoing.counted = match to {
+            Some(to) => Counted::UpTo(bytes::Bytes::copy_from_slice(to)),
+            None => Counted::All,
+        };
+        Ok(first(Done::Ok))
+    }
+
+    fn freeze(&mut self, handoff: &Handoff, attempt: Attempt, facts: &dyn Facts) -> Decided {
+        let position = self.position;
+        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
+        let outgoing = self.outgoing_in(handoff, attempt, facts.own())?;
+        if let (Sending::Frozen | Sending::Moved, Some(frozen)) =
+            (outgoing.sending, &outgoing.frozen)
+        {
+            return repeat(Done::Frozen(Box::new(frozen.clone())));
+        }
+        if cancelled {
+            return Err(Refused::Cancelled);
+        }
+        if outgoing.sending != Sending::Sending {
+            return Err(wrong_phase("freeze", outgoing.sending));
+        }
+        if outgoing.counted != Counted::All {
+            return Err(Refused::Uncounted);
+        }
+        let frozen = Frozen {
+            position,
+            revision: facts.revision(),
+            log_time_ms: facts.log_time_ms(),
+            tally: outgoing.tally,
+            floors: facts.floors(),
+        };
+        outgoing.sending = Sending::Frozen;
+        outgoing.frozen = Some(frozen.clone());
+        first(Done::Frozen(Box::new(frozen)))
+    }
+
+    fn thaw(&mut self, handoff: &Handoff, refused: Attempt, own: &ClusterId) -> Decided {
+        let outgoing = self.outgoing_mut(handoff, own)?;
+        if outgoing.attempt > refused {
+            return Err(Refused::WrongAttempt { attempt: refused, present: outgoing.attempt });
+        }
+        match outgoing.sending {
+            Sending::Idle => repeat(Done::Ok),
+            Sending::Sending | Sending::Frozen => {
+                outgoing.sending = Sending::Idle;
+                outgoing.frozen = None;
+                first(Done::Ok)
+            }
+            Sending::Moved => Err(wrong_phase("thaw", outgoing.sending)),
+        }
+    }
+
+    fn release(
+        &mut self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        taken: Tally,
+        own: &ClusterId,
+    ) -> Decided {
+        let outgoing = self.outgoing_in(handoff, attempt, own)?;
+        match outgoing.sending {
+            Sending::Moved => repeat(Done::Ok),
+            Sending::Frozen => {
+                let held = outgoing.frozen.as_ref().map_or(outgoing.tally, |frozen| frozen.tally);
+                if held != taken {
+                    return Err(Refused::Differs { staged: taken, source_has: held });
+                }
+                outgoing.sending = Sending::Moved;
+                outgoing.tally.answers = 0;
+                first(Done::Ok)
+            }
+            phase => Err(wrong_phase("release", phase)),
+        }
+    }
+
+    // --- The destination's side --------------------------------------------------------------------
+
+    fn open(
+        &mut self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        start: Position,
+        own: &ClusterId,
+    ) -> Decided {
+        let incoming = self.incoming_mut(handoff, own)?;
+        match &incoming.receipt {
+            Receipt::Active => return repeat(active(incoming)),
+            Receipt::Receiving { cursor, start: begun }
+                if incoming.opened == attempt && *begun == start =>
+            {
+                return repeat(Done::Receiving { cursor: cursor.clone() });
+            }
+            _ => {}
+        }
+        let highest = incoming.opened.max(incoming.refused);
+        if attempt <= highest {
+            return Err(Refused::WrongAttempt { attempt, present: highest });
+        }
+        incoming.discard();
+        incoming.opened = attempt;
+        incoming.receipt = Receipt::Receiving { cursor: Cursor::start(), start };
+        first(Done::Receiving { cursor: Cursor::start() })
+    }
+
+    /// Whether a page that continues the copy at `from` may be staged.
+    ///
+    /// # Errors
+    /// Why not. A page that is repeated, or that another driver was faster with, is [`Refused::WrongCursor`].
+    pub fn check_import(
+        &self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        from: &Cursor,
+        to: &Cursor,
+        own: &ClusterId,
+    ) -> Result<(), Refused> {
+        let incoming = self.incoming(handoff).ok_or_else(|| self.unknown(handoff, own))?;
+        if handoff.to != *own {
+            return Err(self.unknown(handoff, own));
+        }
+        if incoming.opened != attempt {
+            return Err(Refused::WrongAttempt { attempt, present: incoming.opened });
+        }
+        match &incoming.receipt {
+            // The order of the variants is the order of copying.
+            Receipt::Receiving { cursor, .. } if cursor == from && to >= from => Ok(()),
+            Receipt::Receiving { .. } => Err(Refused::WrongCursor),
+            _ => Err(Refused::WrongPhase {
+                step: "import".into(),
+                phase: format!("{:?}", incoming.receipt).to_lowercase(),
+            }),
+        }
+    }
+
+    /// The page that [`Self::check_import`] admitted is staged: the tally is what is staged now, and
+    /// `garbage` says how many rows of dead attempts it replaced.
+    pub fn end_import(&mut self, handoff: &Handoff, to: &Cursor, tally: Tally, garbage: u64) {
+        let Some(incoming) = self.incoming_slot(handoff) else { return };
+        if let Receipt::Receiving { cursor, .. } = &mut incoming.receipt {
+            *cursor = to.clone();
+            incoming.tally = tally;
+            incoming.garbage = incoming.garbage.saturating_sub(garbage);
+        }
+    }
+
+    fn activate(
+        &mut self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        frozen: &Frozen,
+        own: &ClusterId,
+    ) -> Decided {
+        let incoming = self.incoming_mut(handoff, own)?;
+        if incoming.opened != attempt {
+            return Err(Refused::WrongAttempt { attempt, present: incoming.opened });
+        }
+        match &incoming.receipt {
+            Receipt::Active => repeat(active(incoming)),
+            Receipt::Receiving { cursor, .. } if cursor.covers(frozen.position) => {
+                if incoming.tally != frozen.tally {
+                    return Err(Refused::Differs {
+                        staged: incoming.tally,
+                        source_has: frozen.tally,
+                    });
+                }
+                incoming.receipt = Receipt::Active;
+                first(active(incoming))
+            }
+            Receipt::Receiving { .. } => Err(Refused::WrongCursor),
+            Receipt::Waiting => {
+                Err(Refused::WrongPhase { step: "activate".into(), phase: "waiting".into() })
+            }
+        }
+    }
+
+    fn refuse(&mut self, handoff: &Handoff, attempt: Attempt, own: &ClusterId) -> Decided {
+        let incoming = self.incoming_mut(handoff, own)?;
+        if incoming.receipt == Receipt::Active {
+            return repeat(active(incoming));
+        }
+        if attempt <= incoming.refused {
+            return repeat(Done::Refused { attempt: incoming.refused });
+        }
+        incoming.refused = attempt;
+        if incoming.opened <= attempt {
+            incoming.discard();
+            incoming.receipt = Receipt::Waiting;
+        }
+        first(Done::Refused { attempt })
+    }
+
+    // --- Finding things ----------------------------------------------------------------------------
+
+    /// Whether a key moves by this handoff. Owns its rings: the state can change while it is used.
+    fn moves(&self, handoff: &Handoff) -> impl Fn(&[u8]) -> bool + use<> {
+        let old = self.ring.clone();
+        let new = self.change_to(handoff.epoch).map(|change| change.next.clone());
+        let (from, to) = (handoff.from.clone(), handoff.to.clone());
+        move |key: &[u8]| {
+            let new = new.as_ref().and_then(|new| new.owner(key));
+            old.owner(key).is_some_and(|o| o.id == from) && new.is_some_and(|n| n.id == to)
+        }
+    }
+
+    fn change_mut(&mut self, epoch: Epoch, own: &ClusterId) -> Result<&mut Change, Refused> {
+        match &mut self.change {
+            Some(change) if change.next.ring().epoch == epoch => Ok(change),
+            _ => Err(Refused::NoChange { epoch, cluster: own.clone() }),
+        }
+    }
+
+    fn unknown(&self, handoff: &Handoff, own: &ClusterId) -> Refused {
+        if self.change_to(handoff.epoch).is_none() {
+            return Refused::NoChange { epoch: handoff.epoch, cluster: own.clone() };
+        }
+        Refused::UnknownHandoff { cluster: own.clone(), handoff: handoff.clone() }
+    }
+
+    fn outgoing_mut(
+        &mut self,
+        handoff: &Handoff,
+        own: &ClusterId,
+    ) -> Result<&mut Outgoing, Refused> {
+        let unknown = self.unknown(handoff, own);
+        if handoff.from != *own {
+            return Err(unknown);
+        }
+        self.outgoing_slot(handoff).ok_or(unknown)
+    }
+
+    /// The source's side, if this is its present attempt.
+    fn outgoing_in(
+        &mut self,
+        handoff: &Handoff,
+        attempt: Attempt,
+        own: &ClusterId,
+    ) -> Result<&mut Outgoing, Refused> {
+        let outgoing = self.outgoing_mut(handoff, own)?;
+        if outgoing.attempt != attempt {
+            return Err(Refused::WrongAttempt { attempt, present: outgoing.attempt });
+        }
+        Ok(outgoing)
+    }
+
+    fn incoming_mut(
+        &mut self,
+        handoff: &Handoff,
+        own: &ClusterId,
+    ) -> Result<&mut Incoming, Refused> {
+        let unknown = self.unknown(handoff, own);
+        if handoff.to != *own {
+            return Err(unknown);
+        }
+        self.incoming_slot(handoff).ok_or(unknown)
+    }
+
+    /// For what the store counts: the source's side.
+    pub fn outgoing_slot(&mut self, handoff: &Handoff) -> Option<&mut Outgoing> {
+        let change = self.change.as_mut().filter(|c| c.next.ring().epoch == handoff.epoch)?;
+        change.outgoing.get_mut(&handoff.to)
+    }
+
+    /// For what the store counts: the destination's side.
+    pub fn incoming_slot(&mut self, handoff: &Handoff) -> Option<&mut Incoming> {
+        let change = self.change.as_mut().filter(|c| c.next.ring().epoch == handoff.epoch)?;
+        change.incoming.get_mut(&handoff.from)
+    }
+}
+
+impl Incoming {
+    /// What the present attempt staged is dead from now on.
+    fn discard(&mut self) {
+        self.garbage += self.tally.records;
+        self.tally = Tally::default();
+    }
+}
+
+fn active(incoming: &Incoming) -> Done {
+    Done::Active { attempt: incoming.opened, tally: incoming.tally }
+}
+
+fn wrong_phase(step: &str, phase: Sending) -> Refused {
+    Refused::WrongPhase { step: step.to_owned(), phase: format!("{phase:?}").to_lowercase() }
+}
+
+fn checked(ring: &Ring) -> Result<RingTable, Refused> {
+    if ring.next.is_some() {
+        return Err(Refused::InvalidRing("a ring that is changed to has no `next`".into()));
+    }
+    RingTable::new(ring.clone()).map_err(|error| Refused::InvalidRing(error.to_string()))
+}

@@ -1,0 +1,77 @@
+//! What the model does not look at: the plan, the ways out of a change, and the forms on the wire.
+
+use bytes::Bytes;
+
+use crate::ring::{Ring, RingCluster, RingNode, RingTable};
+use crate::types::{ClusterId, Epoch};
+
+use super::*;
+
+fn id(text: &str) -> ClusterId {
+    text.parse().unwrap()
+}
+
+fn ring(epoch: Epoch, clusters: &[(&str, f32)]) -> Ring {
+    let node = RingNode { id: 1, http: "127.0.0.1:1".into(), rpc: "127.0.0.1:2".into() };
+    let clusters: Vec<_> = clusters
+        .iter()
+        .map(|(name, weight)| RingCluster {
+            id: id(name),
+            weight: *weight,
+            nodes: vec![node.clone()],
+        })
+        .collect();
+    Ring { epoch, sequencer: Some(clusters[0].id.clone()), clusters, ..Ring::none() }
+}
+
+fn texts(pairs: &[Pair]) -> Vec<String> {
+    pairs.iter().map(|pair| format!("{}{}", pair.from, pair.to)).collect()
+}
+
+/// A pair is left out only when no key can move between its clusters: tried with many keys.
+#[test]
+fn the_plan_holds_every_move() {
+    let rings = [
+        ring(1, &[("a", 1.0), ("b", 1.0), ("c", 1.0)]),
+        ring(1, &[("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 1.0)]),
+        ring(1, &[("b", 2.0), ("c", 1.0)]),
+        ring(1, &[("a", 0.5), ("b", 1.5), ("c", 1.0)]),
+        Ring { hash_version: 1, ..ring(1, &[("a", 1.0), ("b", 1.0), ("c", 1.5)]) },
+    ];
+    for old in &rings {
+        for new in &rings {
+            let plan = pairs(old, new);
+            let (old, new) = (RingTable::new(old.clone()), RingTable::new(new.clone()));
+            let (old, new) = (old.unwrap(), new.unwrap());
+            for key in 0..5000u32 {
+                let key = key.to_be_bytes();
+                let from = old.owner(&key).unwrap().id.clone();
+                let to = new.owner(&key).unwrap().id.clone();
+                assert!(from == to || plan.contains(&Pair { from, to }));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_plan_leaves_out_what_cannot_move() {
+    let three = ring(1, &[("a", 1.0), ("b", 1.0), ("c", 1.0)]);
+    let four = ring(2, &[("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 1.0)]);
+    assert_eq!(texts(&pairs(&three, &four)), ["ad", "bd", "cd"]);
+    assert_eq!(texts(&pairs(&four, &three)), ["da", "db", "dc"]);
+    let heavier = ring(2, &[("a", 2.0), ("b", 1.0), ("c", 1.0)]);
+    assert_eq!(texts(&pairs(&three, &heavier)), ["ba", "ca"]);
+    assert!(pairs(&three, &three).is_empty());
+}
+
+#[test]
+fn steps_and_states_survive_json() {
+    let handoff = Handoff { epoch: 2, from: id("a"), to: id("b") };
+    let to = Some(Bytes::from_static(&[0, 255]));
+    let step = Step::Count { handoff, attempt: 1, from: Bytes::new(), to };
+    let json = serde_json::to_string(&step).unwrap();
+    assert_eq!(serde_json::from_str::<Step>(&json).unwrap(), step);
+    let state = RingState::with_ring(RingTable::new(ring(1, &[("a", 1.0)])).unwrap());
+    let json = serde_json::to_string(&state).unwrap();
+    assert_eq!(serde_json::from_str::<RingState>(&json).unwrap(), state);
+}
