@@ -211,6 +211,7 @@ impl App {
         match answer {
             Ok(Written::ConditionFailed { current }) => Err(ApiError::ConditionFailed { current }),
             Ok(Written::WrongCluster { .. }) => Err(self.wrong_cluster(key)),
+            Ok(Written::Frozen) => Err(ApiError::Frozen),
             Ok(done) => Ok(done),
             Err(ProposeError::Raft(error)) => Err(self.write_error(&error)),
             Err(ProposeError::NotProposed) => Err(not_proposed()),

@@ -13,6 +13,9 @@
 //!   tag 1 writes       count:u32 x write
 //!   tag 2 ring         the ring's JSON, to the end
 //!   tag 3 membership   membership
+//!   tag 4 step         the step's JSON, to the end
+//!   tag 5 import       see crate::handoff
+//!   tag 6 clean        likewise
 //! write      = 1 | 2, condition, key, value only after 1      put, delete
 //! condition  = 0 | 1, revision:u64 | 2        always, at this revision, absent
 //! key, value, text = length:u32, bytes
@@ -39,6 +42,7 @@ use openraft::EntryPayload;
 
 pub(crate) use reader::Reader;
 
+use crate::handoff::{Clean, Import};
 use crate::types::{
     Command, Condition, Entry, LeaderId, LogId, Membership, NodeAddrs, NodeId, StoredMembership,
     Vote, Write,
@@ -51,6 +55,9 @@ const TAG_BLANK: u8 = 0;
 const TAG_WRITES: u8 = 1;
 const TAG_RING: u8 = 2;
 const TAG_MEMBERSHIP: u8 = 3;
+const TAG_STEP: u8 = 4;
+const TAG_IMPORT: u8 = 5;
+const TAG_CLEAN: u8 = 6;
 
 const WRITE_PUT: u8 = 1;
 const WRITE_DELETE: u8 = 2;
@@ -136,7 +143,7 @@ pub fn encoded_entry_len(entry: &Entry) -> usize {
             EntryPayload::Normal(Command::Write(writes)) => {
                 writes.iter().map(|write| WRITE_FIXED + write.bytes()).sum()
             }
-            EntryPayload::Normal(Command::InstallRing(_)) | EntryPayload::Membership(_) => {
+            EntryPayload::Normal(_) | EntryPayload::Membership(_) => {
                 let mut encoded = Vec::new();
                 encode_entry(entry, &mut encoded);
                 encoded.len()
@@ -311,6 +318,19 @@ fn put_command(command: &Command, out: &mut impl BufMut) {
                 serde_json::to_vec(ring).expect("a ring has text keys and nothing that fails");
             out.put_slice(&json);
         }
+        Command::Step(step) => {
+            out.put_u8(TAG_STEP);
+            let json = serde_json::to_vec(step).expect("a step has text keys and finite numbers");
+            out.put_slice(&json);
+        }
+        Command::Import(import) => {
+            out.put_u8(TAG_IMPORT);
+            import.encode(out);
+        }
+        Command::Clean(clean) => {
+            out.put_u8(TAG_CLEAN);
+            clean.encode(out);
+        }
     }
 }
 
@@ -328,6 +348,12 @@ fn get_command(tag: u8, reader: &mut Reader) -> Result<Command, DecodeError> {
             Ok(ring) => Ok(Command::InstallRing(Box::new(ring))),
             Err(_) => Err(DecodeError::Invalid { what: "ring" }),
         },
+        TAG_STEP => match serde_json::from_slice(&reader.rest()) {
+            Ok(step) => Ok(Command::Step(Box::new(step))),
+            Err(_) => Err(DecodeError::Invalid { what: "step" }),
+        },
+        TAG_IMPORT => Ok(Command::Import(Box::new(Import::decode(reader)?))),
+        TAG_CLEAN => Ok(Command::Clean(Box::new(Clean::decode(reader)?))),
         found => Err(DecodeError::Tag { what: "payload", found }),
     }
 }

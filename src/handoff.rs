@@ -34,6 +34,7 @@
 //! runs the same code.
 
 mod decide;
+mod page;
 mod plan;
 mod state;
 #[cfg(test)]
@@ -49,6 +50,7 @@ use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch, Revision};
 
 pub use decide::{Decision, Facts};
+pub use page::{Clean, Import, Page, PageRequest};
 pub use plan::pairs;
 pub use state::{Change, Counted, Incoming, Outgoing, Ownership, Receipt, RingState, Sending, Tag};
 

@@ -32,6 +32,7 @@ mod engine;
 mod flush;
 mod flusher;
 pub mod formation;
+mod handoffs;
 mod image;
 pub mod log;
 mod marker;

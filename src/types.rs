@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::handoff::{Clean, Done, Import, Refused, Step};
 use crate::ring::Ring;
 
 /// A member of one Raft group. Unique inside its cluster only: every cluster counts from 1.
@@ -177,6 +178,12 @@ pub enum Command {
     Write(Vec<Write>),
     /// Take the first ring (epoch 0 to 1), or confirm the one that is already there.
     InstallRing(Box<Ring>),
+    /// One step of a change of the ring.
+    Step(Box<Step>),
+    /// A page of a handoff is staged.
+    Import(Box<Import>),
+    /// Rows that a handoff has made useless are deleted.
+    Clean(Box<Clean>),
 }
 
 impl fmt::Display for Command {
@@ -188,6 +195,12 @@ impl fmt::Display for Command {
                 write!(f, "write({} keys, {bytes} B)", writes.len())
             }
             Self::InstallRing(ring) => write!(f, "install-ring(epoch {})", ring.epoch),
+            Self::Step(step) => write!(f, "step({})", step.name()),
+            Self::Import(import) => {
+                let Import { handoff, attempt, page, .. } = &**import;
+                write!(f, "import({handoff}, attempt {attempt}, {} B)", page.bytes())
+            }
+            Self::Clean(clean) => write!(f, "clean({}, {} keys)", clean.handoff, clean.keys.len()),
         }
     }
 }
@@ -217,6 +230,8 @@ pub enum Written {
         /// The epoch of the ring that decided.
         epoch: Epoch,
     },
+    /// The key is on its way to another cluster, and nobody serves it at the moment; nothing changed.
+    Frozen,
 }
 
 /// What applying one entry answered. The same on every replica.
@@ -233,6 +248,8 @@ pub enum Applied {
     },
     /// The ring was refused; nothing changed.
     RingRefused(RingRefusal),
+    /// What a step of a change of the ring came to.
+    Step(Box<Result<Done, Refused>>),
 }
 
 /// Why a cluster did not take a ring. Decided at apply, so every replica agrees.

@@ -91,6 +91,9 @@ pub enum ApiError {
         /// The epoch of the ring that says so.
         epoch: Epoch,
     },
+    /// The key is on its way to another cluster, and nobody serves it for a moment.
+    #[error("the key is being handed over; try again shortly")]
+    Frozen,
     /// The deadline passed.
     #[error("{message}")]
     Timeout {
@@ -177,6 +180,7 @@ impl ApiError {
             Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED"),
             Self::Stopping { .. } => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
+            Self::Frozen => (StatusCode::SERVICE_UNAVAILABLE, "FROZEN"),
             // Leaders or rings disagree at the moment, or the node that should know has just died.
             Self::TooManyHops { .. } | Self::Forward { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER")

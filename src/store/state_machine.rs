@@ -21,6 +21,7 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use rocksdb::{Direction, IteratorMode, WriteBatch};
 
+use crate::handoff::Refused;
 use crate::ring::{Ring, RingTable};
 use crate::types::{
     Applied, Command, Condition, Entry, LogId, Revision, RingRefusal, SnapshotMeta,
@@ -124,6 +125,10 @@ impl StateMachine {
                 Applied::Written(written.collect::<io::Result<_>>()?)
             }
             EntryPayload::Normal(Command::InstallRing(ring)) => self.install_ring(round, *ring)?,
+            EntryPayload::Normal(Command::Step(_) | Command::Import(_) | Command::Clean(_)) => {
+                let cluster = self.shared.cluster.clone();
+                Applied::Step(Box::new(Err(Refused::NoChange { epoch: 0, cluster })))
+            }
         };
         round.progress.last_applied = Some(entry.log_id);
         round.changes += 1;
