@@ -1,6 +1,8 @@
 //! The peer network over real sockets, with a fake in place of Raft.
 
 mod calls;
+mod handoff;
+mod handoff;
 mod hostile;
 mod lane;
 mod pipeline;
