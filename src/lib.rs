@@ -22,6 +22,7 @@ pub mod http_client;
 pub mod key_path;
 pub mod kvclient;
 pub mod metrics;
+pub mod mover;
 pub mod network;
 pub mod node;
 pub mod proposer;
