@@ -36,6 +36,7 @@ use crate::types::{
 pub use crate::types::Consistency;
 
 mod batch;
+mod handoffs;
 mod health;
 mod membership;
 mod refusal;

@@ -8,6 +8,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::handoff::Refused;
 use crate::network::error::Outcome;
 use crate::ring::{RingCluster, RingError};
 use crate::types::{Epoch, Revision};
@@ -115,6 +116,9 @@ pub enum ClientError {
         /// Whether the request took effect.
         outcome: Outcome,
     },
+    /// The cluster refused a step of a change of the ring; nothing changed.
+    #[error("{0}")]
+    StepRefused(Box<Refused>),
     /// The answer is not one that a node gives. Probably something else listens on that address.
     #[error("{address} gave an answer that makes no sense: {message}{}", describe_outcome(*.outcome))]
     Garbled {

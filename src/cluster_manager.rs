@@ -323,6 +323,16 @@ impl ClusterManager {
     }
 }
 
+/// Makes nodes that run one cluster, whatever an earlier run left them in; returns once all of them vote
+/// and one leads. Safe to cancel and to call again.
+///
+/// # Errors
+/// A node is a member of something else, or it takes too long.
+pub async fn form(id: &ClusterId, nodes: &[RingNode]) -> Result<(), ManagerError> {
+    let cluster = LayoutCluster { id: id.clone(), nodes: nodes.to_vec() };
+    forming::form(&cluster, forming::Membership::Unconfirmed).await
+}
+
 /// Waits until a node says that it is ready and lives by a ring at least as new as `ring`.
 async fn wait_ready(cluster: &ClusterId, node: &RingNode, ring: &Ring) -> Result<(), ManagerError> {
     let deadline = Instant::now() + READY_TIMEOUT;

@@ -27,6 +27,7 @@ pub mod node;
 pub mod proposer;
 pub mod raft_node;
 pub mod read_gate;
+pub mod reshard;
 pub mod ring;
 pub mod store;
 pub mod telemetry;

@@ -26,6 +26,7 @@ use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
 use crate::proposer::Proposer;
 use crate::read_gate::{ReadGate, Voters};
+use crate::reshard;
 use crate::store::{OpenError, StateMachine, Store, StoreOptions};
 use crate::types::{ClusterId, NodeAddrs, NodeId, TypeConfig};
 
@@ -111,6 +112,7 @@ pub struct Node {
     gate: JoinHandle<()>,
     proposer: JoinHandle<()>,
     caretaker: JoinHandle<()>,
+    reshard: JoinHandle<()>,
     store: Store,
 }
 
@@ -147,6 +149,8 @@ impl Node {
         let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
         let (proposer, proposer_task) = Proposer::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
+        let (cluster, token) = (options.cluster.clone(), shutdown.clone());
+        let reshard = reshard::service::spawn(cluster, raft.clone(), store.reader(), token);
         let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };
         let limits = config.limits.clone();
         let parts = Parts {
@@ -172,6 +176,7 @@ impl Node {
             gate: gate_task,
             proposer: proposer_task,
             caretaker,
+            reshard,
             store,
         })
     }
@@ -208,7 +213,7 @@ impl Node {
     /// Not safe to cancel: parts of the node would go on without an owner.
     pub async fn shutdown(self) -> Result<(), StopError> {
         let Self { shutdown, app, raft, http, peers, network, gate, proposer, .. } = self;
-        let (caretaker, store) = (self.caretaker, self.store);
+        let (caretaker, reshard, store) = (self.caretaker, self.reshard, self.store);
         shutdown.cancel();
         http.join().await;
         peers.join().await;
@@ -216,8 +221,8 @@ impl Node {
         network.shutdown().await;
         drop(network);
         app.join().await;
-        // A panic in it has been reported by the panic hook.
-        let _ = caretaker.await;
+        // A panic in one has been reported by the panic hook.
+        let _ = tokio::join!(caretaker, reshard);
         drop(app);
         drop(raft);
         // Their queues closed with the last app; what they wait for ends with Raft. A panic in one

@@ -24,8 +24,9 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::client_error::ClientError;
+use crate::handoff::{Done, Step};
 use crate::http_client::SendError;
-use crate::metrics::NodeMetrics;
+use crate::metrics::{HandoffView, NodeMetrics, Sizes};
 use crate::network::error::Outcome;
 use crate::ring::Ring;
 use crate::types::{Condition, NodeId, Record, Revision};
@@ -153,6 +154,23 @@ impl RaftNode {
     /// other is refused with the code `CONFLICT`.
     pub async fn update_hash_ring(&self, ring: &Ring) -> Result<(), ClientError> {
         self.manage("/cluster/update-hash-ring", ring).await
+    }
+
+    /// What the cluster's leader knows of the ring, of a change of it and of the cluster's part in that;
+    /// everything that was acknowledged before. Counts keys and bytes only with [`Sizes::Counted`].
+    pub async fn handoffs(&self, sizes: Sizes) -> Result<HandoffView, ClientError> {
+        let path = match sizes {
+            Sizes::Omitted => "/cluster/handoffs",
+            Sizes::Counted => "/cluster/handoffs?sizes=true",
+        };
+        self.ask(&Call::inspect_leader(path)).await?.json()
+    }
+
+    /// Takes a step of a change of the ring; a refusal is [`ClientError::StepRefused`]. Asked again
+    /// when an answer is lost: a repeat gets the first answer.
+    pub async fn step(&self, step: &Step) -> Result<Done, ClientError> {
+        let body = serde_json::to_vec(step).expect("steps are always JSON");
+        self.ask(&Call::step(body)).await?.json()
     }
 
     async fn manage(&self, path: &str, body: &impl serde::Serialize) -> Result<(), ClientError> {

@@ -143,7 +143,7 @@ fn check_key(state: &ApiState, key: &[u8]) -> Result<(), ApiError> {
 
 async fn ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    Ok(Json(state.app.ring().ring()).into_response())
+    Ok(Json(state.app.ring_with_next()).into_response())
 }
 
 async fn livez(State(state): State<ApiState>, call: Call) -> Answer {

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
+use crate::handoff::Refused;
 use crate::ring::{RingCluster, RingNode};
 use crate::types::{Epoch, Revision};
 
@@ -127,6 +128,9 @@ pub enum ApiError {
     /// The request contradicts the cluster's state.
     #[error("{0}")]
     Conflict(String),
+    /// The cluster refused a step of a change of the ring; nothing changed.
+    #[error("{0}")]
+    StepRefused(Box<Refused>),
     /// A part of the contract that this version does not have.
     #[error("{0} is not implemented in this version")]
     NotImplemented(&'static str),
@@ -157,6 +161,9 @@ pub struct ErrorDetail {
     /// With `NOT_LEADER` and `WRONG_CLUSTER`: the epoch of the answering node's ring.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<Epoch>,
+    /// With `CONFLICT`, when a step was refused: why, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
 }
 
 impl ApiError {
@@ -189,7 +196,7 @@ impl ApiError {
             Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
             Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
             Self::Storage { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "STORAGE"),
-            Self::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
+            Self::Conflict(_) | Self::StepRefused(_) => (StatusCode::CONFLICT, "CONFLICT"),
             Self::NotImplemented(_) => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
         }
     }
@@ -213,6 +220,10 @@ impl ApiError {
             Self::WrongCluster { owner, epoch } => (None, Some((**owner).clone()), Some(*epoch)),
             _ => (None, None, None),
         };
+        let refused = match self {
+            Self::StepRefused(refused) => Some((**refused).clone()),
+            _ => None,
+        };
         ErrorBody {
             error: ErrorDetail {
                 code: self.status_and_code().1.to_owned(),
@@ -221,6 +232,7 @@ impl ApiError {
                 leader,
                 owner,
                 epoch,
+                refused,
             },
         }
     }
@@ -283,6 +295,16 @@ mod tests {
         assert_eq!(response.headers()[header::ETAG], "\"7\"");
         let absent = ApiError::ConditionFailed { current: None }.into_response();
         assert!(!absent.headers().contains_key(header::ETAG));
+    }
+
+    #[test]
+    fn a_refused_step_says_why_to_people_and_to_programs() {
+        let refused = Refused::Unsettled { epoch: 3 };
+        let error = ApiError::StepRefused(Box::new(refused.clone()));
+        let body = serde_json::to_string(&error.body()).unwrap();
+        let ErrorBody { error: detail } = serde_json::from_str(&body).unwrap();
+        assert_eq!((detail.code.as_str(), detail.outcome), ("CONFLICT", Outcome::NotApplied));
+        assert_eq!((detail.message, detail.refused), (refused.to_string(), Some(refused)));
     }
 
     #[test]

@@ -35,11 +35,15 @@ pub(crate) enum Kind {
     Inspect,
     /// Membership and ring: by the leader. Saying any of them twice changes nothing more.
     Manage,
+    /// A question that the leader answers best.
+    InspectLeader,
+    /// A step of a change of the ring: by the leader. Saying it twice gets the first answer again.
+    Step,
 }
 
 impl Kind {
     pub(super) fn needs_leader(self) -> bool {
-        matches!(self, Self::Write | Self::LeaderRead | Self::Manage)
+        !matches!(self, Self::AnyRead | Self::Inspect)
     }
 
     pub(super) fn may_repeat(self) -> bool {
@@ -53,7 +57,7 @@ impl Kind {
     /// What is true of a call whose answer cannot be understood.
     pub(super) fn outcome_when_in_doubt(self) -> Outcome {
         match self {
-            Self::Write | Self::Manage => Outcome::Unknown,
+            Self::Write | Self::Manage | Self::Step => Outcome::Unknown,
             _ => Outcome::NotApplied,
         }
     }
@@ -109,6 +113,14 @@ impl Call {
         let (method, path) = (Method::GET, path.to_owned());
         let content = Content::Request { method, path, body: Bytes::new() };
         Self { kind: Kind::Inspect, content }
+    }
+
+    pub(super) fn inspect_leader(path: &str) -> Self {
+        Self { kind: Kind::InspectLeader, ..Self::inspect(path) }
+    }
+
+    pub(super) fn step(body: Vec<u8>) -> Self {
+        Self { kind: Kind::Step, ..Self::manage("/cluster/step", body) }
     }
 
     pub(super) fn manage(path: &str, body: Vec<u8>) -> Self {

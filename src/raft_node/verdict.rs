@@ -96,6 +96,9 @@ fn judge_failure(
     current: Option<Revision>,
     detail: ErrorDetail,
 ) -> Verdict {
+    if let Some(refused) = detail.refused {
+        return Verdict::Fail(ClientError::StepRefused(Box::new(refused)));
+    }
     match status {
         StatusCode::PRECONDITION_FAILED => Verdict::Fail(ClientError::ConditionFailed { current }),
         StatusCode::MISDIRECTED_REQUEST => Verdict::Fail(ClientError::WrongCluster {
