@@ -65,6 +65,21 @@ pub enum Phase {
     Done,
 }
 
+impl Phase {
+    /// Its name, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Waiting => "waiting",
+            Self::Copying => "copying",
+            Self::CatchingUp => "catching up",
+            Self::Frozen => "frozen",
+            Self::Moved => "moved",
+            Self::Done => "done",
+        }
+    }
+}
+
 impl Progress {
     /// How far the change under way is; `None` when there is none.
     pub fn of(views: &Views) -> Option<Self> {

@@ -234,16 +234,17 @@ pub async fn begin(
     Ok(next)
 }
 
-/// Watches the change under way to its end, and helps where nobody else drives; returns the ring in
-/// force then. `epoch`: that of the ring which is expected, if one is. Safe to cancel: the change goes
-/// on.
+/// Watches the change under way to its end; as a [`Role::Helper`] it also does what nobody else does.
+/// Returns the ring in force then. `epoch`: that of the ring which is expected, if one is. Safe to
+/// cancel: the change goes on.
 pub async fn follow(
     http: &HttpClusters,
     addresses: &[Vec<String>],
+    role: Role,
     epoch: Option<Epoch>,
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
-    let ring = drive(http, addresses, Goal::Forward, watch).await?;
+    let ring = drive(http, addresses, role, Goal::Forward, watch).await?;
     match epoch {
         Some(expected) if ring.epoch == expected + 1 => {
             Err(ChangeError::CalledOff { epoch: ring.epoch })
@@ -270,17 +271,18 @@ pub async fn abort(
         Scene::Reverting(_) => {}
         Scene::NoRing | Scene::Quiet { .. } => return Err(ChangeError::NothingUnderWay),
     }
-    drive(http, addresses, Goal::Abort, watch).await
+    drive(http, addresses, Role::Helper, Goal::Abort, watch).await
 }
 
 async fn drive(
     http: &HttpClusters,
     addresses: &[Vec<String>],
+    role: Role,
     goal: Goal,
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
     let seen = survey(http, addresses).await?;
-    let drive = Drive::new(http, seen.clusters.into_values(), Role::Helper, goal);
+    let drive = Drive::new(http, seen.clusters.into_values(), role, goal);
     let scene = drive.stalled_after(STALLED_AFTER).run(watch).await?;
     Ok(scene.ring().cloned().unwrap_or_else(Ring::none))
 }

@@ -124,16 +124,11 @@ pub enum Role {
     Helper,
     /// Everything, at once: where there is nobody else.
     Alone,
+    /// Nothing: somebody who only watches.
+    Onlooker,
 }
 
 impl Role {
-    fn own(&self) -> Option<&ClusterId> {
-        match self {
-            Self::Source(own) | Self::Sequencer(own) => Some(own),
-            Self::Helper | Self::Alone => None,
-        }
-    }
-
     /// How long the action may be left to others; `None`: for ever.
     fn patience(&self, action: &Action) -> Option<Duration> {
         let from = action.step.handoff().map(|handoff| &handoff.from);
@@ -142,7 +137,7 @@ impl Role {
             (Self::Source(own) | Self::Sequencer(own), Some(from)) if own == from => {
                 Some(Duration::ZERO)
             }
-            (Self::Source(_), _) => None,
+            (Self::Source(_) | Self::Onlooker, _) => None,
             (Self::Sequencer(_) | Self::Helper, _) => Some(PATIENCE),
         }
     }
@@ -345,7 +340,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
     }
 
     fn interval(&self) -> Duration {
-        let leads = !matches!(self.role, Role::Helper);
+        let leads = !matches!(self.role, Role::Helper | Role::Onlooker);
         if leads && is_hot(&self.views) { LOOK_HOT } else { LOOK_WARM }
     }
 
