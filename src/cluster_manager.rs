@@ -298,9 +298,8 @@ impl ClusterManager {
         if ring.epoch <= 1 {
             return self.nodes();
         }
-        let addresses = |cluster: &RingCluster| {
-            cluster.nodes.iter().map(|node| node.http.clone()).collect()
-        };
+        let addresses =
+            |cluster: &RingCluster| cluster.nodes.iter().map(|node| node.http.clone()).collect();
         ring.clusters.iter().map(addresses).collect()
     }
 

@@ -41,7 +41,9 @@ pub use driver::{
 };
 pub use plan::{Basis, Holdings, Plan, PlannedHandoff, SAMPLE_KEYS, estimate};
 pub use progress::{HandoffProgress, Phase, Progress};
-pub use request::{Change, ChangeError, Outlook, Survey, abort, begin, follow, outlook, survey};
+pub use request::{
+    Change, ChangeError, Outlook, Survey, abort, begin, follow, holdings, outlook, survey,
+};
 pub use rings::{Request, RequestError, check_weight, next_ring, reverted};
 pub use run::{Clusters, Drive, DriveError, HttpClusters, Role};
 pub use scene::{Scene, Stage, Transition, Views, mentioned};

@@ -142,7 +142,9 @@ async fn nobody_there_is_said_so() {
     let dir = tempfile::tempdir().unwrap();
     let dead = refusing();
     std::fs::write(dir.path().join("all_nodes.json"), json!([[dead]]).to_string()).unwrap();
-    for verb in [&["migration", "status"][..], &["cluster", "remove", "c1"], &["migration", "resume"]] {
+    for verb in
+        [&["migration", "status"][..], &["cluster", "remove", "c1"], &["migration", "resume"]]
+    {
         expect(&admin(dir.path(), verb).await, 1, &dead);
     }
 }

@@ -97,7 +97,9 @@ fn sizes(query: Option<&str>) -> Result<Sizes, ApiError> {
     match query {
         None | Some("" | "sizes=false") => Ok(Sizes::Omitted),
         Some("sizes=true") => Ok(Sizes::Counted),
-        Some(_) => Err(ApiError::BadRequest("the query may be `sizes=true` or `sizes=false`".into())),
+        Some(_) => {
+            Err(ApiError::BadRequest("the query may be `sizes=true` or `sizes=false`".into()))
+        }
     }
 }
 

@@ -21,7 +21,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::handoff::{Attempt, Counted, Cursor, Handoff, Incoming, Outgoing, Pair, Receipt, RingState, Sending, Step};
+use crate::handoff::{
+    Attempt, Counted, Cursor, Handoff, Incoming, Outgoing, Pair, Receipt, RingState, Sending, Step,
+};
 use crate::ring::Ring;
 use crate::types::{ClusterId, Epoch};
 
@@ -102,10 +104,14 @@ pub fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
 /// Whether something is frozen, or nearly: then milliseconds count.
 pub fn is_hot(views: &Views) -> bool {
     let Scene::Changing(transition) = Scene::of(views) else { return false };
-    transition.plan.iter().any(|pair| {
+    let (_, pivot) = transition.pivot();
+    let committed = is_committed(views, &transition);
+    // Who waits for the pivot to come first may wait for long.
+    transition.plan.iter().filter(|pair| committed || Some(*pair) == pivot).any(|pair| {
         let outgoing = transition.outgoing(views, pair);
         let sending = |o: &Outgoing| o.sending == Sending::Sending && o.counted == Counted::All;
-        let caught_up = |i: &Incoming| cursor(i).is_some_and(|c| matches!(c, Cursor::Changes { .. }));
+        let caught_up =
+            |i: &Incoming| cursor(i).is_some_and(|c| matches!(c, Cursor::Changes { .. }));
         outgoing.is_some_and(|o| o.sending == Sending::Frozen)
             || (outgoing.is_some_and(sending)
                 && transition.incoming(views, pair).is_some_and(caught_up))
@@ -144,9 +150,8 @@ fn begin(views: &Views, transition: &Transition) -> Vec<Action> {
         let (ring, next) = (Box::new(old.clone()), Box::new(next.clone()));
         action(id, Step::Begin { ring, next, plan: plan.clone() })
     };
-    let sequencer = old.sequencer.iter().find(|id| {
-        matches!(transition.stage(views, id), Stage::Unbegun)
-    });
+    let sequencer =
+        old.sequencer.iter().find(|id| matches!(transition.stage(views, id), Stage::Unbegun));
     if let Some(sequencer) = sequencer {
         return vec![begin(sequencer)];
     }
@@ -366,19 +371,16 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
 
 /// Takes a frozen handoff of a cancelled change back. When the operator only wishes to call off, a
 /// frozen handoff is not touched: the cancellation is refused, and told.
-fn unfreeze(
-    views: &Views,
-    transition: &Transition,
-    pair: &Pair,
-    hints: &Hints,
-) -> Option<Action> {
+fn unfreeze(views: &Views, transition: &Transition, pair: &Pair, hints: &Hints) -> Option<Action> {
     let outgoing = transition.outgoing(views, pair)?;
     let is_frozen = transition.cancelled && outgoing.sending == Sending::Frozen;
     is_frozen.then(|| next_of_frozen(views, transition, pair, hints)).flatten()
 }
 
 fn is_clean(incoming: &Incoming) -> bool {
-    incoming.receipt == Receipt::Waiting && incoming.garbage == 0 && incoming.refused == Attempt::MAX
+    incoming.receipt == Receipt::Waiting
+        && incoming.garbage == 0
+        && incoming.refused == Attempt::MAX
 }
 
 fn refuse_for_good(
@@ -395,9 +397,8 @@ fn refuse_for_good(
 /// The sequencer has reverted, so every source has cancelled: the others follow.
 fn revert_stragglers(views: &Views, ring: &Ring) -> Vec<Action> {
     let mut actions = Vec::new();
-    let follows = |view: &RingState| {
-        view.epoch() + 2 == ring.epoch && reverted(view.ring.ring()) == *ring
-    };
+    let follows =
+        |view: &RingState| view.epoch() + 2 == ring.epoch && reverted(view.ring.ring()) == *ring;
     for (id, view) in views.iter().filter(|(_, view)| follows(view)) {
         let revert = || action(id, Step::Revert { ring: Box::new(ring.clone()) });
         let Some(change) = &view.change else {

@@ -86,9 +86,8 @@ impl Progress {
         let Scene::Changing(transition) = Scene::of(views) else { return None };
         let stage = |id: &ClusterId| transition.stage(views, id);
         let members = transition.members();
-        let behind = |id: &&ClusterId| {
-            matches!(stage(id), Stage::Unseen | Stage::Outside | Stage::Unbegun)
-        };
+        let behind =
+            |id: &&ClusterId| matches!(stage(id), Stage::Unseen | Stage::Outside | Stage::Unbegun);
         let handoffs = transition.plan.iter().map(|pair| handoff(views, &transition, pair));
         Some(Self {
             from_epoch: transition.old.epoch,
@@ -96,7 +95,11 @@ impl Progress {
             cancelled: transition.cancelled,
             handoffs: handoffs.collect(),
             waiting_for: members.iter().filter(behind).cloned().collect(),
-            finished: members.iter().filter(|id| transition.is_finished(views, id)).cloned().collect(),
+            finished: members
+                .iter()
+                .filter(|id| transition.is_finished(views, id))
+                .cloned()
+                .collect(),
         })
     }
 

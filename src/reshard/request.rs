@@ -186,17 +186,36 @@ pub async fn outlook(
     let gives = |cluster: &&RingCluster| {
         plan.handoffs.iter().any(|handoff| handoff.pair.from == cluster.id)
     };
-    let ask = |cluster: &RingCluster| {
-        let (id, client) = (cluster.id.clone(), http.client(cluster).with_timeout(SURVEY_TIMEOUT));
-        async move { (id, client.handoffs(Sizes::Counted).await) }
-    };
     let mut holdings = BTreeMap::new();
-    for (cluster, answer) in join_all(ring.clusters.iter().filter(gives).map(ask)).await {
-        let view = answer.map_err(|error| unreachable(&cluster, &error))?;
-        let (keys, bytes) = (view.keys.unwrap_or(0), view.disk_bytes.unwrap_or(0));
-        holdings.insert(cluster, Holdings { keys, bytes });
+    for (cluster, answer) in ask_sizes(http, ring.clusters.iter().filter(gives)).await {
+        let held = answer.map_err(|error| unreachable(&cluster, &error))?;
+        holdings.insert(cluster, held);
     }
     Ok(Outlook { next, plan, holdings })
+}
+
+/// What the clusters hold that answer.
+pub async fn holdings(http: &HttpClusters, seen: &Survey) -> BTreeMap<ClusterId, Holdings> {
+    let answers = ask_sizes(http, seen.clusters.values()).await;
+    answers.into_iter().filter_map(|(id, answer)| Some((id, answer.ok()?))).collect()
+}
+
+async fn ask_sizes(
+    http: &HttpClusters,
+    clusters: impl Iterator<Item = &RingCluster>,
+) -> Vec<(ClusterId, Result<Holdings, ClientError>)> {
+    let ask = |cluster: &RingCluster| {
+        let (id, client) = (cluster.id.clone(), http.client(cluster).with_timeout(SURVEY_TIMEOUT));
+        async move {
+            let view = client.handoffs(Sizes::Counted).await;
+            let held = view.map(|view| Holdings {
+                keys: view.keys.unwrap_or(0),
+                bytes: view.disk_bytes.unwrap_or(0),
+            });
+            (id, held)
+        }
+    };
+    join_all(clusters.map(ask)).await
 }
 
 /// Begins a change: returns the ring that is being changed to. Refused, nothing has changed.

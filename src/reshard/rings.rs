@@ -114,7 +114,8 @@ fn check_new(ring: &Ring, cluster: &RingCluster) -> Result<(), RequestError> {
     check_weight(&cluster.id, cluster.weight)?;
     check_nodes(&cluster.id, &cluster.nodes)?;
     for address in cluster.nodes.iter().flat_map(|node| [&node.http, &node.rpc]) {
-        let has = |c: &&RingCluster| c.nodes.iter().any(|n| n.http == *address || n.rpc == *address);
+        let has =
+            |c: &&RingCluster| c.nodes.iter().any(|n| n.http == *address || n.rpc == *address);
         if let Some(owner) = ring.clusters.iter().find(has) {
             let (address, cluster) = (address.clone(), owner.id.clone());
             return Err(RequestError::AddressTaken { address, cluster });

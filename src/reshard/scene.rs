@@ -6,7 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::handoff::{Change, Handoff, Incoming, Outgoing, Pair, RingState, members_of_both, pairs};
+use crate::handoff::{
+    Change, Handoff, Incoming, Outgoing, Pair, RingState, members_of_both, pairs,
+};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch};
 
@@ -134,9 +136,8 @@ pub fn mentioned(views: &Views) -> BTreeMap<ClusterId, RingCluster> {
 
 impl Transition {
     fn new(old: &Ring, next: &Ring, views: &Views) -> Self {
-        let cancelled = |view: &RingState| {
-            view.change_to(next.epoch).is_some_and(|change| change.cancelled)
-        };
+        let cancelled =
+            |view: &RingState| view.change_to(next.epoch).is_some_and(|change| change.cancelled);
         Self {
             old: old.clone(),
             next: next.clone(),

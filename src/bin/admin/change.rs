@@ -120,7 +120,7 @@ pub async fn migration(verb: MigrationVerb) -> Result<(), Failure> {
         }
         MigrationVerb::Abort(target) => {
             let addresses = target.clusters().await?.clusters;
-            let mut reporter = reporter(&target);
+            let mut reporter = reporter(&target, &http, &addresses).await;
             let off = reshard::abort(&http, &addresses, |progress, _| reporter.show(progress));
             let ring = interruptible(off).await?;
             reporter.end();
@@ -137,7 +137,7 @@ async fn watch(
     role: Role,
     epoch: Option<u64>,
 ) -> Result<Ring, Failure> {
-    let mut reporter = reporter(target);
+    let mut reporter = reporter(target, http, addresses).await;
     let show = |progress: Option<&Progress>, _: &_| reporter.show(progress);
     let ring = interruptible(reshard::follow(http, addresses, role, epoch, show)).await;
     reporter.end();
@@ -156,8 +156,14 @@ async fn interruptible(
     }
 }
 
-fn reporter(target: &Target) -> Reporter {
-    Reporter::new(if target.json { Form::Json } else { Form::of_stderr() })
+async fn reporter(target: &Target, http: &HttpClusters, addresses: &[Vec<String>]) -> Reporter {
+    let form = if target.json { Form::Json } else { Form::of_stderr() };
+    // Only to show bytes beside keys: without an answer there are keys alone.
+    let held = match reshard::survey(http, addresses).await {
+        Ok(seen) => reshard::holdings(http, &seen).await,
+        Err(_) => Default::default(),
+    };
+    Reporter::new(form, held)
 }
 
 fn failed(error: ChangeError) -> Failure {

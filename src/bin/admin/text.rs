@@ -163,12 +163,15 @@ pub fn migration(scene: &Scene, progress: Option<&Progress>, troubles: &[String]
         (_, Some(progress)) => changing(progress),
         (Scene::NoRing, _) => "no ring: each cluster owns every key\n".into(),
         (Scene::Reverting(ring), _) => {
-            format!("a change was called off; epoch {} is not in force everywhere yet\n", ring.epoch)
+            format!(
+                "a change was called off; epoch {} is not in force everywhere yet\n",
+                ring.epoch
+            )
         }
         (Scene::Quiet { ring, settled: Some(true) }, _) => {
             format!("no change is under way\n{}\n", ring_line(ring))
         }
-        (Scene::Quiet { ring, .. } , _) => {
+        (Scene::Quiet { ring, .. }, _) => {
             format!("epoch {} is not known to be in force everywhere yet\n", ring.epoch)
         }
         (Scene::Changing(_), None) => unreachable!("a change has progress"),

@@ -39,10 +39,7 @@ impl Survey {
 
 /// Asks the clusters whose nodes serve HTTP at these addresses, and those that they speak of. Changes
 /// nothing.
-pub async fn survey(
-    http: &HttpClusters,
-    addresses: &[Vec<String>],
-) -> Result<Survey, ChangeError> {
+pub async fn survey(http: &HttpClusters, addresses: &[Vec<String>]) -> Result<Survey, ChangeError> {
     let ask = |nodes: &Vec<String>| {
         let client = RaftNode::new(nodes.clone()).with_timeout(SURVEY_TIMEOUT);
         async move { client.handoffs(Sizes::Omitted).await }
