@@ -20,7 +20,7 @@ use crate::ring::Ring;
 use world::World;
 
 /// Runs of each kind: some ten seconds in all.
-const SEEDS: u64 = 40;
+const SEEDS: u64 = 20;
 
 /// Moves of chance, in which anything may be lost or late, before the world gets orderly.
 const DISORDER: usize = 1500;
