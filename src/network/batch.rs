@@ -28,12 +28,16 @@ const BINARY: HeaderValue = HeaderValue::from_static(MEDIA_TYPE);
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 pub(super) async fn serve(State(state): State<ApiState>, call: Call) -> Answer {
+    answer(&state, &call).await
+}
+
+pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     let consistency = call.consistency()?;
     call.no_condition()?;
     call.no_idempotency()?;
-    let limits = limits(&state);
+    let limits = limits(state);
     let bytes_max = state.app.limits().http_body_bytes_max;
-    let body = call.read_body(&state, BodyLimit { what: "body", bytes_max }).await?;
+    let body = call.read_body(state, BodyLimit { what: "body", bytes_max }).await?;
     let binary = call.headers.get(header::CONTENT_TYPE) == Some(&BINARY);
     let decoded = if binary {
         batch::decode_operations(body.bytes.clone(), &limits)
@@ -41,7 +45,7 @@ pub(super) async fn serve(State(state): State<ApiState>, call: Call) -> Answer {
         json::decode_operations(&body.bytes, &limits)
     };
     let operations = decoded.map_err(ApiError::from)?;
-    let results = carry_out(&state, &call, consistency, &operations, &limits).await?;
+    let results = carry_out(state, call, consistency, &operations, &limits).await?;
     let (content_type, bytes) = if binary {
         (BINARY, batch::encode_results(&results))
     } else {

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use axum::extract::FromRequestParts;
+use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use serde::de::DeserializeOwned;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 use super::api::ApiState;
 use super::body::{BodyLimit, BodySlot, ReadBody};
 use super::error::ApiError;
+use super::head::PlainRequest;
 use crate::app::Consistency;
 use crate::types::{Condition, Revision};
 
@@ -77,7 +79,33 @@ impl FromRequestParts<ApiState> for Call {
 
 impl Call {
     fn decode(parts: &mut Parts, own_timeout: Duration) -> Result<Self, ApiError> {
-        let headers = std::mem::take(&mut parts.headers);
+        let request = PlainRequest {
+            method: parts.method.clone(),
+            path: parts.uri.path().to_owned(),
+            query: parts.uri.query().map(str::to_owned),
+            headers: std::mem::take(&mut parts.headers),
+            body: Bytes::new(),
+        };
+        let slot = parts.extensions.remove::<BodySlot>().unwrap_or_default();
+        Self::with_body(request, slot, own_timeout)
+    }
+
+    /// Of a request that is here as a whole.
+    pub(super) fn plain(
+        mut request: PlainRequest,
+        own_timeout: Duration,
+    ) -> Result<Self, ApiError> {
+        let body = std::mem::take(&mut request.body);
+        let slot = if body.is_empty() { BodySlot::default() } else { BodySlot::whole(body) };
+        Self::with_body(request, slot, own_timeout)
+    }
+
+    fn with_body(
+        request: PlainRequest,
+        body: BodySlot,
+        own_timeout: Duration,
+    ) -> Result<Self, ApiError> {
+        let PlainRequest { method, path, query, headers, .. } = request;
         let timeout = match number(&headers, &DEADLINE_MS)? {
             Some(left_ms) => Duration::from_millis(left_ms).min(own_timeout),
             None => own_timeout,
@@ -92,15 +120,15 @@ impl Call {
             Some(_) => return Err(bad("Kv-Routing knows only `direct`")),
         };
         Ok(Self {
-            method: parts.method.clone(),
-            path: parts.uri.path().to_owned(),
-            query: parts.uri.query().map(str::to_owned),
+            method,
+            path,
+            query,
             headers,
             deadline: Instant::now() + timeout,
             // At most HOPS_MAX, as just checked.
             hops: hops as u8,
             routing,
-            body: parts.extensions.remove::<BodySlot>().unwrap_or_default(),
+            body,
         })
     }
 
