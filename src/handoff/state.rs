@@ -41,6 +41,10 @@ pub struct Change {
     pub plan: Vec<Pair>,
     /// Whether nothing may freeze here any more.
     pub cancelled: bool,
+    /// Whether this cluster was told that the change can only go forward. Clusters cancel one by one
+    /// while others freeze, so one may find itself cancelled in a change that another has activated.
+    /// That one is then sure to come: its source can never cancel, and without it nobody reverts.
+    pub decided: bool,
     /// What this cluster gives, by who gets it.
     pub outgoing: BTreeMap<ClusterId, Outgoing>,
     /// What this cluster gets, by who gives it.
