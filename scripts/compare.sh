@@ -13,6 +13,8 @@
 #   ROUNDS=3 SECONDS_EACH=5 CLIENTS='1 16 64 256' KEYS=100000 VALUE_BYTES=100 scripts/compare.sh
 #   REDIS_CONNECTIONS=0     one for each client; 1: all share one and pipeline, many times as fast
 #   SVG=docs/compare.svg    where the chart goes, for the one that the README shows
+#   FIRST_ROUND=2           with ROUNDS=3, the second and third only, added to the results of the first:
+#                           a comparison in several sittings
 #
 # The machine should have nothing else to do, and 3 GB of disk to spare. Takes about twelve minutes.
 set -eu
@@ -20,6 +22,7 @@ cd "$(dirname "$0")/.."
 . scripts/lib.sh
 
 ROUNDS=${ROUNDS:-3}
+FIRST_ROUND=${FIRST_ROUND:-1}
 SECONDS_EACH=${SECONDS_EACH:-5}
 CLIENTS=${CLIENTS:-1 16 64 256}
 KEYS=${KEYS:-100000}
@@ -147,6 +150,15 @@ measure() {
     say "$(printf '%-5s %3s clients  %-9s %7s op/s' "$3" "$4" "$2" "$(number throughput)")"
 }
 
+run_round() {
+    step "Round $round of $ROUNDS"
+    for clients in $CLIENTS; do
+        for workload in write read; do
+            for system in $SYSTEMS; do measure "$round" "$system" "$workload" "$clients"; done
+        done
+    done
+}
+
 # backwards WORD...
 backwards() {
     turned=''
@@ -164,7 +176,7 @@ RESULTS=$TARGET/compare
 RAW=$RESULTS/raw.jsonl
 SVG=${SVG:-$RESULTS/compare.svg}
 mkdir -p "$RESULTS"
-: >"$RAW"
+if [ "$FIRST_ROUND" = 1 ]; then : >"$RAW"; fi
 claim_ports 24001 24002 24003 25001 25002 25003
 
 step 'Start'
@@ -191,12 +203,7 @@ done
 
 round=1
 while [ "$round" -le "$ROUNDS" ]; do
-    step "Round $round of $ROUNDS"
-    for clients in $CLIENTS; do
-        for workload in write read; do
-            for system in $SYSTEMS; do measure "$round" "$system" "$workload" "$clients"; done
-        done
-    done
+    if [ "$round" -ge "$FIRST_ROUND" ]; then run_round; fi
     # The next round takes them in the other order: nobody always comes after the same one.
     # shellcheck disable=SC2086
     SYSTEMS=$(backwards $SYSTEMS)

@@ -84,12 +84,13 @@ fill() {
 
 decimal() { printf '%s\n' "$BODY" | sed -n "s/.*$1\([0-9.]*\).*/\1/p"; }
 
-# measure LABEL KEYS VALUE_BYTES: a row for each workload, number of clients and kind of client.
+# measure LABEL KEYS VALUE_BYTES [TIMES]: a row for each workload, number of clients and kind of client.
+# With TIMES, so many times the clients are at work; the row still bears the number before.
 measure() {
     for workload in write read; do
         for clients in 16 256; do
             for mode in kvclient http; do
-                bench --workload "$workload" --clients "$clients" --mode "$mode" --keys "$2" \
+                bench --workload "$workload" --clients $((clients * ${4:-1})) --mode "$mode" --keys "$2" \
                     --value-bytes "$3" --seconds "$SECONDS_EACH" --warmup-seconds 2 --threads 2
                 p99=$(printf '%s\n' "$BODY" | sed 's/.*"operations":[0-9]*//;s/"by_operation.*//' \
                     | sed -n 's/.*"p99":\([0-9.]*\).*/\1/p')
@@ -154,6 +155,7 @@ part_clusters() {
         start_clusters "$count" 3
         fill "$KEYS" 100
         measure "$count" "$KEYS" 100
+        if [ "$count" -gt 1 ]; then measure "$count, so many for each" "$KEYS" 100 "$count"; fi
         stop_clusters
     done
     table clusters

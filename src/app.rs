@@ -19,9 +19,11 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Limits;
+use crate::handoff::{Ownership, RingState};
 use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::node::Raft;
+use crate::once::Once;
 use crate::proposer::{ProposeError, Proposer};
 use crate::read_gate::{ReadGate, ReadIndexFailure};
 use crate::ring::{Ring, RingNode, RingTable};
@@ -36,6 +38,7 @@ use crate::types::{
 pub use crate::types::Consistency;
 
 mod batch;
+mod handoffs;
 mod health;
 mod membership;
 mod refusal;
@@ -130,7 +133,8 @@ impl App {
 
     // --- Keys ------------------------------------------------------------------------------------
 
-    /// Stores a value; returns its revision.
+    /// Stores a value; returns its revision. With `once` it does so at most once, and a repeat returns
+    /// what the first one did.
     ///
     /// Dropping the future does not take the write back once it was proposed.
     pub async fn put(
@@ -138,10 +142,11 @@ impl App {
         key: Bytes,
         value: Bytes,
         condition: Condition,
+        once: Option<Once>,
         deadline: Instant,
     ) -> Result<Revision, ApiError> {
         let started = Instant::now();
-        let write = Write::Put { key, value, condition };
+        let write = Write::put(key, value, condition).once(once);
         let result = self.write(write, deadline).await.map(|written| match written {
             Written::Put { revision } => revision,
             other => unreachable!("a put was answered by {other:?}"),
@@ -150,15 +155,16 @@ impl App {
         result
     }
 
-    /// Removes a key.
+    /// Removes a key. `once` as with [`Self::put`].
     pub async fn delete(
         &self,
         key: Bytes,
         condition: Condition,
+        once: Option<Once>,
         deadline: Instant,
     ) -> Result<Deletion, ApiError> {
         let started = Instant::now();
-        let write = Write::Delete { key, condition };
+        let write = Write::delete(key, condition).once(once);
         let result = self.write(write, deadline).await.map(|written| match written {
             Written::Deleted { revision, deleted } => Deletion { revision, deleted },
             other => unreachable!("a delete was answered by {other:?}"),
@@ -194,7 +200,7 @@ impl App {
             return Err(not_proposed());
         }
         let _permit = self.admit()?;
-        let key = write.key().clone();
+        let key = write.key.clone();
         // Only to save a log entry: what counts is the same check at apply.
         self.check_owner(&key)?;
         let answers = self.inner.proposer.propose(vec![write], deadline).await;
@@ -212,6 +218,9 @@ impl App {
             Ok(Written::ConditionFailed { current }) => Err(ApiError::ConditionFailed { current }),
             Ok(Written::WrongCluster { .. }) => Err(self.wrong_cluster(key)),
             Ok(Written::Frozen) => Err(ApiError::Frozen),
+            Ok(Written::OnceReused) => Err(ApiError::OnceReused),
+            Ok(Written::OnceForgotten) => Err(ApiError::OnceForgotten),
+            Ok(Written::TooManyClients) => Err(ApiError::TooManyClients),
             Ok(done) => Ok(done),
             Err(ProposeError::Raft(error)) => Err(self.write_error(&error)),
             Err(ProposeError::NotProposed) => Err(not_proposed()),
@@ -245,7 +254,7 @@ impl App {
         match self.inner.reader.get(key).map_err(|e| refusal::storage(e, Outcome::NotApplied))? {
             Lookup::Found(record) => Ok(Some(record)),
             Lookup::Absent => Ok(None),
-            Lookup::WrongCluster(ring) => Err(self.owner_in(&ring, key)),
+            Lookup::NotHere(ring) => Err(self.not_here(&ring, key)),
         }
     }
 
@@ -348,24 +357,26 @@ impl App {
     }
 
     fn check_owner(&self, key: &[u8]) -> Result<(), ApiError> {
-        let ring = self.ring();
-        if ring.owns(&self.inner.identity.cluster, key) {
+        let ring = self.inner.reader.ring_view();
+        if ring.serves(&self.inner.identity.cluster, key) {
             return Ok(());
         }
-        Err(self.owner_in(&ring, key))
+        Err(self.not_here(&ring, key))
     }
 
     fn wrong_cluster(&self, key: &[u8]) -> ApiError {
-        self.owner_in(&self.ring(), key)
+        self.not_here(&self.inner.reader.ring_view(), key)
     }
 
-    fn owner_in(&self, ring: &RingTable, key: &[u8]) -> ApiError {
-        match ring.owner(key) {
-            Some(owner) => {
-                ApiError::WrongCluster { owner: Box::new(owner.clone()), epoch: ring.ring().epoch }
+    /// Why this cluster does not serve a key, by this ring state.
+    fn not_here(&self, ring: &RingState, key: &[u8]) -> ApiError {
+        match ring.ownership(&self.inner.identity.cluster, key) {
+            Ownership::Elsewhere(owner) => {
+                ApiError::WrongCluster { owner: Box::new(owner.clone()), epoch: ring.epoch() }
             }
-            // Only when the ring went away since it refused the key, which no command does.
-            None => {
+            Ownership::Frozen(_) => ApiError::Frozen,
+            // It does now: it was refused by an older state.
+            Ownership::Here => {
                 ApiError::NoLeader { message: "the ring is changing", outcome: Outcome::NotApplied }
             }
         }

@@ -11,7 +11,9 @@
 //!
 //! ```text
 //! request    = version:u8 (1), count:u32, count x operation     nothing follows
-//! operation  = kind:u8, fields
+//!            | version:u8 (2), client, floor:u64, count:u32, count x operation
+//! client     = length:u8, bytes
+//! operation  = kind:u8, seq:u64 if it has bit 6, fields
 //!   kind 0x01 get                        key
 //!   kind 0x02 put                        key, value
 //!   kind 0x12 put at a revision          revision:u64, key, value
@@ -29,12 +31,14 @@
 //! key, value = length:u32, bytes
 //! ```
 //! Integers are big-endian. In an operation's kind the low four bits say what it does, the next two
-//! its condition. Bit 6 is kept for idempotency (a client id and a sequence number will follow the
-//! kind); a set one is refused, because ignoring it would break a promise. Bit 7 is 0.
+//! its condition. Bit 6 makes a write one that happens at most once, and brings its sequence; client and
+//! floor are those of the request, so version 1 has no such bit. Bit 7 is 0. A request without a client
+//! is of version 1, and one with a client of version 2.
 //!
 //! Lengths take four bytes and not one to five (LEB128): with the smallest keys and values that saves
 //! a few bytes in a hundred, and would cost the rule that there is exactly one encoding of a thing, a
-//! second way to write lengths next to [`crate::codec`]'s, and a loop in every client.
+//! second way to write lengths next to [`crate::codec`]'s, and a loop in every client. (A client's name
+//! has one, as in a log entry.)
 //!
 //! Invariants: as in [`crate::codec`], of which this uses the reader. Decoders never panic, check
 //! every length against what is left, and allocate no more than a small multiple of their input.
@@ -48,10 +52,11 @@ mod tests;
 use bytes::Bytes;
 use http::StatusCode;
 
-pub use binary::{decode_operations, decode_results, encode_operations, encode_results};
+pub use binary::{decode_request, decode_results, encode_request, encode_results};
 
 use crate::codec;
 use crate::network::error::{ApiError, ErrorDetail};
+use crate::once::{ClientFloor, InvalidSeq, Once};
 use crate::types::{Condition, Revision};
 
 /// The `Content-Type` of the binary form. Every other one, or none, means JSON.
@@ -73,6 +78,15 @@ pub struct Limits {
     pub value_bytes_max: usize,
 }
 
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Whose the sequences of its operations are. Without it none has one.
+    pub client: Option<ClientFloor>,
+    /// What is asked for.
+    pub operations: Vec<Operation>,
+}
+
 /// One operation of a batch. What is decoded is well-formed but may still break a rule that the
 /// server checks for each operation by itself: see [`Operation::check`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +104,8 @@ pub enum Operation {
         value: Bytes,
         /// Checked when the write is applied.
         condition: Condition,
+        /// `Some`: at most once, as this write of the batch's client.
+        seq: Option<u64>,
     },
     /// Remove a key if the condition holds.
     Delete {
@@ -97,6 +113,8 @@ pub enum Operation {
         key: Bytes,
         /// Checked when the write is applied.
         condition: Condition,
+        /// As in [`Self::Put`].
+        seq: Option<u64>,
     },
 }
 
@@ -111,6 +129,26 @@ impl Operation {
     /// Whether it changes anything.
     pub fn is_write(&self) -> bool {
         !matches!(self, Self::Get { .. })
+    }
+
+    /// Which of its client's writes it is.
+    pub fn seq(&self) -> Option<u64> {
+        match self {
+            Self::Get { .. } => None,
+            Self::Put { seq, .. } | Self::Delete { seq, .. } => *seq,
+        }
+    }
+
+    /// What makes it happen at most once, in a batch of this client.
+    ///
+    /// # Errors
+    /// Its sequence lies below the client's floor, or is none.
+    pub fn once(&self, client: Option<&ClientFloor>) -> Result<Option<Once>, InvalidSeq> {
+        match (self.seq(), client) {
+            (Some(seq), Some(client)) => Once::new(client.clone(), seq).map(Some),
+            // A sequence without a client does not decode.
+            _ => Ok(None),
+        }
     }
 
     /// How many bytes it takes in the binary form.
@@ -239,12 +277,6 @@ pub enum DecodeError {
         /// What is wrong with it.
         error: codec::DecodeError,
     },
-    /// An operation asks for at most one execution, which this version cannot promise.
-    #[error("item {index} asks for idempotency, which this version does not have")]
-    Idempotency {
-        /// Which one, counted from 0.
-        index: usize,
-    },
     /// Not the JSON of a batch. The text names the operation by its index.
     #[error("{0}")]
     Json(String),
@@ -252,11 +284,6 @@ pub enum DecodeError {
 
 impl From<DecodeError> for ApiError {
     fn from(error: DecodeError) -> Self {
-        match error {
-            DecodeError::Idempotency { .. } => {
-                Self::NotImplemented("the idempotency of an operation in a batch")
-            }
-            other => Self::BadRequest(format!("the body is not a batch: {other}")),
-        }
+        Self::BadRequest(format!("the body is not a batch: {error}"))
     }
 }

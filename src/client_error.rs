@@ -2,12 +2,13 @@
 //! [`KVClient`](crate::kvclient::KVClient) can fail.
 //!
 //! As on the server, the question that matters is [`ClientError::outcome`]: may the operation have
-//! taken effect? A write whose answer was lost is `Unknown` and was not sent a second time; everything
-//! that is `NotApplied` left no trace. A read changes nothing, so it never fails with anything else.
+//! taken effect? A write whose answer was lost has been tried again until its deadline, and is `Unknown`
+//! if nobody could tell by then; everything that is `NotApplied` left no trace. A read changes nothing, so it never fails with anything else.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::handoff::Refused;
 use crate::network::error::Outcome;
 use crate::ring::{RingCluster, RingError};
 use crate::types::{Epoch, Revision};
@@ -71,7 +72,7 @@ pub enum ClientError {
         /// How long room was waited for.
         waited: Duration,
     },
-    /// The request went out, but no answer came back.
+    /// The request went out, and until the deadline no answer came back that tells what became of it.
     #[error("{message}; it may or may not take effect")]
     AnswerLost {
         /// The node and what happened.
@@ -115,6 +116,9 @@ pub enum ClientError {
         /// Whether the request took effect.
         outcome: Outcome,
     },
+    /// The cluster refused a step of a change of the ring; nothing changed.
+    #[error("{0}")]
+    StepRefused(Box<Refused>),
     /// The answer is not one that a node gives. Probably something else listens on that address.
     #[error("{address} gave an answer that makes no sense: {message}{}", describe_outcome(*.outcome))]
     Garbled {

@@ -43,8 +43,8 @@ pub use status::{ClusterStatus, Discovered, NodeStatus, discover, newest_ring, s
 use crate::config::{Config, ConfigError};
 use crate::http_client::{HttpClient, HttpRequest};
 use crate::node::StartError;
-use crate::ring::{Ring, RingNode};
-use crate::types::{ClusterId, NodeId};
+use crate::ring::{Ring, RingCluster, RingNode};
+use crate::types::{ClusterId, Epoch, NodeId};
 use forming::{FORM_TIMEOUT, METRICS_TIMEOUT, POLL_INTERVAL};
 use layout::Ports;
 use running::{RunningNode, addresses, clear_away, start_nodes, stop_nodes};
@@ -234,8 +234,11 @@ impl ClusterManager {
         try_join_all(self.layout.clusters.iter().map(|c| forming::form(c, membership))).await?;
         self.layout.clone().formed().record(&config.data_dir)?;
         let ring = self.settle_ring(config).await?;
-        try_join_all(self.layout.nodes().map(|(c, n)| wait_ready(&c.id, n, &ring))).await?;
-        write_nodes_file(&config.nodes_file, &self.nodes())?;
+        // A cluster that has left the ring does not hear of later ones.
+        let epoch = |id: &ClusterId| if ring.cluster(id).is_some() { ring.epoch } else { 0 };
+        let ready = self.layout.nodes().map(|(c, node)| wait_ready(&c.id, node, epoch(&c.id)));
+        try_join_all(ready).await?;
+        write_nodes_file(&config.nodes_file, &self.announced(&ring))?;
         Ok(ring)
     }
 
@@ -289,6 +292,17 @@ impl ClusterManager {
         }
     }
 
+    /// What the nodes file lists: the nodes that were started, or, once the ring has changed, those of
+    /// the ring, of which some may run elsewhere.
+    fn announced(&self, ring: &Ring) -> Vec<Vec<String>> {
+        if ring.epoch <= 1 {
+            return self.nodes();
+        }
+        let addresses =
+            |cluster: &RingCluster| cluster.nodes.iter().map(|node| node.http.clone()).collect();
+        ring.clusters.iter().map(addresses).collect()
+    }
+
     /// The nodes' HTTP addresses, cluster by cluster.
     pub fn nodes(&self) -> Vec<Vec<String>> {
         self.layout.http_addresses()
@@ -323,13 +337,27 @@ impl ClusterManager {
     }
 }
 
-/// Waits until a node says that it is ready and lives by a ring at least as new as `ring`.
-async fn wait_ready(cluster: &ClusterId, node: &RingNode, ring: &Ring) -> Result<(), ManagerError> {
+/// Makes nodes that run one cluster, whatever an earlier run left them in; returns once all of them vote
+/// and one leads. Safe to cancel and to call again.
+///
+/// # Errors
+/// A node is a member of something else, or it takes too long.
+pub async fn form(id: &ClusterId, nodes: &[RingNode]) -> Result<(), ManagerError> {
+    let cluster = LayoutCluster { id: id.clone(), nodes: nodes.to_vec() };
+    forming::form(&cluster, forming::Membership::Unconfirmed).await
+}
+
+/// Waits until a node says that it is ready and lives by the ring of this epoch, or a newer one.
+async fn wait_ready(
+    cluster: &ClusterId,
+    node: &RingNode,
+    epoch: Epoch,
+) -> Result<(), ManagerError> {
     let deadline = Instant::now() + READY_TIMEOUT;
     let client = HttpClient::new();
     let address = std::slice::from_ref(&node.http);
     while !is_ready(&client, &node.http).await
-        || !ask_all(address).await.iter().flatten().any(|m| m.epoch >= Some(ring.epoch))
+        || !ask_all(address).await.iter().flatten().any(|m| m.epoch >= Some(epoch))
     {
         if Instant::now() >= deadline {
             let what = format!("{cluster}: node {} at {} to be ready", node.id, node.http);

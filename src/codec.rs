@@ -5,20 +5,18 @@
 //! must not trust a length; and a value must not be copied on its way from the socket to the store.
 //!
 //! ```text
-//! record     = version:u8 (1), body          each record that stands alone starts with its version
+//! record     = version:u8 (2), body          each record that stands alone starts with its version
 //! log id     = term:u64, node:u64, index:u64
 //! vote       = term:u64, node:u64, committed:u8 (0|1)
 //! entry      = log id, tag:u8, payload
 //!   tag 0 blank        nothing
-//!   tag 1 writes       count:u32 x write
+//!   tag 1 writes       as [`writes`] draws them
 //!   tag 2 ring         the ring's JSON, to the end
 //!   tag 3 membership   membership
 //!   tag 4 step         the step's JSON, to the end
 //!   tag 5 import       see crate::handoff
 //!   tag 6 clean        likewise
-//! write      = 1 | 2, condition, key, value only after 1      put, delete
-//! condition  = 0 | 1, revision:u64 | 2        always, at this revision, absent
-//! key, value, text = length:u32, bytes
+//! text       = length:u32, bytes
 //! membership = count:u32 x config, count:u32 x node
 //!   config   = count:u32 x node id:u64        ascending, not empty
 //!   node     = node id:u64, http:text, rpc:text   ascending by id; contains every voter
@@ -34,6 +32,7 @@
 mod reader;
 #[cfg(test)]
 mod tests;
+mod writes;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,15 +40,16 @@ use bytes::{BufMut, Bytes};
 use openraft::EntryPayload;
 
 pub(crate) use reader::Reader;
+pub(crate) use writes::{get_client_name, put_client_name};
+use writes::{get_writes, put_writes, writes_len};
 
 use crate::handoff::{Clean, Import};
 use crate::types::{
-    Command, Condition, Entry, LeaderId, LogId, Membership, NodeAddrs, NodeId, StoredMembership,
-    Vote, Write,
+    Command, Entry, LeaderId, LogId, Membership, NodeAddrs, NodeId, StoredMembership, Vote,
 };
 
-/// The version that every record starts with.
-const VERSION: u8 = 1;
+/// The version that every record starts with. In 1, writes had no time and no clients.
+const VERSION: u8 = 2;
 
 const TAG_BLANK: u8 = 0;
 const TAG_WRITES: u8 = 1;
@@ -58,13 +58,6 @@ const TAG_MEMBERSHIP: u8 = 3;
 const TAG_STEP: u8 = 4;
 const TAG_IMPORT: u8 = 5;
 const TAG_CLEAN: u8 = 6;
-
-const WRITE_PUT: u8 = 1;
-const WRITE_DELETE: u8 = 2;
-
-const CONDITION_ALWAYS: u8 = 0;
-const CONDITION_REVISION: u8 = 1;
-const CONDITION_ABSENT: u8 = 2;
 
 /// Bytes that are not the encoding of what was expected. Never safe to ignore: the bytes are
 /// corrupt, hostile, or from a later version.
@@ -133,16 +126,12 @@ pub fn decode_entry(bytes: Bytes) -> Result<Entry, DecodeError> {
 
 /// A bound from above on the length of an entry's record, without encoding it, except for rings.
 pub fn encoded_entry_len(entry: &Entry) -> usize {
-    /// Version, log id, tag, count.
-    const FIXED: usize = 1 + 24 + 1 + 4;
-    /// Kind, condition with its revision, two lengths.
-    const WRITE_FIXED: usize = 1 + 9 + 8;
+    /// Version, log id, tag.
+    const FIXED: usize = 1 + 24 + 1;
     FIXED
         + match &entry.payload {
             EntryPayload::Blank => 0,
-            EntryPayload::Normal(Command::Write(writes)) => {
-                writes.iter().map(|write| WRITE_FIXED + write.bytes()).sum()
-            }
+            EntryPayload::Normal(Command::Write { writes, .. }) => writes_len(writes),
             EntryPayload::Normal(_) | EntryPayload::Membership(_) => {
                 let mut encoded = Vec::new();
                 encode_entry(entry, &mut encoded);
@@ -307,10 +296,9 @@ fn check_ascending(last: Option<&NodeId>, next: NodeId) -> Result<(), DecodeErro
 
 fn put_command(command: &Command, out: &mut impl BufMut) {
     match command {
-        Command::Write(writes) => {
+        Command::Write { at_ms, writes } => {
             out.put_u8(TAG_WRITES);
-            put_count(writes.len(), out);
-            writes.iter().for_each(|write| put_write(write, out));
+            put_writes(*at_ms, writes, out);
         }
         Command::InstallRing(ring) => {
             out.put_u8(TAG_RING);
@@ -336,14 +324,7 @@ fn put_command(command: &Command, out: &mut impl BufMut) {
 
 fn get_command(tag: u8, reader: &mut Reader) -> Result<Command, DecodeError> {
     match tag {
-        TAG_WRITES => {
-            // The count is not trusted with an allocation: each round consumes input.
-            let mut writes = Vec::new();
-            for _ in 0..reader.u32()? {
-                writes.push(get_write(reader)?);
-            }
-            Ok(Command::Write(writes))
-        }
+        TAG_WRITES => get_writes(reader),
         TAG_RING => match serde_json::from_slice(&reader.rest()) {
             Ok(ring) => Ok(Command::InstallRing(Box::new(ring))),
             Err(_) => Err(DecodeError::Invalid { what: "ring" }),
@@ -355,55 +336,5 @@ fn get_command(tag: u8, reader: &mut Reader) -> Result<Command, DecodeError> {
         TAG_IMPORT => Ok(Command::Import(Box::new(Import::decode(reader)?))),
         TAG_CLEAN => Ok(Command::Clean(Box::new(Clean::decode(reader)?))),
         found => Err(DecodeError::Tag { what: "payload", found }),
-    }
-}
-
-fn put_write(write: &Write, out: &mut impl BufMut) {
-    match write {
-        Write::Put { key, value, condition } => {
-            out.put_u8(WRITE_PUT);
-            put_condition(*condition, out);
-            put_bytes(key, out);
-            put_bytes(value, out);
-        }
-        Write::Delete { key, condition } => {
-            out.put_u8(WRITE_DELETE);
-            put_condition(*condition, out);
-            put_bytes(key, out);
-        }
-    }
-}
-
-fn get_write(reader: &mut Reader) -> Result<Write, DecodeError> {
-    match reader.u8()? {
-        WRITE_PUT => {
-            let condition = get_condition(reader)?;
-            Ok(Write::Put { condition, key: reader.bytes()?, value: reader.bytes()? })
-        }
-        WRITE_DELETE => {
-            let condition = get_condition(reader)?;
-            Ok(Write::Delete { condition, key: reader.bytes()? })
-        }
-        found => Err(DecodeError::Tag { what: "write", found }),
-    }
-}
-
-fn put_condition(condition: Condition, out: &mut impl BufMut) {
-    match condition {
-        Condition::Always => out.put_u8(CONDITION_ALWAYS),
-        Condition::Revision(revision) => {
-            out.put_u8(CONDITION_REVISION);
-            out.put_u64(revision);
-        }
-        Condition::Absent => out.put_u8(CONDITION_ABSENT),
-    }
-}
-
-fn get_condition(reader: &mut Reader) -> Result<Condition, DecodeError> {
-    match reader.u8()? {
-        CONDITION_ALWAYS => Ok(Condition::Always),
-        CONDITION_REVISION => Ok(Condition::Revision(reader.u64()?)),
-        CONDITION_ABSENT => Ok(Condition::Absent),
-        found => Err(DecodeError::Tag { what: "condition", found }),
     }
 }

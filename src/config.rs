@@ -84,6 +84,8 @@ pub struct Config {
     pub raft: RaftConfig,
     /// RocksDB.
     pub storage: StorageConfig,
+    /// Changes of the ring.
+    pub reshard: ReshardConfig,
     /// Threads.
     pub runtime: RuntimeConfig,
 }
@@ -150,6 +152,20 @@ pub struct RaftConfig {
     pub snapshot_chunk_bytes: usize,
 }
 
+/// How fast keys come to this node's cluster in a change of the ring.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReshardConfig {
+    /// Bytes of records and answers that a leading node copies from other clusters per second, all
+    /// handoffs together; 0 means as fast as it goes. What changes at the end of a handoff, while keys
+    /// are about to be frozen or are, is counted but does not wait.
+    pub handoff_bytes_per_s: u64,
+    /// Handoffs whose records are copied side by side; further ones wait for their turn.
+    pub handoffs_at_once: usize,
+    /// About how many bytes are copied at a time: one message, and one entry of the log.
+    pub page_bytes: usize,
+}
+
 /// What a `raft-kv` process takes of the processor. `admin` and its nodes share one process and take all
 /// of it.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -199,6 +215,7 @@ impl Default for Config {
             limits: Limits::default(),
             raft: RaftConfig::default(),
             storage: StorageConfig::default(),
+            reshard: ReshardConfig::default(),
             runtime: RuntimeConfig::default(),
         }
     }
@@ -242,6 +259,12 @@ impl Default for RaftConfig {
     }
 }
 
+impl Default for ReshardConfig {
+    fn default() -> Self {
+        Self { handoff_bytes_per_s: 32 << 20, handoffs_at_once: 4, page_bytes: 256 << 10 }
+    }
+}
+
 impl Default for StorageConfig {
     fn default() -> Self {
         Self { block_cache_bytes: 128 << 20, memtable_bytes: 32 << 20, log_tail_bytes: 16 << 20 }
@@ -281,6 +304,7 @@ impl Config {
         self.limits.check()?;
         self.raft.check(&self.limits)?;
         within("runtime.worker_threads", self.runtime.worker_threads, 0..=1024)?;
+        self.reshard.check()?;
         self.storage.check()
     }
 
@@ -365,6 +389,14 @@ impl RaftConfig {
     }
 }
 
+impl ReshardConfig {
+    fn check(&self) -> Result<(), OutOfRange> {
+        within("reshard.handoff_bytes_per_s", self.handoff_bytes_per_s, 0..=1 << 40)?;
+        within("reshard.handoffs_at_once", self.handoffs_at_once, 1..=64)?;
+        within("reshard.page_bytes", self.page_bytes, 1 << 10..=ENTRY_BYTES_MAX)
+    }
+}
+
 impl StorageConfig {
     fn check(&self) -> Result<(), OutOfRange> {
         within("storage.block_cache_bytes", self.block_cache_bytes, 1 << 20..=1 << 40)?;
@@ -441,6 +473,8 @@ mod tests {
             ("limits.peer_frame_bytes_max = 1100000", "limits.peer_frame_bytes_max"),
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
+            ("reshard.handoffs_at_once = 0", "reshard.handoffs_at_once"),
+            ("reshard.page_bytes = 1048577", "reshard.page_bytes"),
             ("runtime.worker_threads = 1025", "runtime.worker_threads"),
         ] {
             let Err(ConfigError::OutOfRange { key: found, .. }) = parse(text) else {

@@ -29,6 +29,8 @@
 //!    the first answer; attempts only grow.
 //! 5. A change is finished here only when what moved away is deleted and what was staged in vain, too:
 //!    a later change never meets leftovers.
+//! 6. A change is reverted only when every source has cancelled it. One that freezes first cannot, so
+//!    once it has moved, the change can only go forward; those that had cancelled then resume.
 //!
 //! This module does no I/O and sees no clock. The store carries out what is decided here, and the model
 //! runs the same code.
@@ -207,6 +209,12 @@ pub enum Step {
         /// The epoch that was to come.
         epoch: Epoch,
     },
+    /// The change goes on here although it was cancelled, because somewhere a handoff of it has been
+    /// activated or a cluster has finished it: it can only go forward. See [`Change::decided`].
+    Resume {
+        /// The epoch that comes.
+        epoch: Epoch,
+    },
     /// A cancelled change ends: the old ring's content goes on as a new epoch.
     Revert {
         /// The old ring, two epochs on.
@@ -299,6 +307,7 @@ impl Step {
             Self::Join { .. }
             | Self::Begin { .. }
             | Self::Cancel { .. }
+            | Self::Resume { .. }
             | Self::Revert { .. }
             | Self::Finish { .. }
             | Self::Settle { .. } => None,
@@ -319,6 +328,7 @@ impl Step {
             Self::Join { .. } => "join",
             Self::Begin { .. } => "begin",
             Self::Cancel { .. } => "cancel",
+            Self::Resume { .. } => "resume",
             Self::Revert { .. } => "revert",
             Self::Finish { .. } => "finish",
             Self::Settle { .. } => "settle",

@@ -4,8 +4,8 @@
 //! leaves the way to that cluster's leader to [`RaftNode`](crate::raft_node::RaftNode). Its ring may
 //! be old: servers check ownership again, and one that does not own the key names the owner and its
 //! ring's epoch. Then the client gets the newer ring, once for all calls that wait for it, and goes
-//! on there; nothing was applied, so this is safe for writes too. A key that is being handed over is
-//! waited for.
+//! on there; that cluster applied nothing, so this is safe for writes too. A key that is being handed
+//! over is waited for.
 //!
 //! Operations that many tasks issue at the same moment share requests, a few in flight at each node
 //! (`raft_node::courier`); a lone one is sent at once.
@@ -20,7 +20,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::raft_node::pace::{Backoff, Budget};
-use crate::raft_node::{Answer, Call, TIMEOUT_DEFAULT, key_operations};
+use crate::raft_node::{Answer, Call, Courier, Doubt, TIMEOUT_DEFAULT, key_operations};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Condition, Epoch, Record, Revision};
 
@@ -46,8 +46,8 @@ const REDIRECTS_AT_ONCE: u32 = 2;
 /// The client of the whole store. Cloning shares connections and the ring; it is meant to be shared
 /// by thousands of tasks.
 ///
-/// Every operation gives up at its deadline, 10 s unless set. Dropping the future of a write leaves
-/// its outcome unknown.
+/// Every operation gives up at its deadline, 10 s unless set. Until then a write is tried again whatever
+/// becomes of an attempt, and still happens at most once. Dropping its future leaves its outcome unknown.
 #[derive(Clone)]
 pub struct KVClient {
     rings: Arc<Rings>,
@@ -114,15 +114,30 @@ impl KVClient {
         self.rings.routes().ring().clone()
     }
 
+    fn courier(&self) -> &Courier {
+        self.rings.courier()
+    }
+
     /// Sends the call to the cluster that owns the key, and from there to whom that names.
     async fn run(&self, key: &[u8], call: Call) -> Result<Answer, ClientError> {
+        let mut doubt = call.doubt();
+        let result = self.follow(key, &call, &mut doubt).await;
+        result.map_err(|error| doubt.settle(error))
+    }
+
+    async fn follow(
+        &self,
+        key: &[u8],
+        call: &Call,
+        doubt: &mut Doubt,
+    ) -> Result<Answer, ClientError> {
         let budget = Budget::new(self.timeout);
         self.rings.refresh_if_due();
         let mut target = self.rings.routes().target(key);
         let mut backoff = Backoff::new();
         let mut redirects = 0;
         loop {
-            let (address, owner, epoch) = match target.client.execute(&call, budget).await {
+            let (address, owner, epoch) = match target.client.execute(call, budget, doubt).await {
                 Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
                 other => return other,
             };

@@ -1,12 +1,41 @@
-//! What a node says about itself: the JSON of `GET /cluster/metrics`.
+//! What a node says about itself: the JSON of `GET /cluster/metrics` and `GET /cluster/handoffs`.
 //!
-//! One struct for both ends, so that server and client cannot drift apart. It may gain members, and
+//! One struct of each for both ends, so that server and client cannot drift apart. It may gain members, and
 //! a reader ignores those that it does not know; the ones marked as defaulted may be missing in the
 //! answer of an older node.
 
 use serde::{Deserialize, Serialize};
 
+use crate::handoff::RingState;
 use crate::types::{ClusterId, Epoch, NodeId, Revision};
+
+/// Whether keys and bytes are counted: that may take some milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sizes {
+    /// They are left out.
+    Omitted,
+    /// They are told.
+    Counted,
+}
+
+/// What a cluster's leader says of the ring and of handoffs: the JSON of `GET /cluster/handoffs`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HandoffView {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The node that answered.
+    pub node: NodeId,
+    /// Whether it leads the cluster. Others pass the question on, so an answer is usually a leader's.
+    pub leader: bool,
+    /// The ring, the change under way and the cluster's part in it.
+    pub state: RingState,
+    /// How many keys the cluster holds, about; with what is staged. Only if it was asked for.
+    #[serde(default)]
+    pub keys: Option<u64>,
+    /// The bytes of its data on one node's disk, without what is still in memory. Only if asked for.
+    #[serde(default)]
+    pub disk_bytes: Option<u64>,
+}
 
 /// The state of one node, as it sees itself. Also answered before the node is initialised.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

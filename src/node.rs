@@ -21,11 +21,13 @@ use tokio_util::sync::CancellationToken;
 use crate::app::{App, Identity, Parts};
 use crate::caretaker;
 use crate::config::{Config, Limits, RaftConfig};
+use crate::mover;
 use crate::network::http_server::HttpServer;
 use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
 use crate::proposer::Proposer;
 use crate::read_gate::{ReadGate, Voters};
+use crate::reshard;
 use crate::store::{OpenError, StateMachine, Store, StoreOptions};
 use crate::types::{ClusterId, NodeAddrs, NodeId, TypeConfig};
 
@@ -111,6 +113,8 @@ pub struct Node {
     gate: JoinHandle<()>,
     proposer: JoinHandle<()>,
     caretaker: JoinHandle<()>,
+    reshard: JoinHandle<()>,
+    mover: JoinHandle<()>,
     store: Store,
 }
 
@@ -147,6 +151,11 @@ impl Node {
         let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
         let (proposer, proposer_task) = Proposer::spawn(raft.clone());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
+        let (cluster, token) = (options.cluster.clone(), shutdown.clone());
+        let reshard = reshard::service::spawn(cluster, raft.clone(), store.reader(), token);
+        let (cluster, links) = (options.cluster.clone(), network.handoff_links());
+        let (of_raft, token) = (raft.clone(), shutdown.clone());
+        let mover = mover::spawn(cluster, of_raft, store.reader(), links, config, token);
         let identity = Identity { cluster: options.cluster, node_id: options.id, addrs };
         let limits = config.limits.clone();
         let parts = Parts {
@@ -172,6 +181,8 @@ impl Node {
             gate: gate_task,
             proposer: proposer_task,
             caretaker,
+            reshard,
+            mover,
             store,
         })
     }
@@ -208,7 +219,8 @@ impl Node {
     /// Not safe to cancel: parts of the node would go on without an owner.
     pub async fn shutdown(self) -> Result<(), StopError> {
         let Self { shutdown, app, raft, http, peers, network, gate, proposer, .. } = self;
-        let (caretaker, store) = (self.caretaker, self.store);
+        let (caretaker, reshard, mover, store) =
+            (self.caretaker, self.reshard, self.mover, self.store);
         shutdown.cancel();
         http.join().await;
         peers.join().await;
@@ -216,8 +228,8 @@ impl Node {
         network.shutdown().await;
         drop(network);
         app.join().await;
-        // A panic in it has been reported by the panic hook.
-        let _ = caretaker.await;
+        // A panic in one has been reported by the panic hook.
+        let _ = tokio::join!(caretaker, reshard, mover);
         drop(app);
         drop(raft);
         // Their queues closed with the last app; what they wait for ends with Raft. A panic in one

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -231,7 +232,8 @@ async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> +
         }
     }
     let (responder, outcome) = ProgressResponder::complete_only();
-    let handed_over = raft.client_write_ff(Command::Write(writes), Some(responder)).await;
+    let command = Command::Write { at_ms: now_ms(), writes };
+    let handed_over = raft.client_write_ff(command, Some(responder)).await;
     async move {
         let outcome = match handed_over {
             Ok(()) => match outcome.await {
@@ -242,6 +244,13 @@ async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> +
         };
         answer(outcome.map(|response| response.data), callers);
     }
+}
+
+/// The wall clock. It may jump: the state machine takes it for no more than a hint that never goes
+/// back.
+fn now_ms() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }
 
 type Callers = Vec<(usize, oneshot::Sender<Answer>)>;
@@ -276,7 +285,7 @@ mod tests {
 
     fn put(bytes: usize) -> Write {
         let value = bytes::Bytes::from(vec![0; bytes - 1]);
-        Write::Put { key: "k".into(), value, condition: Condition::Always }
+        Write::put("k".into(), value, Condition::Always)
     }
 
     fn request(writes: Vec<Write>) -> (Request, Waiting) {

@@ -1,17 +1,17 @@
 //! `RaftNode`: the client of one cluster.
 //!
 //! It knows the HTTP addresses of a cluster's nodes, finds the leader among them and follows it, and
-//! keeps on trying within a deadline when nodes are down, paused or electing. What it never does is
-//! send a write a second time once it may have arrived: until writes carry an idempotency key, the
-//! caller alone can know whether a second one would do harm. Such a write fails with the outcome
-//! `Unknown`. Reads are repeated freely.
+//! keeps on trying within a deadline when nodes are down, paused or electing, also when an attempt may
+//! have arrived: every write carries the client's name and a number ([`crate::once`]), so that the
+//! cluster carries it out at most once and answers a repeat as it answered the first. Only when the
+//! deadline passes and some attempt may have arrived, the outcome is `Unknown`.
 //!
 //! Ownership is not its business: when the cluster says that another one owns the key, that is the
 //! error [`ClientError::WrongCluster`], which [`KVClient`](crate::kvclient::KVClient) follows.
 //!
-//! How it works: a `Call` says what to send, `courier` sends operations on keys together with others,
-//! `verdict` says what an answer means, `journey` when to pause and when to give up, `view` whom to ask
-//! next. This file holds the loop that joins them, and `operations` the methods that it shares with
+//! How it works: a `Call` says what to send, `sequence` numbers writes, `courier` sends operations on
+//! keys together with others, `verdict` says what an answer means, `journey` when to pause and when to
+//! give up, `doubt` what is uncertain then, `view` whom to ask next. This file holds the loop that joins them, and `operations` the methods that it shares with
 //! `KVClient`.
 
 use std::collections::BTreeSet;
@@ -24,8 +24,9 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use crate::client_error::ClientError;
+use crate::handoff::{Done, Step};
 use crate::http_client::SendError;
-use crate::metrics::NodeMetrics;
+use crate::metrics::{HandoffView, NodeMetrics, Sizes};
 use crate::network::error::Outcome;
 use crate::ring::Ring;
 use crate::types::{Condition, NodeId, Record, Revision};
@@ -35,9 +36,11 @@ pub use crate::types::Consistency;
 mod answer;
 mod call;
 mod courier;
+mod doubt;
 mod journey;
 mod operations;
 pub(crate) mod pace;
+mod sequence;
 mod verdict;
 mod view;
 
@@ -47,6 +50,7 @@ use answer::Reply;
 pub(crate) use call::Call;
 pub(crate) use courier::Courier;
 use courier::{SILENT_AFTER, Undelivered};
+pub(crate) use doubt::Doubt;
 use journey::Journey;
 pub(crate) use operations::key_operations;
 use pace::Budget;
@@ -64,7 +68,8 @@ const SUSPECT_FOR: Duration = Duration::from_secs(5);
 /// The client of one cluster. Cloning shares connections and what is known about the nodes; it is
 /// meant to be shared by thousands of tasks.
 ///
-/// Every method gives up at the deadline. Dropping the future of a write leaves its outcome unknown.
+/// Every method gives up at the deadline. Until then a write is tried again whatever becomes of an
+/// attempt, and still happens at most once. Dropping its future leaves its outcome unknown.
 #[derive(Debug, Clone)]
 pub struct RaftNode {
     shared: Arc<Shared>,
@@ -155,6 +160,23 @@ impl RaftNode {
         self.manage("/cluster/update-hash-ring", ring).await
     }
 
+    /// What the cluster's leader knows of the ring, of a change of it and of the cluster's part in that;
+    /// everything that was acknowledged before. Counts keys and bytes only with [`Sizes::Counted`].
+    pub async fn handoffs(&self, sizes: Sizes) -> Result<HandoffView, ClientError> {
+        let path = match sizes {
+            Sizes::Omitted => "/cluster/handoffs",
+            Sizes::Counted => "/cluster/handoffs?sizes=true",
+        };
+        self.ask(&Call::inspect_leader(path)).await?.json()
+    }
+
+    /// Takes a step of a change of the ring; a refusal is [`ClientError::StepRefused`]. Asked again
+    /// when an answer is lost: a repeat gets the first answer.
+    pub async fn step(&self, step: &Step) -> Result<Done, ClientError> {
+        let body = serde_json::to_vec(step).expect("steps are always JSON");
+        self.ask(&Call::step(body)).await?.json()
+    }
+
     async fn manage(&self, path: &str, body: &impl serde::Serialize) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).expect("ids, addresses and rings are always JSON");
         self.ask(&Call::manage(path, body)).await?;
@@ -167,7 +189,13 @@ impl RaftNode {
     }
 
     async fn ask(&self, call: &Call) -> Result<Answer, ClientError> {
-        self.execute(call, Budget::new(self.timeout)).await
+        let mut doubt = call.doubt();
+        let result = self.execute(call, Budget::new(self.timeout), &mut doubt).await;
+        result.map_err(|error| doubt.settle(error))
+    }
+
+    fn courier(&self) -> &Courier {
+        &self.shared.courier
     }
 
     /// One attempt at one node, which has all the time there is.
@@ -190,9 +218,15 @@ impl RaftNode {
         }
     }
 
-    /// Carries a call to the node that serves it, through redirects, elections and dead nodes.
-    pub(crate) async fn execute(&self, call: &Call, budget: Budget) -> Result<Answer, ClientError> {
-        let mut journey = Journey::new(call.kind, budget);
+    /// Carries a call to the node that serves it, through redirects, elections and dead nodes. An error
+    /// speaks of what was met last; `doubt` knows whether there is more to say.
+    pub(crate) async fn execute(
+        &self,
+        call: &Call,
+        budget: Budget,
+        doubt: &mut Doubt,
+    ) -> Result<Answer, ClientError> {
+        let mut journey = Journey::new(budget, doubt);
         let mut address = self.first_for(call).ok_or_else(no_nodes)?;
         let _room = match call.as_operation() {
             None => None,
@@ -210,12 +244,7 @@ impl RaftNode {
                     self.trust(&address, call.kind.needs_leader());
                     return Ok(Answer { kind: call.kind, address, reply });
                 }
-                Verdict::Fail(error) => {
-                    if matches!(error, ClientError::AnswerLost { .. }) {
-                        self.suspect(&address);
-                    }
-                    return Err(error);
-                }
+                Verdict::Fail(error) => return Err(error),
                 Verdict::Redirect(leader) => {
                     self.change_view(|view| view.led_by(&leader));
                     (journey.redirected(&address, &leader)?, leader)

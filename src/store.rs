@@ -19,7 +19,8 @@
 //! 1. Nothing is acknowledged, neither to a leader nor to a client, before `flush_wal(sync)` covered
 //!    it ([`flusher`]). The first failed write or fsync is final: the store refuses everything after
 //!    it ([`engine`]), because a second fsync may claim what the first one lost.
-//! 2. Data, last applied log id, membership and ring change together, for readers ([`memtable`]) and on
+//! 2. Data, last applied log id, membership, ring and what is remembered of writes that happen at most
+//!    once ([`machine`]) change together, for readers ([`memtable`]) and on
 //!    disk ([`flush`]); entries are purged only when the state on disk contains them.
 //! 3. The log has no holes between the last purged index and its end ([`log`]).
 //! 4. What does not decode is an error, never "absent". Each stored value starts with a version byte.
@@ -28,6 +29,7 @@
 //!
 //! Only this module and the ones below it know RocksDB.
 
+mod dedupe;
 mod engine;
 mod flush;
 mod flusher;
@@ -35,11 +37,14 @@ pub mod formation;
 mod handoffs;
 mod image;
 pub mod log;
+mod machine;
 mod marker;
 mod memtable;
 mod meta;
+mod moving;
 mod promise;
 mod reader;
+mod round;
 pub mod snapshot;
 mod staging;
 pub mod state_machine;

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::handoff::{Clean, Done, Import, Refused, Step};
+use crate::once::Once;
 use crate::ring::Ring;
 
 /// A member of one Raft group. Unique inside its cluster only: every cluster counts from 1.
@@ -132,40 +133,50 @@ pub enum Condition {
     Absent,
 }
 
+/// What a write does to its key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Stores this value. Any bytes.
+    Put(Bytes),
+    /// Removes the key.
+    Delete,
+}
+
 /// One change of one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Write {
-    /// Store `value` under `key` if `condition` holds.
-    Put {
-        /// Any bytes, not empty.
-        key: Bytes,
-        /// Any bytes.
-        value: Bytes,
-        /// Checked at apply, against the state that every replica agrees on.
-        condition: Condition,
-    },
-    /// Remove `key` if `condition` holds.
-    Delete {
-        /// Any bytes, not empty.
-        key: Bytes,
-        /// Checked at apply.
-        condition: Condition,
-    },
+pub struct Write {
+    /// Any bytes, not empty.
+    pub key: Bytes,
+    /// What happens to it.
+    pub action: Action,
+    /// Checked at apply, against the state that every replica agrees on.
+    pub condition: Condition,
+    /// `Some`: it happens at most once, however often the client asks for it.
+    pub once: Option<Once>,
 }
 
 impl Write {
-    /// The key that it changes.
-    pub fn key(&self) -> &Bytes {
-        match self {
-            Self::Put { key, .. } | Self::Delete { key, .. } => key,
-        }
+    /// Stores `value` under `key` if `condition` holds.
+    pub fn put(key: Bytes, value: Bytes, condition: Condition) -> Self {
+        Self { key, action: Action::Put(value), condition, once: None }
+    }
+
+    /// Removes `key` if `condition` holds.
+    pub fn delete(key: Bytes, condition: Condition) -> Self {
+        Self { key, action: Action::Delete, condition, once: None }
+    }
+
+    /// The same write, at most once if `once` says so.
+    #[must_use]
+    pub fn once(self, once: Option<Once>) -> Self {
+        Self { once, ..self }
     }
 
     /// The bytes of its key and value.
     pub fn bytes(&self) -> usize {
-        match self {
-            Self::Put { key, value, .. } => key.len() + value.len(),
-            Self::Delete { key, .. } => key.len(),
+        match &self.action {
+            Action::Put(value) => self.key.len() + value.len(),
+            Action::Delete => self.key.len(),
         }
     }
 }
@@ -175,7 +186,13 @@ impl Write {
 pub enum Command {
     /// Changes of keys, in this order and each for itself: one may be refused and the next take place.
     /// What many clients ask for at the same moment travels together.
-    Write(Vec<Write>),
+    Write {
+        /// When the entry was made, by its maker's clock: milliseconds since the Unix epoch. The only
+        /// clock that applying sees.
+        at_ms: u64,
+        /// The changes.
+        writes: Vec<Write>,
+    },
     /// Take the first ring (epoch 0 to 1), or confirm the one that is already there.
     InstallRing(Box<Ring>),
     /// One step of a change of the ring.
@@ -190,7 +207,7 @@ impl fmt::Display for Command {
     /// Shows sizes, never keys or values: log lines are not a place for users' data.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Write(writes) => {
+            Self::Write { writes, .. } => {
                 let bytes: usize = writes.iter().map(Write::bytes).sum();
                 write!(f, "write({} keys, {bytes} B)", writes.len())
             }
@@ -232,6 +249,13 @@ pub enum Written {
     },
     /// The key is on its way to another cluster, and nobody serves it at the moment; nothing changed.
     Frozen,
+    /// The client used this sequence for a write of another key, or of another kind; nothing changed.
+    OnceReused,
+    /// The sequence lies below what is remembered of the client: the write may have taken effect
+    /// before, and does not now.
+    OnceForgotten,
+    /// No more clients can be remembered; nothing changed.
+    TooManyClients,
 }
 
 /// What applying one entry answered. The same on every replica.
@@ -275,6 +299,11 @@ pub enum RingRefusal {
     /// Keys would change hands without a handoff.
     #[error("the cluster holds keys that it would not own under this ring")]
     HoldsForeignKeys,
+    /// A client may still repeat a write to another cluster that was carried out here.
+    #[error(
+        "the cluster remembers writes, for clients that repeat them, to keys that it would not own under this ring; it forgets them 15 minutes after they were made"
+    )]
+    RemembersForeignWrites,
 }
 
 /// A value as it is stored, with the revision that wrote it.
@@ -326,11 +355,9 @@ mod tests {
 
     #[test]
     fn a_command_shows_no_user_data() {
-        let command = Command::Write(vec![Write::Put {
-            key: Bytes::from_static(b"secret-key"),
-            value: Bytes::from_static(b"secret-value"),
-            condition: Condition::Always,
-        }]);
+        let (key, value) = ("secret-key".into(), "secret-value".into());
+        let writes = vec![Write::put(key, value, Condition::Always)];
+        let command = Command::Write { at_ms: 1, writes };
         assert!(!command.to_string().contains("secret"));
     }
 }

@@ -6,7 +6,7 @@ mod common;
 use common::cluster::{Cluster, FAST};
 use common::{Answer, NodeOptions, NodeProcess, init_alone, post, put, request};
 use distrib_kv_store::batch::{
-    MEDIA_TYPE, Operation, OperationResult, decode_results, encode_operations,
+    MEDIA_TYPE, Operation, OperationResult, decode_results, encode_request,
 };
 use distrib_kv_store::cluster_manager::ClusterManager;
 use distrib_kv_store::config::Config;
@@ -20,7 +20,7 @@ const BINARY: (&str, &str) = ("Content-Type", MEDIA_TYPE);
 
 fn put_op(key: &str, value: &str) -> Operation {
     let (key, value) = (key.to_owned().into(), value.to_owned().into());
-    Operation::Put { key, value, condition: Condition::Always }
+    Operation::Put { key, value, condition: Condition::Always, seq: None }
 }
 
 fn get_op(key: &str) -> Operation {
@@ -42,7 +42,7 @@ fn binary(
 
 fn raw(address: &str, path: &str, headers: &[(&str, &str)], operations: &[Operation]) -> Answer {
     let headers = [headers, &[BINARY]].concat();
-    request(address, "POST", path, &headers, &encode_operations(operations))
+    request(address, "POST", path, &headers, &encode_request(None, operations))
 }
 
 fn results(answer: &Answer) -> Vec<Value> {
@@ -106,7 +106,7 @@ fn a_malformed_batch_changes_nothing() {
     let node = NodeProcess::start(&NodeOptions::new(1, dir.path().join("data")));
     let http = node.http();
     init_alone(http);
-    let good = encode_operations(&[put_op("k", "v"), put_op("l", "v")]);
+    let good = encode_request(None, &[put_op("k", "v"), put_op("l", "v")]);
     for end in 0..good.len() {
         let answer = request(http, "POST", PATH, &[BINARY], &good[..end]);
         answer.assert_error(400, "BAD_REQUEST", "not_applied");
@@ -126,7 +126,7 @@ fn a_malformed_batch_changes_nothing() {
     }
     let keyed = [("Idempotency-Key", "c/1"), BINARY];
     let answer = request(http, "POST", PATH, &keyed, &good);
-    answer.assert_error(501, "NOT_IMPLEMENTED", "not_applied");
+    answer.assert_error(400, "BAD_REQUEST", "not_applied");
     let answer = post(http, "/v1/batch?x=1", r#"{"operations":[]}"#);
     answer.assert_error(400, "BAD_REQUEST", "not_applied");
     assert_eq!(request(http, "GET", PATH, &[], b"").status, 405);

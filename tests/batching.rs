@@ -161,7 +161,7 @@ async fn every_operation_keeps_its_own_deadline() {
     let batch = &node.batches()[0];
     assert_eq!(batch.operations().len(), 2);
     let left_ms: u64 = batch.headers["kv-deadline-ms"].to_str().unwrap().parse().unwrap();
-    assert!(left_ms > 50_000, "the longest of all: {left_ms}");
+    assert!(left_ms > 2_000, "the longest of all: {left_ms}");
     occupy_rest(&client, &node, &mut tasks).await;
     // This one gets no turn before its time is over, and is never sent.
     let begun = Instant::now();

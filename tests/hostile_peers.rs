@@ -55,14 +55,16 @@ fn memory_bytes(pid: u32) -> u64 {
     kib << 10
 }
 
-/// The greeting of a peer: magic, version, purpose, sender, target, cluster.
+/// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation.
 fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str) -> Vec<u8> {
-    let mut bytes = b"dkv-peer\x00\x01".to_vec();
+    let mut bytes = b"dkv-peer\x00\x02".to_vec();
     bytes.push(purpose);
-    bytes.extend(sender.to_be_bytes());
-    bytes.extend(target.to_be_bytes());
-    bytes.push(u8::try_from(cluster.len()).unwrap());
-    bytes.extend(cluster.as_bytes());
+    for node in [sender, target] {
+        bytes.extend(node.to_be_bytes());
+        bytes.push(u8::try_from(cluster.len()).unwrap());
+        bytes.extend(cluster.as_bytes());
+    }
+    bytes.extend(0u64.to_be_bytes());
     bytes
 }
 

@@ -161,20 +161,6 @@ fn conditions_hold_or_change_nothing() {
     conditional("DELETE", "If-Match", &tag).assert_error(412, "CONDITION_FAILED", "not_applied");
 }
 
-/// What this version does not have is refused, never ignored.
-#[test]
-fn what_is_missing_is_refused() {
-    let node = Node::ready("");
-    let http = node.http();
-    for headers in [&[("Idempotency-Key", "c/1")], &[("Kv-Client-Floor", "1")]] {
-        for method in ["PUT", "DELETE"] {
-            let answer = request(http, method, "/v1/kv/k", headers, b"v");
-            answer.assert_error(501, "NOT_IMPLEMENTED", "not_applied");
-        }
-    }
-    get(http, "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
-}
-
 /// Unknown paths and methods are told in JSON too, with the methods that work.
 #[test]
 fn unknown_paths_and_methods_are_told() {

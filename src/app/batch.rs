@@ -4,6 +4,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::*;
 use crate::batch::{Operation, OperationResult};
+use crate::once::ClientFloor;
 
 /// One of the places for requests in flight stands for this many operations of a batch: they share
 /// what a request costs, and their bytes are bounded by the budget of bodies.
@@ -17,6 +18,7 @@ impl App {
     /// another node, or to this one later.
     pub async fn batch(
         &self,
+        client: Option<&ClientFloor>,
         operations: &[Operation],
         consistency: Consistency,
         deadline: Instant,
@@ -28,20 +30,15 @@ impl App {
         }
         let _permit = self.admit_many(operations.len())?;
         let started = Instant::now();
+        let mut results = vec![None; operations.len()];
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         for (index, operation) in operations.iter().enumerate() {
-            match operation {
-                Operation::Get { key } => reads.push((index, key)),
-                Operation::Put { key, value, condition } => {
-                    let (key, value) = (key.clone(), value.clone());
-                    writes.push((index, Write::Put { key, value, condition: *condition }));
-                }
-                Operation::Delete { key, condition } => {
-                    writes.push((index, Write::Delete { key: key.clone(), condition: *condition }));
-                }
+            match as_write(client, operation) {
+                Ok(Some(write)) => writes.push((index, write)),
+                Ok(None) => reads.push((index, operation.key())),
+                Err(error) => results[index] = Some(Err(error)),
             }
         }
-        let mut results = vec![None; operations.len()];
         let (written, read) = tokio::join!(
             self.write_many(writes, deadline),
             self.read_many(&reads, consistency, deadline)
@@ -52,7 +49,7 @@ impl App {
         }
         let results: Vec<_> = results
             .into_iter()
-            .map(|result| result.expect("every operation is a read or a write"))
+            .map(|result| result.expect("every operation is a read, a write or an error"))
             .collect();
         match misdirected(&results) {
             Some(error) => Err(error),
@@ -76,13 +73,13 @@ impl App {
     ) -> Vec<(usize, Result<Done, ApiError>)> {
         let mut results = Vec::with_capacity(writes.len());
         let (mut proposed, mut keys) = (Vec::new(), Vec::new());
-        let ring = self.ring();
+        let ring = self.inner.reader.ring_view();
         for (index, write) in writes {
-            if ring.owns(&self.inner.identity.cluster, write.key()) {
-                keys.push((index, write.key().clone()));
+            if ring.serves(&self.inner.identity.cluster, &write.key) {
+                keys.push((index, write.key.clone()));
                 proposed.push(write);
             } else {
-                results.push((index, Err(self.owner_in(&ring, write.key()))));
+                results.push((index, Err(self.not_here(&ring, &write.key))));
             }
         }
         if proposed.is_empty() {
@@ -122,7 +119,7 @@ impl App {
         let results = reads.iter().map(|(index, key)| match found.next() {
             Some(Lookup::Found(record)) => (*index, Ok(Done::Read(Some(record)))),
             Some(Lookup::Absent) => (*index, Ok(Done::Read(None))),
-            Some(Lookup::WrongCluster(ring)) => (*index, Err(self.owner_in(&ring, key))),
+            Some(Lookup::NotHere(ring)) => (*index, Err(self.not_here(&ring, key))),
             None => (*index, Err(left_out.clone())),
         });
         results.collect()
@@ -144,6 +141,24 @@ impl App {
             Operation::Get { .. } => telemetry::Operation::Get,
         };
         self.record(operation, started, result);
+    }
+}
+
+/// The write that an operation asks for, if it is no read.
+fn as_write(
+    client: Option<&ClientFloor>,
+    operation: &Operation,
+) -> Result<Option<Write>, ApiError> {
+    let write = match operation {
+        Operation::Get { .. } => return Ok(None),
+        Operation::Put { key, value, condition, .. } => {
+            Write::put(key.clone(), value.clone(), *condition)
+        }
+        Operation::Delete { key, condition, .. } => Write::delete(key.clone(), *condition),
+    };
+    match operation.once(client) {
+        Ok(once) => Ok(Some(write.once(once))),
+        Err(error) => Err(ApiError::BadRequest(error.to_string())),
     }
 }
 

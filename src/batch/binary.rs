@@ -2,13 +2,18 @@
 
 use bytes::{BufMut, Bytes};
 
-use super::{DecodeError, Failure, Limits, Operation, OperationResult};
-use crate::codec::{self, Reader, put_bytes, put_count, put_option};
+use super::{Batch, DecodeError, Failure, Limits, Operation, OperationResult};
+use crate::codec::{
+    self, Reader, get_client_name, put_bytes, put_client_name, put_count, put_option,
+};
 use crate::network::error::ErrorBody;
+use crate::once::{CLIENT_NAME_BYTES_MAX, ClientFloor};
 use crate::types::Condition;
 
-/// The version that both bodies start with.
+/// The version that an answer starts with, and a request without a client.
 const VERSION: u8 = 1;
+/// The version of a request with a client.
+const VERSION_CLIENT: u8 = 2;
 
 const OPERATION_GET: u8 = 0x01;
 const OPERATION_PUT: u8 = 0x02;
@@ -20,8 +25,8 @@ const CONDITION_REVISION: u8 = 0x10;
 const CONDITION_ABSENT: u8 = 0x20;
 const CONDITION_BITS: u8 = 0x30;
 
-/// Kept for operations that carry a client id and a sequence number.
-const FLAG_IDEMPOTENT: u8 = 0x40;
+/// The write has a sequence.
+const FLAG_ONCE: u8 = 0x40;
 
 const RESULT_FOUND: u8 = 1;
 const RESULT_ABSENT: u8 = 2;
@@ -37,25 +42,36 @@ const OPERATION_BYTES_MIN: usize = 1 + 4;
 const RESULT_BYTES_MIN: usize = 1;
 const LENGTH_BYTES: usize = 4;
 const REVISION_BYTES: usize = 8;
+const SEQ_BYTES: usize = 8;
+/// A name with its length, and a floor.
+const CLIENT_BYTES_MAX: usize = 1 + CLIENT_NAME_BYTES_MAX + 8;
 
 /// What a failure may take at most, roughly: for reserving memory, not a limit.
 const FAILURE_BYTES_USUAL: usize = 256;
 
-/// The body of a request with these operations.
+/// The body of a request with these operations. Without a client none of them may have a sequence.
 ///
 /// # Panics
 /// If an operation or their number is over 4 GiB; the limits lie far below.
-pub fn encode_operations<'a, I>(operations: I) -> Bytes
+pub fn encode_request<'a, I>(client: Option<&ClientFloor>, operations: I) -> Bytes
 where
     I: IntoIterator<Item = &'a Operation>,
     I::IntoIter: ExactSizeIterator + Clone,
 {
     let operations = operations.into_iter();
     let length: usize = operations.clone().map(operation_len).sum();
-    let mut out = Vec::with_capacity(HEAD_BYTES + length);
-    out.put_u8(VERSION);
+    let mut out = Vec::with_capacity(HEAD_BYTES + CLIENT_BYTES_MAX + length);
+    match client {
+        None => out.put_u8(VERSION),
+        Some(ClientFloor { client, floor }) => {
+            out.put_u8(VERSION_CLIENT);
+            put_client_name(client, &mut out);
+            out.put_u64(*floor);
+        }
+    }
     put_count(operations.len(), &mut out);
     for operation in operations {
+        debug_assert!(client.is_some() || operation.seq().is_none(), "whose sequence is it?");
         put_operation(operation, &mut out);
     }
     out.into()
@@ -66,24 +82,32 @@ where
 /// # Errors
 /// Every deviation from the form, and more than `limits.operations_max` operations. The other limits
 /// are checked for each operation by itself: see [`Operation::check`].
-pub fn decode_operations(body: Bytes, limits: &Limits) -> Result<Vec<Operation>, DecodeError> {
+pub fn decode_request(body: Bytes, limits: &Limits) -> Result<Batch, DecodeError> {
     let left = body.len();
     let mut reader = Reader::new(body);
-    let count = get_head(&mut reader).map_err(DecodeError::Frame)? as usize;
+    let client = get_client(&mut reader).map_err(DecodeError::Frame)?;
+    let count = reader.u32().map_err(DecodeError::Frame)? as usize;
     if count > limits.operations_max {
         return Err(DecodeError::TooMany { max: limits.operations_max });
     }
     let mut operations = Vec::with_capacity(count.min(left / OPERATION_BYTES_MIN));
     for index in 0..count {
-        let item = |error| DecodeError::Item { index, error };
-        let kind = reader.u8().map_err(item)?;
-        if kind & FLAG_IDEMPOTENT != 0 {
-            return Err(DecodeError::Idempotency { index });
-        }
-        operations.push(get_operation(kind, &mut reader).map_err(item)?);
+        let operation = get_operation(client.is_some(), &mut reader);
+        operations.push(operation.map_err(|error| DecodeError::Item { index, error })?);
     }
     reader.end().map_err(DecodeError::Frame)?;
-    Ok(operations)
+    Ok(Batch { client, operations })
+}
+
+fn get_client(reader: &mut Reader) -> Result<Option<ClientFloor>, codec::DecodeError> {
+    match reader.u8()? {
+        VERSION => Ok(None),
+        VERSION_CLIENT => {
+            let client = get_client_name(reader)?;
+            Ok(Some(ClientFloor { client, floor: reader.u64()? }))
+        }
+        found => Err(codec::DecodeError::Version { found }),
+    }
 }
 
 /// The body of the answer with these results, in the order of the operations.
@@ -136,7 +160,8 @@ pub(super) fn operation_len(operation: &Operation) -> usize {
     };
     let revision = if matches!(condition, Condition::Revision(_)) { REVISION_BYTES } else { 0 };
     let value = value.map_or(0, |value| LENGTH_BYTES + value.len());
-    1 + revision + LENGTH_BYTES + operation.key().len() + value
+    let seq = operation.seq().map_or(0, |_| SEQ_BYTES);
+    1 + seq + revision + LENGTH_BYTES + operation.key().len() + value
 }
 
 fn put_operation(operation: &Operation, out: &mut impl BufMut) {
@@ -145,48 +170,59 @@ fn put_operation(operation: &Operation, out: &mut impl BufMut) {
             out.put_u8(OPERATION_GET);
             put_bytes(key, out);
         }
-        Operation::Put { key, value, condition } => {
-            put_write_head(OPERATION_PUT, *condition, out);
+        Operation::Put { key, value, condition, seq } => {
+            put_write_head(OPERATION_PUT, *seq, *condition, out);
             put_bytes(key, out);
             put_bytes(value, out);
         }
-        Operation::Delete { key, condition } => {
-            put_write_head(OPERATION_DELETE, *condition, out);
+        Operation::Delete { key, condition, seq } => {
+            put_write_head(OPERATION_DELETE, *seq, *condition, out);
             put_bytes(key, out);
         }
     }
 }
 
-fn put_write_head(operation: u8, condition: Condition, out: &mut impl BufMut) {
-    match condition {
-        Condition::Always => out.put_u8(operation | CONDITION_ALWAYS),
-        Condition::Absent => out.put_u8(operation | CONDITION_ABSENT),
-        Condition::Revision(revision) => {
-            out.put_u8(operation | CONDITION_REVISION);
-            out.put_u64(revision);
-        }
+fn put_write_head(operation: u8, seq: Option<u64>, condition: Condition, out: &mut impl BufMut) {
+    let condition_bits = match condition {
+        Condition::Always => CONDITION_ALWAYS,
+        Condition::Absent => CONDITION_ABSENT,
+        Condition::Revision(_) => CONDITION_REVISION,
+    };
+    out.put_u8(operation | condition_bits | if seq.is_some() { FLAG_ONCE } else { 0 });
+    if let Some(seq) = seq {
+        out.put_u64(seq);
+    }
+    if let Condition::Revision(revision) = condition {
+        out.put_u64(revision);
     }
 }
 
-fn get_operation(kind: u8, reader: &mut Reader) -> Result<Operation, codec::DecodeError> {
+fn get_operation(has_client: bool, reader: &mut Reader) -> Result<Operation, codec::DecodeError> {
+    let kind = reader.u8()?;
     let unknown = codec::DecodeError::Tag { what: "kind of operation", found: kind };
-    if kind & !(OPERATION_BITS | CONDITION_BITS) != 0 {
+    let once = kind & FLAG_ONCE != 0;
+    if kind & !(OPERATION_BITS | CONDITION_BITS | FLAG_ONCE) != 0 || (once && !has_client) {
         return Err(unknown);
     }
-    let condition = match (kind & OPERATION_BITS, kind & CONDITION_BITS) {
-        (OPERATION_GET, CONDITION_ALWAYS) => return Ok(Operation::Get { key: reader.bytes()? }),
-        (OPERATION_PUT | OPERATION_DELETE, CONDITION_ALWAYS) => Condition::Always,
-        (OPERATION_PUT | OPERATION_DELETE, CONDITION_ABSENT) => Condition::Absent,
-        (OPERATION_PUT | OPERATION_DELETE, CONDITION_REVISION) => {
-            Condition::Revision(reader.u64()?)
+    let write = match kind & OPERATION_BITS {
+        OPERATION_GET if kind == OPERATION_GET => {
+            return Ok(Operation::Get { key: reader.bytes()? });
         }
+        write @ (OPERATION_PUT | OPERATION_DELETE) => write,
+        _ => return Err(unknown),
+    };
+    let seq = if once { Some(reader.u64()?) } else { None };
+    let condition = match kind & CONDITION_BITS {
+        CONDITION_ALWAYS => Condition::Always,
+        CONDITION_ABSENT => Condition::Absent,
+        CONDITION_REVISION => Condition::Revision(reader.u64()?),
         _ => return Err(unknown),
     };
     let key = reader.bytes()?;
-    if kind & OPERATION_BITS == OPERATION_DELETE {
-        return Ok(Operation::Delete { key, condition });
+    if write == OPERATION_DELETE {
+        return Ok(Operation::Delete { key, condition, seq });
     }
-    Ok(Operation::Put { key, value: reader.bytes()?, condition })
+    Ok(Operation::Put { key, value: reader.bytes()?, condition, seq })
 }
 
 fn usual_result_len(result: &OperationResult) -> usize {

@@ -5,6 +5,7 @@
 //!                {"op":"put","key":"k","value":"v","if_absent":true},
 //!                {"op":"get","key":"k"},
 //!                {"op":"delete","key":"k","if_match":3}]}
+//! {"client":"c","floor":7,"operations":[{"op":"put","key":"k","value":"v","seq":9}]}
 //! {"results":[{"status":200,"revision":6}, ...]}
 //! ```
 //! Keys and values are strings, or base64 of any bytes in `key_base64` and `value_base64`. What would
@@ -17,9 +18,10 @@ use bytes::Bytes;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use super::{DecodeError, Failure, Limits, Operation, OperationResult, base64};
+use super::{Batch, DecodeError, Failure, Limits, Operation, OperationResult, base64};
 use crate::network::error::ErrorDetail;
 use crate::network::json::Object;
+use crate::once::ClientFloor;
 use crate::types::{Condition, Revision};
 
 /// Decodes the body of a request.
@@ -28,13 +30,13 @@ use crate::types::{Condition, Revision};
 /// Anything but the form above: the text names the operation, counted from 0. More than
 /// `limits.operations_max` operations. The other limits are checked for each operation by itself: see
 /// [`Operation::check`].
-pub fn decode_operations(body: &[u8], limits: &Limits) -> Result<Vec<Operation>, DecodeError> {
+pub fn decode_request(body: &[u8], limits: &Limits) -> Result<Batch, DecodeError> {
     let json = |error: serde_json::Error| DecodeError::Json(error.to_string());
     let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let batch = Batch { operations_max: limits.operations_max };
-    let operations = batch.deserialize(&mut deserializer).map_err(json)?;
+    let request = Request { operations_max: limits.operations_max };
+    let batch = request.deserialize(&mut deserializer).map_err(json)?;
     deserializer.end().map_err(json)?;
-    operations.ok_or(DecodeError::TooMany { max: limits.operations_max })
+    batch.ok_or(DecodeError::TooMany { max: limits.operations_max })
 }
 
 /// The body of the answer with these results, in the order of the operations.
@@ -43,40 +45,69 @@ pub fn encode_results<'a>(results: impl IntoIterator<Item = &'a OperationResult>
     serde_json::to_vec(&JsonResults { results }).expect("text keys and nothing that fails")
 }
 
+/// The fields of the object around the operations.
+const FIELDS: [&str; 3] = ["client", "floor", "operations"];
+
 /// The object around the operations. `None` stands for too many of them: serde's own errors are text
 /// only, and this one has a name.
 #[derive(Clone, Copy)]
-struct Batch {
+struct Request {
     operations_max: usize,
 }
 
-impl<'de> DeserializeSeed<'de> for Batch {
-    type Value = Option<Vec<Operation>>;
+impl<'de> DeserializeSeed<'de> for Request {
+    type Value = Option<Batch>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
-impl<'de> Visitor<'de> for Batch {
-    type Value = Option<Vec<Operation>>;
+impl<'de> Visitor<'de> for Request {
+    type Value = Option<Batch>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object with `operations`")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut operations = None;
+        let (mut client, mut floor, mut operations) = (None, None, None);
         while let Some(name) = map.next_key::<String>()? {
-            if name != "operations" {
-                return Err(A::Error::unknown_field(&name, &["operations"]));
+            let field = FIELDS.into_iter().find(|field| *field == name);
+            let before = match field {
+                Some("client") => client.replace(map.next_value::<String>()?).is_some(),
+                Some("floor") => floor.replace(map.next_value::<u64>()?).is_some(),
+                Some("operations") => {
+                    let list = List { operations_max: self.operations_max };
+                    operations.replace(map.next_value_seed(list)?).is_some()
+                }
+                _ => return Err(A::Error::unknown_field(&name, &FIELDS)),
+            };
+            if let (true, Some(field)) = (before, field) {
+                return Err(A::Error::duplicate_field(field));
             }
-            if operations.is_some() {
-                return Err(A::Error::duplicate_field("operations"));
-            }
-            operations = Some(map.next_value_seed(List { operations_max: self.operations_max })?);
         }
-        operations.ok_or_else(|| A::Error::missing_field("operations"))
+        let client = client_floor(client, floor).map_err(A::Error::custom)?;
+        let operations = operations.ok_or_else(|| A::Error::missing_field("operations"))?;
+        let Some(operations) = operations else { return Ok(None) };
+        let of_nobody = |operation: &Operation| client.is_none() && operation.seq().is_some();
+        if let Some(index) = operations.iter().position(of_nobody) {
+            let what =
+                format_args!("operation {index}: `seq` needs a `client` beside `operations`");
+            return Err(A::Error::custom(what));
+        }
+        Ok(Some(Batch { client, operations }))
+    }
+}
+
+fn client_floor(client: Option<String>, floor: Option<u64>) -> Result<Option<ClientFloor>, String> {
+    match (client, floor) {
+        (Some(client), floor) => {
+            let client = client.parse().map_err(|error| format!("`client`: {error}"))?;
+            Ok(Some(ClientFloor { client, floor: floor.unwrap_or(0) }))
+        }
+        (None, Some(_)) => Err("`floor` says nothing without a `client`".to_owned()),
+        (None, None) => Ok(None),
     }
 }
 
@@ -144,6 +175,8 @@ struct JsonOperation {
     if_match: Option<Revision>,
     #[serde(default, deserialize_with = "present")]
     if_absent: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    seq: Option<u64>,
 }
 
 /// A field that is there has a value: `null` is none.
@@ -165,13 +198,15 @@ impl JsonOperation {
             (None, Some(false)) => return Err("`if_absent` can only be true"),
             (Some(_), Some(_)) => return Err("`if_match` and `if_absent` exclude each other"),
         };
+        let seq = self.seq;
         match (self.op, value, condition) {
+            (Op::Get, ..) if seq.is_some() => Err("a get takes no `seq`"),
             (Op::Get, None, Condition::Always) => Ok(Operation::Get { key }),
             (Op::Get, None, _) => Err("a get takes no condition"),
-            (Op::Put, Some(value), condition) => Ok(Operation::Put { key, value, condition }),
+            (Op::Put, Some(value), condition) => Ok(Operation::Put { key, value, condition, seq }),
             (Op::Put, None, _) => Err("a put takes exactly one of `value` and `value_base64`"),
             (Op::Delete, None, Condition::Absent) => Err("`if_absent` is for puts only"),
-            (Op::Delete, None, condition) => Ok(Operation::Delete { key, condition }),
+            (Op::Delete, None, condition) => Ok(Operation::Delete { key, condition, seq }),
             (Op::Get | Op::Delete, Some(_), _) => Err("only a put takes a value"),
         }
     }

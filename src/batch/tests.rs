@@ -22,14 +22,54 @@ fn any_condition() -> impl Strategy<Value = Condition> {
     ]
 }
 
+fn any_seq() -> impl Strategy<Value = Option<u64>> {
+    proptest::option::of(any::<u64>())
+}
+
 fn any_operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         any_bytes().prop_map(|key| Operation::Get { key }),
-        (any_bytes(), any_bytes(), any_condition())
-            .prop_map(|(key, value, condition)| Operation::Put { key, value, condition }),
-        (any_bytes(), any_condition())
-            .prop_map(|(key, condition)| Operation::Delete { key, condition }),
+        (any_bytes(), any_bytes(), any_condition(), any_seq())
+            .prop_map(|(key, value, condition, seq)| Operation::Put { key, value, condition, seq }),
+        (any_bytes(), any_condition(), any_seq())
+            .prop_map(|(key, condition, seq)| Operation::Delete { key, condition, seq }),
     ]
+}
+
+fn without_seq(operation: Operation) -> Operation {
+    match operation {
+        Operation::Get { key } => Operation::Get { key },
+        Operation::Put { key, value, condition, .. } => {
+            Operation::Put { key, value, condition, seq: None }
+        }
+        Operation::Delete { key, condition, .. } => Operation::Delete { key, condition, seq: None },
+    }
+}
+
+fn any_batch(operations_max: usize) -> impl Strategy<Value = Batch> {
+    let client = proptest::option::of(
+        ("[!-.0-~]{1,64}", any::<u64>())
+            .prop_map(|(name, floor)| ClientFloor { client: name.parse().unwrap(), floor }),
+    );
+    (client, vec(any_operation(), 0..operations_max)).prop_map(|(client, operations)| {
+        let operations = match client {
+            Some(_) => operations,
+            None => operations.into_iter().map(without_seq).collect(),
+        };
+        Batch { client, operations }
+    })
+}
+
+fn encoded(batch: &Batch) -> Bytes {
+    encode_request(batch.client.as_ref(), &batch.operations)
+}
+
+fn encode_operations<'a, I>(operations: I) -> Bytes
+where
+    I: IntoIterator<Item = &'a Operation>,
+    I::IntoIter: ExactSizeIterator + Clone,
+{
+    encode_request(None, operations)
 }
 
 fn any_error() -> impl Strategy<Value = ApiError> {
@@ -62,15 +102,15 @@ fn any_result() -> impl Strategy<Value = OperationResult> {
 }
 
 fn decoded(body: impl Into<Bytes>) -> Result<Vec<Operation>, DecodeError> {
-    decode_operations(body.into(), &LIMITS)
+    decode_request(body.into(), &LIMITS).map(|batch| batch.operations)
 }
 
 /// A body is cut, grown, or has a byte changed; the other way it means something else.
 fn assert_strict<T: PartialEq + std::fmt::Debug>(
     body: &Bytes,
     flip: (usize, u8),
-    decode: impl Fn(Bytes) -> Result<Vec<T>, DecodeError>,
-    encode: impl Fn(&[T]) -> Option<Bytes>,
+    decode: impl Fn(Bytes) -> Result<T, DecodeError>,
+    encode: impl Fn(&T) -> Option<Bytes>,
 ) -> Result<(), TestCaseError> {
     for end in 0..body.len() {
         prop_assert!(decode(body.slice(..end)).is_err(), "cut at {}", end);
@@ -92,11 +132,12 @@ fn assert_strict<T: PartialEq + std::fmt::Debug>(
 
 proptest! {
     #[test]
-    fn operations_come_back(operations in vec(any_operation(), 0..20)) {
-        let body = encode_operations(&operations);
-        let length: usize = operations.iter().map(Operation::encoded_len).sum();
-        prop_assert_eq!(body.len(), 5 + length);
-        prop_assert_eq!(decoded(body).unwrap(), operations);
+    fn requests_come_back(batch in any_batch(20)) {
+        let body = encoded(&batch);
+        let length: usize = batch.operations.iter().map(Operation::encoded_len).sum();
+        let client = batch.client.as_ref().map_or(0, |client| 9 + client.client.as_str().len());
+        prop_assert_eq!(body.len(), 5 + client + length);
+        prop_assert_eq!(decode_request(body, &LIMITS).unwrap(), batch);
     }
 
     #[test]
@@ -108,10 +149,10 @@ proptest! {
     /// What decodes encodes to the same bytes again: no two bodies mean the same operations.
     #[test]
     fn damaged_operations_never_panic(
-        operations in vec(any_operation(), 0..5), at in any::<usize>(), flip in 1u8..,
+        batch in any_batch(5), at in any::<usize>(), flip in 1u8..,
     ) {
-        let body = encode_operations(&operations);
-        assert_strict(&body, (at, flip), decoded, |other| Some(encode_operations(other)))?;
+        let decode = |body| decode_request(body, &LIMITS);
+        assert_strict(&encoded(&batch), (at, flip), decode, |other| Some(encoded(other)))?;
     }
 
     /// As above, except for errors, whose JSON may be written in several ways.
@@ -120,7 +161,7 @@ proptest! {
         results in vec(any_result(), 0..5), at in any::<usize>(), flip in 1u8..,
     ) {
         let body = encode_results(&results);
-        let encode = |other: &[OperationResult]| {
+        let encode = |other: &Vec<OperationResult>| {
             let failed = other.iter().any(|result| matches!(result, OperationResult::Failed(_)));
             (!failed).then(|| encode_results(other))
         };
@@ -136,7 +177,7 @@ proptest! {
         // What they decode to does not matter here, only that they return.
         let _ = decoded(body.clone());
         let _ = decode_results(body.clone().into(), count.into());
-        let _ = json::decode_operations(&body, &LIMITS);
+        let _ = json::decode_request(&body, &LIMITS);
     }
 }
 
@@ -145,12 +186,27 @@ proptest! {
 fn the_layout_of_version_1_stays() {
     let operations = [
         Operation::Get { key: "a".into() },
-        Operation::Put { key: "b".into(), value: "v".into(), condition: Condition::Always },
-        Operation::Put { key: "c".into(), value: "".into(), condition: Condition::Revision(7) },
-        Operation::Put { key: "d".into(), value: "v".into(), condition: Condition::Absent },
-        Operation::Delete { key: "e".into(), condition: Condition::Always },
-        Operation::Delete { key: "f".into(), condition: Condition::Revision(8) },
-        Operation::Delete { key: "g".into(), condition: Condition::Absent },
+        Operation::Put {
+            key: "b".into(),
+            value: "v".into(),
+            condition: Condition::Always,
+            seq: None,
+        },
+        Operation::Put {
+            key: "c".into(),
+            value: "".into(),
+            condition: Condition::Revision(7),
+            seq: None,
+        },
+        Operation::Put {
+            key: "d".into(),
+            value: "v".into(),
+            condition: Condition::Absent,
+            seq: None,
+        },
+        Operation::Delete { key: "e".into(), condition: Condition::Always, seq: None },
+        Operation::Delete { key: "f".into(), condition: Condition::Revision(8), seq: None },
+        Operation::Delete { key: "g".into(), condition: Condition::Absent, seq: None },
     ];
     #[rustfmt::skip]
     let expected = [
@@ -190,7 +246,7 @@ fn the_layout_of_version_1_stays() {
 #[test]
 fn a_value_is_not_copied() {
     let value = Bytes::from(vec![7; 1000]);
-    let put = Operation::Put { key: "k".into(), value, condition: Condition::Always };
+    let put = Operation::Put { key: "k".into(), value, condition: Condition::Always, seq: None };
     let body = encode_operations([&put]);
     let range = body.as_ptr_range();
     let operations = decoded(body).unwrap();
@@ -202,9 +258,9 @@ fn a_value_is_not_copied() {
 fn what_is_unknown_is_named() {
     let item = |index, error| Err(DecodeError::Item { index, error });
     let kind = |found| codec::DecodeError::Tag { what: "kind of operation", found };
-    let version = codec::DecodeError::Version { found: 2 };
-    assert_eq!(decoded(&[2, 0, 0, 0, 0][..]), Err(DecodeError::Frame(version)));
-    for found in [0, 4, 0x11, 0x21, 0x32, 0x33, 0x80, 0x82] {
+    let version = codec::DecodeError::Version { found: 3 };
+    assert_eq!(decoded(&[3, 0, 0, 0, 0][..]), Err(DecodeError::Frame(version)));
+    for found in [0, 4, 0x11, 0x21, 0x32, 0x33, 0x42, 0x80, 0x82] {
         assert_eq!(decoded(vec![1, 0, 0, 0, 1, found, 0, 0, 0, 0]), item(0, kind(found)));
     }
     let second = vec![1, 0, 0, 0, 2, 1, 0, 0, 0, 1, b'k', 9];
@@ -213,11 +269,38 @@ fn what_is_unknown_is_named() {
     assert_eq!(decoded(&[1, 0, 0, 0, 0, 0][..]), Err(DecodeError::Frame(trailing)));
 }
 
+/// As above, for the version that has a client.
 #[test]
-fn idempotency_is_refused_not_ignored() {
-    let error = decoded(&[1, 0, 0, 0, 1, 0x42, 0, 0, 0, 0, 0, 0, 0, 0][..]).unwrap_err();
-    assert_eq!(error, DecodeError::Idempotency { index: 0 });
-    assert!(matches!(ApiError::from(error), ApiError::NotImplemented(_)));
+fn the_layout_of_version_2_stays() {
+    let client = ClientFloor { client: "me".parse().unwrap(), floor: 4 };
+    let (always, at_7) = (Condition::Always, Condition::Revision(7));
+    let operations = vec![
+        Operation::Get { key: "a".into() },
+        Operation::Put { key: "b".into(), value: "v".into(), condition: always, seq: Some(5) },
+        Operation::Delete { key: "c".into(), condition: at_7, seq: Some(3) },
+        Operation::Delete { key: "d".into(), condition: always, seq: None },
+    ];
+    #[rustfmt::skip]
+    let expected = [
+        2, 2, b'm', b'e', 0, 0, 0, 0, 0, 0, 0, 4,
+        0, 0, 0, 4,
+        0x01, 0, 0, 0, 1, b'a',
+        0x42, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 1, b'b', 0, 0, 0, 1, b'v',
+        0x53, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 1, b'c',
+        0x03, 0, 0, 0, 1, b'd',
+    ];
+    let batch = Batch { client: Some(client), operations };
+    assert_eq!(encoded(&batch), expected.as_slice());
+    let client = batch.client.as_ref();
+    let once: Vec<_> = batch.operations.iter().map(|operation| operation.once(client)).collect();
+    assert_eq!(once[1].as_ref().unwrap().as_ref().unwrap().seq(), 5);
+    assert_eq!(once[2], Err(InvalidSeq::BelowFloor { seq: 3, floor: 4 }), "only this one fails");
+    assert_eq!((&once[0], &once[3]), (&Ok(None), &Ok(None)));
+    // A read has no sequence, in any version.
+    for version_and_client in [&[1][..], &expected[..12]] {
+        let body = [version_and_client, &[0, 0, 0, 1, 0x41], &[0; 12]].concat();
+        assert!(matches!(decoded(body), Err(DecodeError::Item { index: 0, .. })));
+    }
 }
 
 #[test]
@@ -227,14 +310,15 @@ fn counts_are_bounded_and_not_trusted() {
         Err(DecodeError::TooMany { max: LIMITS.operations_max })
     );
     let unbounded = Limits { operations_max: usize::MAX, ..LIMITS };
-    let error = decode_operations(vec![1, 255, 255, 255, 255].into(), &unbounded).unwrap_err();
+    let error = decode_request(vec![1, 255, 255, 255, 255].into(), &unbounded).unwrap_err();
     assert!(matches!(error, DecodeError::Item { index: 0, .. }), "{error}");
     let error = decode_results(vec![1, 255, 255, 255, 255].into(), 1).unwrap_err();
     assert_eq!(error, DecodeError::Count { expected: 1, found: u32::MAX });
     let operation = r#"{"op":"get","key":"k"}"#;
     let json = |count| format!(r#"{{"operations":[{}]}}"#, vec![operation; count].join(","));
-    assert_eq!(json::decode_operations(json(20).as_bytes(), &LIMITS).unwrap().len(), 20);
-    let error = json::decode_operations(json(21).as_bytes(), &LIMITS).unwrap_err();
+    let batch = json::decode_request(json(20).as_bytes(), &LIMITS).unwrap();
+    assert_eq!(batch.operations.len(), 20);
+    let error = json::decode_request(json(21).as_bytes(), &LIMITS).unwrap_err();
     assert_eq!(error, DecodeError::TooMany { max: 20 });
 }
 
@@ -255,9 +339,11 @@ fn rules_are_checked_for_each_operation_by_itself() {
         key: key.into(),
         value: value.into(),
         condition: Condition::Always,
+        seq: None,
     };
-    let delete =
-        |condition| Operation::Delete { key: "k".into(), condition }.check(&LIMITS).map_err(drop);
+    let delete = |condition| {
+        Operation::Delete { key: "k".into(), condition, seq: None }.check(&LIMITS).map_err(drop)
+    };
     let bad = |error| matches!(error, Err(ApiError::BadRequest(_)));
     assert!(bad(put("", "v").check(&LIMITS)));
     assert!(bad(Operation::Get { key: Bytes::new() }.check(&LIMITS)));
@@ -267,14 +353,16 @@ fn rules_are_checked_for_each_operation_by_itself() {
     assert_eq!(put("k", "12345678901234567").check(&LIMITS), too_large("value", 16));
     assert_eq!(delete(Condition::Absent), Err(()));
     assert_eq!(delete(Condition::Revision(1)), Ok(()));
-    let operations =
-        [put("", ""), Operation::Delete { key: "".into(), condition: Condition::Absent }];
+    let operations = [
+        put("", ""),
+        Operation::Delete { key: "".into(), condition: Condition::Absent, seq: None },
+    ];
     assert_eq!(decoded(encode_operations(&operations)).unwrap(), operations);
 }
 
 fn from_json(operations: Value) -> Result<Vec<Operation>, DecodeError> {
     let body = json!({ "operations": operations }).to_string();
-    json::decode_operations(body.as_bytes(), &LIMITS)
+    json::decode_request(body.as_bytes(), &LIMITS).map(|batch| batch.operations)
 }
 
 #[test]
@@ -291,17 +379,35 @@ fn json_says_the_same() {
         key: Bytes::from_static(key),
         value: Bytes::from_static(value),
         condition,
+        seq: None,
     };
     let expected = [
         put(b"k", b"v", Condition::Revision(5)),
         put(b"k2", b"\xff\xff", Condition::Absent),
         put(b"\xff", b"", Condition::Always),
         Operation::Get { key: "ü".into() },
-        Operation::Delete { key: "k".into(), condition: Condition::Always },
-        Operation::Delete { key: "k".into(), condition: Condition::Revision(3) },
+        Operation::Delete { key: "k".into(), condition: Condition::Always, seq: None },
+        Operation::Delete { key: "k".into(), condition: Condition::Revision(3), seq: None },
     ];
     assert_eq!(operations.unwrap(), expected);
     assert_eq!(from_json(json!([])).unwrap(), []);
+}
+
+#[test]
+fn json_names_a_client_before_or_after_its_operations() {
+    let operation =
+        r#""operations":[{"op":"put","key":"k","value":"v","seq":9},{"op":"get","key":"k"}]"#;
+    let client = |floor| Some(ClientFloor { client: "me".parse().unwrap(), floor });
+    for (body, expected) in [
+        (format!(r#"{{"client":"me","floor":7,{operation}}}"#), client(7)),
+        (format!(r#"{{{operation},"floor":7,"client":"me"}}"#), client(7)),
+        (format!(r#"{{{operation},"client":"me"}}"#), client(0)),
+    ] {
+        let batch = json::decode_request(body.as_bytes(), &LIMITS).unwrap();
+        assert_eq!(batch.client, expected);
+        let seqs: Vec<_> = batch.operations.iter().map(Operation::seq).collect();
+        assert_eq!(seqs, [Some(9), None]);
+    }
 }
 
 #[test]
@@ -327,6 +433,11 @@ fn json_that_is_not_understood_is_refused_and_named() {
         json!({"op": "put", "key": "k", "value": "v", "if_absent": false}),
         json!({"op": "put", "key": "k", "value": "v", "if_match": 1, "if_absent": true}),
         json!({"op": "put", "key": "k", "value": "v", "idempotency_key": "c/1"}),
+        json!({"op": "put", "key": "k", "value": "v", "seq": "1"}),
+        json!({"op": "put", "key": "k", "value": "v", "seq": -1}),
+        json!({"op": "put", "key": "k", "value": "v", "seq": null}),
+        json!({"op": "put", "key": "k", "value": "v", "seq": 1}),
+        json!({"op": "get", "key": "k", "seq": 1}),
         json!({"op": "delete", "key": "k", "value": "v"}),
         json!({"op": "delete", "key": "k", "if_absent": true}),
         json!(["get", "k"]),
@@ -352,9 +463,17 @@ fn json_around_the_operations_is_strict() {
         r#"{"operations":[]} x"#,
         r#"{"operations":[],"operations":[]}"#,
         r#"{"operations":[],"consistency":"stale"}"#,
+        r#"{"operations":[],"floor":1}"#,
+        r#"{"operations":[],"client":null}"#,
+        r#"{"operations":[],"client":"a/b"}"#,
+        r#"{"operations":[],"client":""}"#,
+        r#"{"operations":[],"client":"a","client":"a"}"#,
+        r#"{"operations":[],"client":"a","floor":-1}"#,
+        r#"{"operations":[],"client":"a","floor":"1"}"#,
+        r#"{"operations":[],"client":"a","seq":1}"#,
         r#"{"operations":[{"op":"get","key":"k","key":"k"}]}"#,
     ] {
-        let error = json::decode_operations(bad.as_bytes(), &LIMITS).unwrap_err();
+        let error = json::decode_request(bad.as_bytes(), &LIMITS).unwrap_err();
         assert!(matches!(error, DecodeError::Json(_)), "{bad}: {error}");
     }
 }

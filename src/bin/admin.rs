@@ -25,6 +25,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
+#[path = "admin/change.rs"]
+mod change;
+#[path = "admin/progress.rs"]
+mod progress;
 #[path = "admin/text.rs"]
 mod text;
 
@@ -59,6 +63,14 @@ enum Verb {
     /// Shows or installs the ring
     #[command(subcommand)]
     Ring(RingVerb),
+    /// Changes the ring while it serves: adds a cluster, removes one, or gives one another share
+    #[command(subcommand)]
+    Cluster(change::ClusterVerb),
+    /// Shows what a change would move
+    Rebalance(change::Rebalance),
+    /// Shows the change under way, goes on with it, or calls it off
+    #[command(subcommand)]
+    Migration(change::MigrationVerb),
 }
 
 #[derive(Subcommand)]
@@ -146,6 +158,9 @@ async fn main() -> ExitCode {
         Some(Verb::Ring(RingVerb::Install { target, weights })) => {
             ring_install(&target, &weights).await
         }
+        Some(Verb::Cluster(verb)) => change::cluster(verb).await,
+        Some(Verb::Rebalance(rebalance)) => change::rebalance(&rebalance).await,
+        Some(Verb::Migration(verb)) => change::migration(verb).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -357,6 +372,21 @@ mod tests {
             vec!["admin", "status", "--nodes-file", "a", "--endpoints", "b"],
             vec!["admin", "--config", "a", "status"],
             vec!["admin", "ring"],
+            vec!["admin", "cluster", "add", "c4"],
+            vec!["admin", "cluster", "add", "c 4", "--nodes", "a:1/a:2"],
+            vec!["admin", "cluster", "add", "c4", "--nodes", "a:1"],
+            vec!["admin", "cluster", "add", "c4", "--nodes", "a:1/a"],
+            vec!["admin", "cluster", "add", "c4", "--nodes", "a:1/a:2", "--weight", "0"],
+            vec!["admin", "cluster", "remove"],
+            vec!["admin", "cluster", "weight", "c1"],
+            vec!["admin", "cluster", "weight", "c1", "0"],
+            vec!["admin", "cluster", "weight", "c1", "-1"],
+            vec!["admin", "cluster", "weight", "c1", "nan"],
+            vec!["admin", "cluster", "weight", "c1", "inf"],
+            vec!["admin", "rebalance"],
+            vec!["admin", "rebalance", "--dry-run", "--add", "c4:0"],
+            vec!["admin", "rebalance", "--dry-run", "--add", "c4:1", "--remove", "c1"],
+            vec!["admin", "migration"],
         ] {
             let error = Cli::try_parse_from(&bad).err();
             assert_eq!(error.map(|e| e.exit_code()), Some(2), "{bad:?}");

@@ -52,6 +52,13 @@ impl Reader {
         Ok(self.left.split_to(length as usize))
     }
 
+    /// The same with a length of one byte.
+    pub(crate) fn short_bytes(&mut self) -> Result<Bytes, DecodeError> {
+        let length = self.u8()?;
+        self.want(u64::from(length))?;
+        Ok(self.left.split_to(usize::from(length)))
+    }
+
     /// A length and that much UTF-8.
     pub(crate) fn text(&mut self) -> Result<String, DecodeError> {
         let bytes = self.bytes()?;

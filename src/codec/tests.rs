@@ -4,7 +4,9 @@ use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
 
 use super::*;
+use crate::once::{ClientFloor, Once};
 use crate::ring::{Ring, RingCluster, RingNode};
+use crate::types::{Action, Condition, Write};
 
 fn any_log_id() -> impl Strategy<Value = LogId> {
     (any::<u64>(), any::<u64>(), any::<u64>())
@@ -51,19 +53,31 @@ fn any_membership() -> impl Strategy<Value = Membership> {
     )
 }
 
+/// Few clients and floors, so that neighbours often have the same.
+fn any_once() -> impl Strategy<Value = Option<Once>> {
+    proptest::option::of(("[a-c]|[!-.0-~]{1,64}", 0u64..3, 0u64..100).prop_map(
+        |(client, floor, above)| {
+            let client = ClientFloor { client: client.parse().unwrap(), floor };
+            Once::new(client, floor + above).unwrap()
+        },
+    ))
+}
+
 fn any_write() -> impl Strategy<Value = Write> {
-    prop_oneof![
-        (any_bytes(), any_bytes(), any_condition())
-            .prop_map(|(key, value, condition)| Write::Put { key, value, condition }),
-        (any_bytes(), any_condition())
-            .prop_map(|(key, condition)| Write::Delete { key, condition }),
-    ]
+    let action = prop_oneof![any_bytes().prop_map(Action::Put), Just(Action::Delete)];
+    (any_bytes(), action, any_condition(), any_once())
+        .prop_map(|(key, action, condition, once)| Write { key, action, condition, once })
+}
+
+fn any_writes() -> impl Strategy<Value = Command> {
+    (any::<u64>(), vec(any_write(), 0..6))
+        .prop_map(|(at_ms, writes)| Command::Write { at_ms, writes })
 }
 
 fn any_entry() -> impl Strategy<Value = Entry> {
     let payload = prop_oneof![
         Just(EntryPayload::Blank),
-        vec(any_write(), 0..4).prop_map(|writes| EntryPayload::Normal(Command::Write(writes))),
+        any_writes().prop_map(EntryPayload::Normal),
         any_ring().prop_map(|ring| EntryPayload::Normal(Command::InstallRing(Box::new(ring)))),
         any_membership().prop_map(EntryPayload::Membership),
     ];
@@ -144,53 +158,94 @@ proptest! {
 #[test]
 fn a_value_is_not_copied() {
     let value = Bytes::from(vec![7; 1000]);
-    let command =
-        Command::Write(vec![Write::Put { key: "k".into(), value, condition: Condition::Always }]);
+    let writes = vec![Write::put("k".into(), value, Condition::Always)];
+    let command = Command::Write { at_ms: 1, writes };
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     let range = bytes.as_ptr_range();
-    let EntryPayload::Normal(Command::Write(writes)) = decode_entry(bytes).unwrap().payload else {
+    let EntryPayload::Normal(Command::Write { writes, .. }) = decode_entry(bytes).unwrap().payload
+    else {
         panic!("writes came back as something else");
     };
-    let [Write::Put { value, .. }] = &writes[..] else { panic!("a put came back as {writes:?}") };
+    let Action::Put(value) = &writes[0].action else { panic!("a put came back as {writes:?}") };
     assert!(range.contains(&value.as_ptr()));
+}
+
+fn once(client: &str, floor: u64, seq: u64) -> Option<Once> {
+    let client = ClientFloor { client: client.parse().unwrap(), floor };
+    Some(Once::new(client, seq).unwrap())
 }
 
 /// The layout is on disks: this test fails when it changes without a new version.
 #[test]
-fn the_layout_of_version_1_stays() {
-    let put = Write::Put { key: "ab".into(), value: "c".into(), condition: Condition::Revision(9) };
-    let command = Command::Write(vec![put]);
+fn the_layout_of_version_2_stays() {
+    let delete = || Write::delete("k".into(), Condition::Always);
+    let writes = vec![
+        Write::put("ab".into(), "c".into(), Condition::Revision(9)),
+        delete().once(once("me", 3, 4)),
+        delete(),
+        delete().once(once("me", 3, 6)),
+        delete().once(once("me", 5, 7)),
+    ];
+    let command = Command::Write { at_ms: 8, writes };
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     #[rustfmt::skip]
     let expected = [
-        1,
+        2,
         0, 0, 0, 0, 0, 0, 0, 1,  0, 0, 0, 0, 0, 0, 0, 2,  0, 0, 0, 0, 0, 0, 0, 3,
         1,
-        0, 0, 0, 1,
-        1,
+        0, 0, 0, 0, 0, 0, 0, 8,
+        0, 0, 0, 5,
+
+        0x01,
         1, 0, 0, 0, 0, 0, 0, 0, 9,
         0, 0, 0, 2, b'a', b'b',
         0, 0, 0, 1, b'c',
+
+        0x22, 2, b'm', b'e', 0, 0, 0, 0, 0, 0, 0, 3,  0, 0, 0, 0, 0, 0, 0, 4,
+        0, 0, 0, 0, 1, b'k',
+
+        0x02,
+        0, 0, 0, 0, 1, b'k',
+
+        0x12, 0, 0, 0, 0, 0, 0, 0, 6,
+        0, 0, 0, 0, 1, b'k',
+
+        0x22, 2, b'm', b'e', 0, 0, 0, 0, 0, 0, 0, 5,  0, 0, 0, 0, 0, 0, 0, 7,
+        0, 0, 0, 0, 1, b'k',
     ];
     assert_eq!(bytes, expected.as_slice());
+
+    // A run begins with a client, names it once, and no write lies below its client's floor.
+    let decoded = |at: usize, to: u8| {
+        let mut other = expected.to_vec();
+        other[at] = to;
+        decode_entry(other.into())
+    };
+    let first_once = 26 + 12 + 21;
+    assert!(decoded(first_once, 0x22).is_ok());
+    assert!(decoded(first_once + 19, 2).is_err(), "below the floor");
+    assert!(decoded(first_once, 0x12).is_err(), "no client before it");
+    let last_once = expected.len() - 26;
+    assert!(decoded(last_once + 11, 4).is_ok());
+    assert!(decoded(last_once + 11, 3).is_err(), "the same client and floor again");
 }
 
 #[test]
 fn a_later_version_is_named() {
-    let error = decode_log_id(&[2; 25]).unwrap_err();
-    assert_eq!(error, DecodeError::Version { found: 2 });
+    let error = decode_log_id(&[3; 25]).unwrap_err();
+    assert_eq!(error, DecodeError::Version { found: 3 });
 }
 
 #[test]
 fn a_length_beyond_the_input_is_an_error() {
     let mut bytes = encoded(&Entry {
         log_id: LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 },
-        payload: EntryPayload::Normal(Command::Write(vec![Write::Delete {
-            key: "k".into(),
-            condition: Condition::Always,
-        }])),
+        payload: EntryPayload::Normal(Command::Write {
+            at_ms: 1,
+            writes: vec![Write::delete("k".into(), Condition::Always)],
+        }),
     })
     .to_vec();
     let length_at = bytes.len() - 5;

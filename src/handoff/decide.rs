@@ -64,7 +64,8 @@ impl RingState {
     /// Takes a step, or refuses it and changes nothing.
     ///
     /// After a step that changed something, in the same round, the caller:
-    /// - `Open`, `Refuse`: forgets the answers that earlier attempts of the handoff staged;
+    /// - `Open`, `Refuse`: forgets the answers that earlier attempts of the handoff staged; a refusal
+    ///   spares those of an attempt above it that is open;
     /// - `Activate`: makes the staged answers its own, raises its revision and log time to the source's
     ///   if they are lower, and each client's floor;
     /// - `Release`: forgets the answers to operations on keys that moved.
@@ -76,6 +77,7 @@ impl RingState {
             Step::Join { ring } => return self.join(ring, facts),
             Step::Begin { ring, next, plan } => self.begin(ring, next, plan, facts.own()),
             Step::Cancel { epoch } => self.cancel(*epoch, facts.own()),
+            Step::Resume { epoch } => self.resume(*epoch, facts.own()),
             Step::Revert { ring } => self.revert(ring, facts.own()),
             Step::Finish { epoch } => self.finish(*epoch, facts.own()),
             Step::Settle { epoch } => self.settle(*epoch, facts.own()),
@@ -176,6 +178,7 @@ impl RingState {
             next: std::sync::Arc::new(table),
             plan: plan.to_vec(),
             cancelled: false,
+            decided: false,
         });
         first(Done::Ok)
     }
@@ -188,13 +191,25 @@ impl RingState {
         let frozen =
             |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
         let active = |incoming: &Incoming| incoming.receipt == Receipt::Active;
-        if change.outgoing.values().any(frozen) || change.incoming.values().any(active) {
+        let is_busy = change.outgoing.values().any(frozen) || change.incoming.values().any(active);
+        if change.decided || is_busy {
             return Err(Refused::TooLate);
         }
         change.cancelled = true;
         for outgoing in change.outgoing.values_mut() {
             outgoing.sending = Sending::Idle;
         }
+        first(Done::Ok)
+    }
+
+    fn resume(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
+        let change = self.change_mut(epoch, own)?;
+        if change.decided {
+            return repeat(Done::Ok);
+        }
+        change.cancelled = false;
+        // A repeated Cancel that arrives late finds this, and is refused.
+        change.decided = true;
         first(Done::Ok)
     }
 

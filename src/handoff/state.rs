@@ -41,6 +41,10 @@ pub struct Change {
     pub plan: Vec<Pair>,
     /// Whether nothing may freeze here any more.
     pub cancelled: bool,
+    /// Whether this cluster was told that the change can only go forward. Clusters cancel one by one
+    /// while others freeze, so one may find itself cancelled in a change that another has activated.
+    /// That one is then sure to come: its source can never cancel, and without it nobody reverts.
+    pub decided: bool,
     /// What this cluster gives, by who gets it.
     pub outgoing: BTreeMap<ClusterId, Outgoing>,
     /// What this cluster gets, by who gives it.
@@ -224,6 +228,14 @@ impl RingState {
         })
     }
 
+    /// Whether a row that a handoff to this cluster staged can never count.
+    pub fn is_dead(&self, handoff: &Handoff, tag: Tag) -> bool {
+        let Some(incoming) = self.incoming(handoff).filter(|_| tag.epoch == handoff.epoch) else {
+            return false;
+        };
+        tag.attempt != incoming.opened || incoming.receipt == Receipt::Waiting
+    }
+
     /// The handoff by which `key` leaves `own` in the change under way, if it does.
     pub fn way_out(&self, own: &ClusterId, key: &[u8]) -> Option<&ClusterId> {
         let change = self.change.as_ref()?;
@@ -254,6 +266,21 @@ impl RingState {
     /// Whether any handoff needs the change log.
     pub fn is_logging(&self) -> bool {
         self.change.as_ref().is_some_and(|change| change.outgoing.values().any(Outgoing::logs))
+    }
+
+    /// Whether answers to writes of this key must stay, for the destination to get.
+    pub fn pins(&self, own: &ClusterId, key: &[u8]) -> bool {
+        let outgoing = self.way_out(own, key).and_then(|to| self.change.as_ref()?.outgoing.get(to));
+        outgoing.is_some_and(Outgoing::logs)
+    }
+
+    /// Gives up what is being sent: it can no longer freeze, and what waits for it may go.
+    pub fn give_up_sending(&mut self) {
+        for outgoing in self.change.iter_mut().flat_map(|change| change.outgoing.values_mut()) {
+            if outgoing.sending == Sending::Sending {
+                outgoing.sending = Sending::Idle;
+            }
+        }
     }
 
     /// Where the change log begins: nobody needs what lies before.

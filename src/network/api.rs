@@ -6,29 +6,30 @@
 //! `GET` includes `HEAD` everywhere: axum answers it with the same head and no body.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode, header};
-use serde::Deserialize;
+use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tower_service::Service;
 
 use super::batch;
 use super::body::{BodyBudget, BodyLimit};
 use super::call::Call;
 use super::error::{ApiError, Outcome, etag};
 use super::forward::{Effect, Forwarder, Refusal};
+use super::head::{BATCH_PATH, KV_PREFIX, PlainRequest};
 use super::json::Object;
 use super::management;
 use crate::app::{App, Consistency};
 use crate::key_path;
-use crate::types::{Condition, Record};
-
-/// Where the keys' paths begin.
-const KV_PREFIX: &str = "/v1/kv/";
+use crate::types::{Condition, Record, Revision};
 
 /// What `prometheus-client` writes is OpenMetrics. To a reader of the older text format, which is what
 /// a client gets that does not ask for the other, its extra lines are comments.
@@ -46,18 +47,59 @@ pub struct ApiState {
     pub bodies: Arc<BodyBudget>,
 }
 
+impl ApiState {
+    /// Of one node.
+    pub fn new(app: App) -> Self {
+        let bodies = BodyBudget::new(app.limits().http_body_bytes_max);
+        Self { app, forwarder: Forwarder::default(), bodies }
+    }
+}
+
 /// What a handler returns.
 pub(super) type Answer = Result<Response, Refusal>;
 
+/// Answers what the router would answer in the same way; without it if the request is on keys.
+pub(super) async fn answer_plain(
+    state: &ApiState,
+    router: &Router,
+    request: PlainRequest,
+) -> Response {
+    let on_a_key = request.path.starts_with(KV_PREFIX);
+    if !on_a_key && request.method == Method::GET {
+        return by_router(router.clone(), request).await;
+    }
+    let own_timeout = Duration::from_millis(state.app.limits().request_timeout_ms);
+    let answer = match Call::plain(request, own_timeout) {
+        Ok(call) => match call.method {
+            Method::GET => get_key(state, &call).await,
+            Method::PUT => put_key(state, &call).await,
+            Method::DELETE => delete_key(state, &call).await,
+            _ => batch::answer(state, &call).await,
+        },
+        Err(error) => Err(error.into()),
+    };
+    answer.into_response()
+}
+
+async fn by_router(mut router: Router, plain: PlainRequest) -> Response {
+    let PlainRequest { method, path, query, headers, .. } = plain;
+    let target = query.map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
+    let Ok(uri) = target.parse::<Uri>() else {
+        return ApiError::BadRequest("the path is malformed".into()).into_response();
+    };
+    let mut request = Request::new(Body::empty());
+    (*request.method_mut(), *request.uri_mut(), *request.headers_mut()) = (method, uri, headers);
+    let Ok(response) = router.call(request).await;
+    response
+}
+
 /// All routes of a node.
-pub fn router(app: App) -> Router {
-    let bodies = BodyBudget::new(app.limits().http_body_bytes_max);
-    let state = ApiState { app, forwarder: Forwarder::default(), bodies };
+pub fn router(state: ApiState) -> Router {
     Router::new()
         .route("/v1/kv/{*key}", kv_routes())
         // The wildcard does not match an empty key, which deserves a better answer than 404.
-        .route("/v1/kv/", kv_routes())
-        .route("/v1/batch", post(batch::serve).fallback(only("POST")))
+        .route(KV_PREFIX, kv_routes())
+        .route(BATCH_PATH, post(batch::serve).fallback(only("POST")))
         .route("/v1/ring", get(ring).fallback(only("GET, HEAD")))
         .route("/livez", get(livez).fallback(only("GET, HEAD")))
         .route("/readyz", get(readyz).fallback(only("GET, HEAD")))
@@ -83,35 +125,54 @@ pub(super) fn only(
 }
 
 async fn put_kv(State(state): State<ApiState>, call: Call) -> Answer {
+    put_key(&state, &call).await
+}
+
+async fn put_key(state: &ApiState, call: &Call) -> Answer {
     call.no_query()?;
-    let key = key_of(&state, &call)?;
+    let key = key_of(state, call)?;
     let condition = call.condition()?;
-    call.no_idempotency()?;
+    let once = call.once()?;
     let bytes_max = state.app.limits().value_bytes_max;
-    let body = call.read_body(&state, BodyLimit { what: "value", bytes_max }).await?;
-    let put = || state.app.put(key.clone(), body.bytes.clone(), condition, call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
-    served.respond(|revision| Ok(Json(json!({"revision": revision})).into_response()))
+    let body = call.read_body(state, BodyLimit { what: "value", bytes_max }).await?;
+    let put =
+        || state.app.put(key.clone(), body.bytes.clone(), condition, once.clone(), call.deadline);
+    let served = state.forwarder.serve(call, &body.bytes, Effect::Write, put).await?;
+    served.respond(|revision| Ok(Json(Put { revision }).into_response()))
+}
+
+/// The answer to a `PUT`.
+#[derive(Serialize)]
+struct Put {
+    revision: Revision,
 }
 
 async fn delete_kv(State(state): State<ApiState>, call: Call) -> Answer {
+    delete_key(&state, &call).await
+}
+
+async fn delete_key(state: &ApiState, call: &Call) -> Answer {
     call.no_query()?;
-    let key = key_of(&state, &call)?;
+    let key = key_of(state, call)?;
     let condition = call.condition()?;
-    call.no_idempotency()?;
-    let delete = || state.app.delete(key.clone(), condition, call.deadline);
-    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Write, delete).await?;
+    let once = call.once()?;
+    let delete = || state.app.delete(key.clone(), condition, once.clone(), call.deadline);
+    let served = state.forwarder.serve(call, &Bytes::new(), Effect::Write, delete).await?;
     served.respond(|done| {
         Ok(Json(json!({"revision": done.revision, "deleted": done.deleted})).into_response())
     })
 }
 
 async fn get_kv(State(state): State<ApiState>, call: Call) -> Answer {
-    let key = key_of(&state, &call)?;
+    get_key(&state, &call).await
+}
+
+async fn get_key(state: &ApiState, call: &Call) -> Answer {
+    let key = key_of(state, call)?;
     let consistency = call.consistency()?;
     call.no_condition()?;
     let read = || state.app.get(&key, consistency, call.deadline);
-    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, read).await?;
+    let served = state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await?;
     served.respond(|record| match record {
         Some(Record { revision, value }) => {
             let octets = HeaderValue::from_static("application/octet-stream");
@@ -143,7 +204,7 @@ fn check_key(state: &ApiState, key: &[u8]) -> Result<(), ApiError> {
 
 async fn ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    Ok(Json(state.app.ring().ring()).into_response())
+    Ok(Json(state.app.ring_with_next()).into_response())
 }
 
 async fn livez(State(state): State<ApiState>, call: Call) -> Answer {
@@ -191,7 +252,7 @@ struct OriginalSet {
 
 async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    call.no_idempotency()?;
+    call.no_once()?;
     let (OriginalWrite::Set(Object(set)), body) = call.read_json(&state).await?;
     check_key(&state, set.key.as_bytes())?;
     let max = state.app.limits().value_bytes_max;
@@ -200,7 +261,7 @@ async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     }
     let (key, value) = (Bytes::from(set.key), Bytes::from(set.value));
     let always = Condition::Always;
-    let put = || state.app.put(key.clone(), value.clone(), always, call.deadline);
+    let put = || state.app.put(key.clone(), value.clone(), always, None, call.deadline);
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
     served.respond(|revision| {
         Ok((StatusCode::CREATED, Json(json!({"revision": revision}))).into_response())

@@ -20,28 +20,33 @@ use super::error::{ApiError, ErrorBody, Outcome};
 use super::forward::{Effect, Refusal, Served};
 use crate::app::Consistency;
 use crate::batch::{
-    self, Failure, Limits, MEDIA_TYPE, OPERATIONS_MAX, Operation, OperationResult, json,
+    self, Batch, Failure, Limits, MEDIA_TYPE, OPERATIONS_MAX, Operation, OperationResult, json,
 };
+use crate::once::ClientFloor;
 use crate::types::ClusterId;
 
 const BINARY: HeaderValue = HeaderValue::from_static(MEDIA_TYPE);
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 pub(super) async fn serve(State(state): State<ApiState>, call: Call) -> Answer {
+    answer(&state, &call).await
+}
+
+pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     let consistency = call.consistency()?;
     call.no_condition()?;
-    call.no_idempotency()?;
-    let limits = limits(&state);
+    call.no_once()?;
+    let limits = limits(state);
     let bytes_max = state.app.limits().http_body_bytes_max;
-    let body = call.read_body(&state, BodyLimit { what: "body", bytes_max }).await?;
+    let body = call.read_body(state, BodyLimit { what: "body", bytes_max }).await?;
     let binary = call.headers.get(header::CONTENT_TYPE) == Some(&BINARY);
     let decoded = if binary {
-        batch::decode_operations(body.bytes.clone(), &limits)
+        batch::decode_request(body.bytes.clone(), &limits)
     } else {
-        json::decode_operations(&body.bytes, &limits)
+        json::decode_request(&body.bytes, &limits)
     };
-    let operations = decoded.map_err(ApiError::from)?;
-    let results = carry_out(&state, &call, consistency, &operations, &limits).await?;
+    let batch = decoded.map_err(ApiError::from)?;
+    let results = carry_out(state, call, consistency, &batch, &limits).await?;
     let (content_type, bytes) = if binary {
         (BINARY, batch::encode_results(&results))
     } else {
@@ -64,9 +69,10 @@ async fn carry_out(
     state: &ApiState,
     call: &Call,
     consistency: Consistency,
-    operations: &[Operation],
+    batch: &Batch,
     limits: &Limits,
 ) -> Result<Vec<OperationResult>, Refusal> {
+    let Batch { client, operations } = batch;
     let mut results: Vec<_> = operations
         .iter()
         .map(|operation| operation.check(limits).err().map(|error| OperationResult::failed(&error)))
@@ -76,7 +82,7 @@ async fn carry_out(
     let call = call.with_content_type(BINARY);
     let answers = parts.iter().map(|part| {
         let operations: Vec<_> = part.iter().map(|index| operations[*index].clone()).collect();
-        serve_part(state, &call, consistency, operations)
+        serve_part(state, &call, consistency, client.as_ref(), operations)
     });
     for (part, answer) in parts.iter().zip(join_all(answers).await) {
         let answer = match answer {
@@ -122,15 +128,16 @@ async fn serve_part(
     state: &ApiState,
     call: &Call,
     consistency: Consistency,
+    client: Option<&ClientFloor>,
     operations: Vec<Operation>,
 ) -> Result<Vec<OperationResult>, Refusal> {
     let writes = operations.iter().any(Operation::is_write);
     let effect = if writes { Effect::Write } else { Effect::Read };
     let body = match call.routing {
-        Routing::PassOn => batch::encode_operations(&operations),
+        Routing::PassOn => batch::encode_request(client, &operations),
         Routing::Direct => Bytes::new(),
     };
-    let here = || state.app.batch(&operations, consistency, call.deadline);
+    let here = || state.app.batch(client, &operations, consistency, call.deadline);
     match state.forwarder.serve(call, &body, effect, here).await? {
         Served::Here(results) => Ok(results),
         Served::Elsewhere(response) => Ok(relayed(&operations, response).await),

@@ -103,6 +103,8 @@ enum Rest {
     Nothing,
     /// All of it, or the part behind what made the reader stop.
     Body(Body),
+    /// All of it, in memory, in an allocation of its own.
+    Whole(Bytes),
     /// It broke off or did not come in time: nothing can come after it on its connection.
     Lost,
 }
@@ -111,6 +113,11 @@ impl BodySlot {
     /// A slot that holds this body.
     pub fn new(body: Body) -> Self {
         Self { rest: Arc::new(Mutex::new(Rest::Body(body))) }
+    }
+
+    /// A slot that holds a body that is here already, in an allocation of its own.
+    pub(super) fn whole(bytes: Bytes) -> Self {
+        Self { rest: Arc::new(Mutex::new(Rest::Whole(bytes))) }
     }
 
     fn replace(&self, rest: Rest) -> Rest {
@@ -131,6 +138,14 @@ impl BodySlot {
         let mut body = match self.replace(Rest::Lost) {
             Rest::Body(body) => body,
             Rest::Nothing => Body::empty(),
+            Rest::Whole(bytes) => {
+                self.replace(Rest::Nothing);
+                if bytes.len() > limit.bytes_max {
+                    return Err(ApiError::TooLarge { what: limit.what, max: limit.bytes_max });
+                }
+                charge.add(bytes.len())?;
+                return Ok(ReadBody { bytes, _charge: charge });
+            }
             Rest::Lost => {
                 return Err(ApiError::BadRequest("the request's body is incomplete".into()));
             }
@@ -206,7 +221,7 @@ pub(super) async fn answer(mut router: axum::Router, request: Request<Incoming>)
     // Who asked first whether to send a body sees the answer and does not send it. Reading would
     // make hyper ask for it.
     let whole = match slot.replace(Rest::Nothing) {
-        Rest::Nothing => true,
+        Rest::Nothing | Rest::Whole(_) => true,
         Rest::Lost => false,
         Rest::Body(body) if body.is_end_stream() => true,
         Rest::Body(_) if expects_continue => false,

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use axum::extract::FromRequestParts;
+use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use serde::de::DeserializeOwned;
@@ -15,7 +16,9 @@ use tokio::time::Instant;
 use super::api::ApiState;
 use super::body::{BodyLimit, BodySlot, ReadBody};
 use super::error::ApiError;
+use super::head::PlainRequest;
 use crate::app::Consistency;
+use crate::once::{ClientFloor, Once};
 use crate::types::{Condition, Revision};
 
 /// How often a request was passed on so far.
@@ -26,7 +29,7 @@ pub const DEADLINE_MS: HeaderName = HeaderName::from_static("kv-deadline-ms");
 pub const ROUTING: HeaderName = HeaderName::from_static("kv-routing");
 /// `follower`: a follower may answer a linearizable read.
 pub const READ: HeaderName = HeaderName::from_static("kv-read");
-/// Asks for at most one execution. Refused so far, see [`Call::no_idempotency`].
+/// `CLIENT/SEQ`: the write happens at most once, however often it is asked for.
 pub const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 /// Goes with [`IDEMPOTENCY_KEY`]: the sequence below which the client has all its answers.
 pub const CLIENT_FLOOR: HeaderName = HeaderName::from_static("kv-client-floor");
@@ -77,7 +80,33 @@ impl FromRequestParts<ApiState> for Call {
 
 impl Call {
     fn decode(parts: &mut Parts, own_timeout: Duration) -> Result<Self, ApiError> {
-        let headers = std::mem::take(&mut parts.headers);
+        let request = PlainRequest {
+            method: parts.method.clone(),
+            path: parts.uri.path().to_owned(),
+            query: parts.uri.query().map(str::to_owned),
+            headers: std::mem::take(&mut parts.headers),
+            body: Bytes::new(),
+        };
+        let slot = parts.extensions.remove::<BodySlot>().unwrap_or_default();
+        Self::with_body(request, slot, own_timeout)
+    }
+
+    /// Of a request that is here as a whole.
+    pub(super) fn plain(
+        mut request: PlainRequest,
+        own_timeout: Duration,
+    ) -> Result<Self, ApiError> {
+        let body = std::mem::take(&mut request.body);
+        let slot = if body.is_empty() { BodySlot::default() } else { BodySlot::whole(body) };
+        Self::with_body(request, slot, own_timeout)
+    }
+
+    fn with_body(
+        request: PlainRequest,
+        body: BodySlot,
+        own_timeout: Duration,
+    ) -> Result<Self, ApiError> {
+        let PlainRequest { method, path, query, headers, .. } = request;
         let timeout = match number(&headers, &DEADLINE_MS)? {
             Some(left_ms) => Duration::from_millis(left_ms).min(own_timeout),
             None => own_timeout,
@@ -92,15 +121,15 @@ impl Call {
             Some(_) => return Err(bad("Kv-Routing knows only `direct`")),
         };
         Ok(Self {
-            method: parts.method.clone(),
-            path: parts.uri.path().to_owned(),
-            query: parts.uri.query().map(str::to_owned),
+            method,
+            path,
+            query,
             headers,
             deadline: Instant::now() + timeout,
             // At most HOPS_MAX, as just checked.
             hops: hops as u8,
             routing,
-            body: parts.extensions.remove::<BodySlot>().unwrap_or_default(),
+            body,
         })
     }
 
@@ -180,13 +209,34 @@ impl Call {
         Ok(())
     }
 
-    /// Refuses what promises "at most once" as long as nothing here keeps that promise.
-    pub fn no_idempotency(&self) -> Result<(), ApiError> {
-        if self.headers.contains_key(&IDEMPOTENCY_KEY) {
-            return Err(ApiError::NotImplemented("Idempotency-Key"));
-        }
-        if self.headers.contains_key(&CLIENT_FLOOR) {
-            return Err(ApiError::NotImplemented("Kv-Client-Floor"));
+    /// What `Idempotency-Key` and `Kv-Client-Floor` ask of a write.
+    pub fn once(&self) -> Result<Option<Once>, ApiError> {
+        let floor = number(&self.headers, &CLIENT_FLOOR)?;
+        let Some(key) = single(&self.headers, &IDEMPOTENCY_KEY)? else {
+            return match floor {
+                None => Ok(None),
+                Some(_) => Err(bad("Kv-Client-Floor says nothing without an Idempotency-Key")),
+            };
+        };
+        let (client, seq) = key
+            .split_once('/')
+            .and_then(|(client, seq)| Some((client, canonical(seq)?)))
+            .ok_or_else(|| {
+                bad("Idempotency-Key is understood as CLIENT/SEQ, SEQ a number, only")
+            })?;
+        let client = client.parse().map_err(|error| bad(format!("Idempotency-Key: {error}")))?;
+        let client = ClientFloor { client, floor: floor.unwrap_or(0) };
+        let once = Once::new(client, seq);
+        once.map(Some).map_err(|error| bad(format!("Idempotency-Key and Kv-Client-Floor: {error}")))
+    }
+
+    /// Refuses what promises "at most once" where it is not understood: ignoring it would break that
+    /// promise.
+    pub fn no_once(&self) -> Result<(), ApiError> {
+        for name in [&IDEMPOTENCY_KEY, &CLIENT_FLOOR] {
+            if self.headers.contains_key(name) {
+                return Err(bad(format!("the header {name} is not understood here")));
+            }
         }
         Ok(())
     }
@@ -237,10 +287,14 @@ fn number(headers: &HeaderMap, name: &HeaderName) -> Result<Option<u64>, ApiErro
 /// One strong tag as this server makes them: decimal, no sign, no leading zero.
 fn revision(tag: &str) -> Result<Revision, ApiError> {
     let inner = tag.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
-    let canonical = inner.filter(|text| !text.starts_with('0') || *text == "0");
-    canonical
-        .and_then(digits)
+    inner
+        .and_then(canonical)
         .ok_or_else(|| bad("If-Match is understood as one revision in double quotes only"))
+}
+
+/// Digits without a leading zero.
+fn canonical(text: &str) -> Option<u64> {
+    digits(text).filter(|_| !text.starts_with('0') || text == "0")
 }
 
 /// `str::parse` alone would take a plus sign.
@@ -271,6 +325,10 @@ pub(super) mod tests {
 
     fn put(headers: &[(&str, &str)]) -> Result<Condition, ApiError> {
         call(Method::PUT, "/v1/kv/k", headers).and_then(|call| call.condition())
+    }
+
+    fn put_once(headers: &[(&str, &str)]) -> Result<Option<Once>, ApiError> {
+        call(Method::PUT, "/v1/kv/k", headers).and_then(|call| call.once())
     }
 
     fn is_bad<T>(result: Result<T, ApiError>) -> bool {
@@ -378,10 +436,55 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn idempotency_is_refused_not_ignored() {
+    fn an_idempotency_key_has_exactly_one_form() {
+        let key = |key| put_once(&[("idempotency-key", key)]);
+        let once = key("me/7").unwrap().unwrap();
+        assert_eq!((once.client().as_str(), once.seq(), once.floor()), ("me", 7, 0));
+        assert_eq!(put_once(&[]), Ok(None));
+        let long = format!("{}/1", "x".repeat(65));
+        for bad in [
+            "",
+            "/",
+            "me",
+            "me/",
+            "/7",
+            "me/7/8",
+            "me/-1",
+            "me/+1",
+            "me/07",
+            "me/7 ",
+            "m e/7",
+            "me /7",
+            "me/x",
+            "me/18446744073709551615",
+            "me/18446744073709551616",
+            "\"me/7\"",
+            &long,
+        ] {
+            assert!(is_bad(key(bad)), "{bad}");
+        }
+        let twice = [("idempotency-key", "me/7"), ("idempotency-key", "me/7")];
+        assert!(is_bad(put_once(&twice)));
+    }
+
+    #[test]
+    fn a_floor_goes_with_a_key_and_lies_not_above_it() {
+        let floor = |floor| put_once(&[("idempotency-key", "me/7"), ("kv-client-floor", floor)]);
+        for good in ["0", "3", "7"] {
+            let once = floor(good).unwrap().unwrap();
+            assert_eq!(once.floor().to_string(), good);
+        }
+        for bad in ["8", "", "-1", "x", "me/3", "18446744073709551616"] {
+            assert!(is_bad(floor(bad)), "{bad}");
+        }
+        assert!(is_bad(put_once(&[("kv-client-floor", "3")])));
+    }
+
+    #[test]
+    fn where_idempotency_is_not_understood_it_is_refused_not_ignored() {
         for name in ["idempotency-key", "kv-client-floor"] {
-            let call = call(Method::PUT, "/v1/kv/k", &[(name, "c/1")]).unwrap();
-            assert!(matches!(call.no_idempotency(), Err(ApiError::NotImplemented(_))));
+            let call = call(Method::POST, "/v1/batch", &[(name, "c/1")]).unwrap();
+            assert!(is_bad(call.no_once()));
         }
     }
 }

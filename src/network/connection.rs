@@ -18,7 +18,10 @@
 //!
 //! `Watched` also keeps from hyper what hyper would misread or refuse without a word ([`super::head`]),
 //! and gives the answer in its place, once all answers before it are written.
+//!
+//! As long as requests are plain, hyper is not needed at all ([`short`]); the clock is the same.
 
+mod short;
 mod socket;
 
 use std::convert::Infallible;
@@ -36,6 +39,7 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
 use self::socket::Watched;
+use super::api::ApiState;
 use super::body;
 use super::head::HEAD_BYTES_MAX;
 
@@ -69,15 +73,40 @@ pub(super) struct Shared {
     pub shutdown: CancellationToken,
 }
 
+/// What answers requests.
+#[derive(Clone)]
+pub(super) struct Service {
+    /// All of them.
+    pub router: axum::Router,
+    /// Plain ones on keys, without the router.
+    pub keys: Option<ApiState>,
+}
+
 /// Serves one connection until it ends, is overdue, has to make room, or the server stops.
-pub(super) async fn serve(stream: TcpStream, router: axum::Router, shared: Arc<Shared>) {
+pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Shared>) {
     // Without it a small answer may wait 40 ms for the client's delayed ACK. A socket that refuses
     // the option is about to fail on its own.
     let _ = stream.set_nodelay(true);
     let activity = Arc::new(Activity::new());
-    let service_activity = activity.clone();
-    let service = service_fn(move |request| {
-        let serving = Serving::begin(service_activity.clone());
+    let mut socket = Watched::new(stream, activity.clone());
+    let mut guard = Guard::new(activity.clone(), shared.clone());
+    if let Some(keys) = &service.keys {
+        // A token of its own: looking at one takes its lock.
+        let shutdown = shared.shutdown.child_token();
+        let timeout = shared.header_timeout;
+        let router = &service.router;
+        let short = short::serve(&mut socket, keys, router, &activity, timeout, &shutdown);
+        let short = pin!(short);
+        let at_stop = |_: Pin<&mut _>| if activity.is_idle() { Stop::AtOnce } else { Stop::Soon };
+        match guard.watch(short, at_stop).await {
+            Some(Ok(short::End::Hyper)) => {}
+            Some(Ok(short::End::Closed)) | None => return,
+            Some(Err(error)) => return broke_off(&error),
+        }
+    }
+    let router = service.router;
+    let serve = service_fn(move |request| {
+        let serving = Serving::begin(activity.clone());
         let router = router.clone();
         async move {
             let response = body::answer(router, request).await;
@@ -85,41 +114,81 @@ pub(super) async fn serve(stream: TcpStream, router: axum::Router, shared: Arc<S
             Ok::<_, Infallible>(response)
         }
     });
-    let io = TokioIo::new(Watched::new(stream, activity.clone()));
-    let connection = protocol().serve_connection(io, service);
-    let mut connection = pin!(connection);
-    let mut watchdog = Watchdog::new(activity.clone(), shared.header_timeout);
-    // A token of its own: looking at one takes its lock, and this happens with every byte.
-    let shutdown = shared.shutdown.child_token();
-    let mut may_be_shed = false;
-    let mut stop_at: Option<Instant> = None;
-    loop {
-        tokio::select! {
-            // In this order, so that the clock is read after the bytes that are there.
-            biased;
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "an HTTP connection broke off");
+    let connection = pin!(protocol().serve_connection(TokioIo::new(socket), serve));
+    let at_stop = |connection: Pin<&mut http1::Connection<_, _>>| {
+        connection.graceful_shutdown();
+        Stop::Soon
+    };
+    if let Some(Err(error)) = guard.watch(connection, at_stop).await {
+        broke_off(&error);
+    }
+}
+
+fn broke_off(error: &dyn std::error::Error) {
+    tracing::debug!(%error, "an HTTP connection broke off");
+}
+
+/// When a connection ends whose server stops.
+enum Stop {
+    AtOnce,
+    /// By itself, within [`STOP_GRACE`].
+    Soon,
+}
+
+/// Ends a connection that does not end by itself.
+struct Guard {
+    watchdog: Watchdog,
+    activity: Arc<Activity>,
+    shared: Arc<Shared>,
+    shutdown: CancellationToken,
+    may_be_shed: bool,
+    stop_at: Option<Instant>,
+}
+
+impl Guard {
+    fn new(activity: Arc<Activity>, shared: Arc<Shared>) -> Self {
+        let watchdog = Watchdog::new(activity.clone(), shared.header_timeout);
+        // A token of its own: looking at one takes its lock, and this happens with every byte.
+        let shutdown = shared.shutdown.child_token();
+        Self { watchdog, activity, shared, shutdown, may_be_shed: false, stop_at: None }
+    }
+
+    /// Lets `connection` run to its end. `None` when it has to end now.
+    async fn watch<C: Future>(
+        &mut self,
+        mut connection: Pin<&mut C>,
+        at_stop: impl Fn(Pin<&mut C>) -> Stop,
+    ) -> Option<C::Output> {
+        if self.stop_at.is_some()
+            && let Stop::AtOnce = at_stop(connection.as_mut())
+        {
+            return None;
+        }
+        loop {
+            tokio::select! {
+                // In this order, so that the clock is read after the bytes that are there.
+                biased;
+                ended = connection.as_mut() => return Some(ended),
+                event = self.watchdog.event() => match event {
+                    Event::Overdue => return None,
+                    Event::LongIdle { .. } => self.may_be_shed = true,
+                },
+                () = self.shared.shed.notified(), if self.may_be_shed => {
+                    if self.activity.is_long_idle() {
+                        return None;
+                    }
+                    // Busy again since: the next one in line is asked.
+                    self.may_be_shed = false;
+                    self.shared.shed.notify_one();
                 }
-                return;
-            }
-            event = watchdog.event() => match event {
-                Event::Overdue => return,
-                Event::LongIdle { .. } => may_be_shed = true,
-            },
-            () = shared.shed.notified(), if may_be_shed => {
-                if activity.is_long_idle() {
-                    return;
+                () = self.shutdown.cancelled(), if self.stop_at.is_none() => {
+                    self.stop_at = Some(Instant::now() + STOP_GRACE);
+                    if let Stop::AtOnce = at_stop(connection.as_mut()) {
+                        return None;
+                    }
                 }
-                // Busy again since: the next one in line is asked.
-                may_be_shed = false;
-                shared.shed.notify_one();
+                () = sleep_until(self.stop_at), if self.stop_at.is_some() => return None,
             }
-            () = shutdown.cancelled(), if stop_at.is_none() => {
-                connection.as_mut().graceful_shutdown();
-                stop_at = Some(Instant::now() + STOP_GRACE);
-            }
-            () = sleep_until(stop_at), if stop_at.is_some() => return,
         }
     }
 }
@@ -184,6 +253,11 @@ impl Activity {
 
     fn is_long_idle(&self) -> bool {
         self.phase().is_long_idle(Instant::now())
+    }
+
+    /// Whether nothing is being answered and no answer is on its way.
+    fn is_idle(&self) -> bool {
+        matches!(*self.phase(), Phase::Waiting { unread: false, .. })
     }
 }
 
@@ -306,18 +380,25 @@ impl Watchdog {
         std::future::poll_fn(|cx| self.poll_event(cx)).await
     }
 
-    /// While a request is served there is no timer: the connection itself wakes the task.
+    /// While a request is served there is no timer: the connection itself wakes the task. A timer that
+    /// would ring too early is left alone until it does: on a busy connection, what is due moves with
+    /// every request, and setting a timer costs more than looking at the clock once a second.
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        let due = self.activity.phase().due(self.header_timeout, self.reported);
-        let Some((when, event)) = due else { return Poll::Pending };
-        if self.timer.deadline() != when {
-            self.timer.as_mut().reset(when);
+        loop {
+            let due = self.activity.phase().due(self.header_timeout, self.reported);
+            let Some((when, event)) = due else { return Poll::Pending };
+            if self.timer.deadline() > when || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(when);
+            }
+            ready!(self.timer.as_mut().poll(cx));
+            if Instant::now() < when {
+                continue;
+            }
+            if let Event::LongIdle { since } = event {
+                self.reported = Some(since);
+            }
+            return Poll::Ready(event);
         }
-        ready!(self.timer.as_mut().poll(cx));
-        if let Event::LongIdle { since } = event {
-            self.reported = Some(since);
-        }
-        Poll::Ready(event)
     }
 }
 

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
 
+use crate::handoff::Refused;
 use crate::ring::{RingCluster, RingNode};
 use crate::types::{Epoch, Revision};
 
@@ -127,9 +128,20 @@ pub enum ApiError {
     /// The request contradicts the cluster's state.
     #[error("{0}")]
     Conflict(String),
-    /// A part of the contract that this version does not have.
-    #[error("{0} is not implemented in this version")]
-    NotImplemented(&'static str),
+    /// The client's sequence stands for another write already.
+    #[error("this Idempotency-Key was used for a write of another key, or of another kind")]
+    OnceReused,
+    /// The client's sequence is too old: nobody knows any more whether its write was carried out.
+    #[error(
+        "this Idempotency-Key lies below the client's floor, or its answer has been forgotten; the write may have taken effect before, and is not carried out now"
+    )]
+    OnceForgotten,
+    /// No more clients can be remembered.
+    #[error("too many clients use an Idempotency-Key; new ones are taken when others fall silent")]
+    TooManyClients,
+    /// The cluster refused a step of a change of the ring; nothing changed.
+    #[error("{0}")]
+    StepRefused(Box<Refused>),
 }
 
 /// The JSON body of an error.
@@ -157,13 +169,17 @@ pub struct ErrorDetail {
     /// With `NOT_LEADER` and `WRONG_CLUSTER`: the epoch of the answering node's ring.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<Epoch>,
+    /// With `CONFLICT`, when a step was refused: why, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
 }
 
 impl ApiError {
     /// The HTTP status and the stable code.
     ///
     /// Whatever leaves the outcome open is a `504 TIMEOUT`, whichever way it came about: a 503 with
-    /// its `Retry-After` tells stock HTTP clients to send the request again.
+    /// its `Retry-After` tells stock HTTP clients to send the request again. Except for what no wait
+    /// will decide, [`Self::OnceForgotten`].
     pub fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoLeader { outcome: Outcome::Unknown, .. }
@@ -178,7 +194,9 @@ impl ApiError {
             Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
             Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
             Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
-            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED"),
+            Self::Overloaded | Self::TooManyClients => {
+                (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED")
+            }
             Self::Stopping { .. } => (StatusCode::SERVICE_UNAVAILABLE, "STOPPING"),
             Self::Frozen => (StatusCode::SERVICE_UNAVAILABLE, "FROZEN"),
             // Leaders or rings disagree at the moment, or the node that should know has just died.
@@ -189,8 +207,10 @@ impl ApiError {
             Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
             Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
             Self::Storage { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "STORAGE"),
-            Self::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
-            Self::NotImplemented(_) => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
+            Self::Conflict(_) | Self::OnceReused | Self::StepRefused(_) => {
+                (StatusCode::CONFLICT, "CONFLICT")
+            }
+            Self::OnceForgotten => (StatusCode::CONFLICT, "IDEMPOTENCY_EXPIRED"),
         }
     }
 
@@ -202,6 +222,7 @@ impl ApiError {
             | Self::Timeout { outcome, .. }
             | Self::Forward { outcome, .. }
             | Self::Storage { outcome, .. } => *outcome,
+            Self::OnceForgotten => Outcome::Unknown,
             _ => Outcome::NotApplied,
         }
     }
@@ -213,6 +234,10 @@ impl ApiError {
             Self::WrongCluster { owner, epoch } => (None, Some((**owner).clone()), Some(*epoch)),
             _ => (None, None, None),
         };
+        let refused = match self {
+            Self::StepRefused(refused) => Some((**refused).clone()),
+            _ => None,
+        };
         ErrorBody {
             error: ErrorDetail {
                 code: self.status_and_code().1.to_owned(),
@@ -221,6 +246,7 @@ impl ApiError {
                 leader,
                 owner,
                 epoch,
+                refused,
             },
         }
     }
@@ -277,12 +303,33 @@ mod tests {
         }
     }
 
+    /// It is no 503: sending the same once more never helps.
+    #[test]
+    fn what_is_forgotten_is_unknown_and_not_tried_again() {
+        let response = ApiError::OnceForgotten.into_response();
+        assert_eq!(response.status(), StatusCode::CONFLICT);
+        assert!(!response.headers().contains_key(header::RETRY_AFTER));
+        assert_eq!(ApiError::OnceForgotten.outcome(), Outcome::Unknown);
+        assert_eq!(ApiError::OnceReused.outcome(), Outcome::NotApplied);
+        assert_eq!(ApiError::TooManyClients.outcome(), Outcome::NotApplied);
+    }
+
     #[test]
     fn a_failed_condition_shows_the_current_revision() {
         let response = ApiError::ConditionFailed { current: Some(7) }.into_response();
         assert_eq!(response.headers()[header::ETAG], "\"7\"");
         let absent = ApiError::ConditionFailed { current: None }.into_response();
         assert!(!absent.headers().contains_key(header::ETAG));
+    }
+
+    #[test]
+    fn a_refused_step_says_why_to_people_and_to_programs() {
+        let refused = Refused::Unsettled { epoch: 3 };
+        let error = ApiError::StepRefused(Box::new(refused.clone()));
+        let body = serde_json::to_string(&error.body()).unwrap();
+        let ErrorBody { error: detail } = serde_json::from_str(&body).unwrap();
+        assert_eq!((detail.code.as_str(), detail.outcome), ("CONFLICT", Outcome::NotApplied));
+        assert_eq!((detail.message, detail.refused), (refused.to_string(), Some(refused)));
     }
 
     #[test]

@@ -9,14 +9,19 @@
 //! To find the next head it must know where a body ends, and hyper must think the same of it. So what
 //! could be read in two ways is refused: two lengths, a length with chunks, another coding than `chunked`,
 //! chunks ([`chunks`]) that are not exactly as they should be.
+//!
+//! Most requests need none of this: they are whole after one read, and [`plain`] understands them without
+//! doubt. [`Gate::whole`] gives them out before hyper comes into play at all.
 
 mod chunks;
+mod plain;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use http::header;
 
 use super::error::ApiError;
 use chunks::Chunks;
+pub(super) use plain::{BATCH_PATH, KV_PREFIX, PlainRequest};
 
 /// The longest head, in bytes: the longest path that the `http` crate takes (64 KiB), and 16 KiB.
 pub(super) const HEAD_BYTES_MAX: usize = 80 << 10;
@@ -41,6 +46,8 @@ pub(super) struct Gate {
     /// So much of it may be.
     cleared: usize,
     search: Search,
+    /// With a head of a plain request that lacks a part of its body: how long it is with it.
+    awaited: Option<usize>,
     state: State,
 }
 
@@ -70,10 +77,61 @@ pub(super) enum Next {
     End,
 }
 
+/// What there is for the short way.
+#[derive(Debug, PartialEq)]
+pub(super) enum Whole {
+    /// A request, taken out of what was received.
+    Request(Box<PlainRequest>),
+    /// None yet, and [`Gate::inbox`] takes more.
+    More,
+    /// Something else, for hyper. It stays where it is.
+    Other,
+}
+
 impl Gate {
-    /// Takes what came, after [`Next::More`].
-    pub(super) fn receive(&mut self, bytes: &[u8]) {
-        self.received.extend_from_slice(bytes);
+    /// Where what comes goes, after [`Next::More`] or [`Whole::More`].
+    pub(super) fn inbox(&mut self) -> &mut BytesMut {
+        self.received.reserve(HEAD_BUFFER_BYTES);
+        &mut self.received
+    }
+
+    /// The next request, if it is plain and all of it was received. Not once [`Self::next`] was called.
+    pub(super) fn whole(&mut self) -> Whole {
+        if self.awaited.is_some_and(|length| self.received.len() < length) {
+            return Whole::More;
+        }
+        let end = match self.search.end_in(&self.received) {
+            Some(end) if end <= HEAD_BYTES_MAX => end,
+            None if self.received.len() < HEAD_BYTES_MAX => return Whole::More,
+            _ => return self.other(),
+        };
+        let Some((mut request, body_bytes)) = plain::parse(&self.received[..end]) else {
+            return self.other();
+        };
+        self.search = Search::default();
+        let length = end + body_bytes;
+        self.awaited = (self.received.len() < length).then_some(length);
+        if self.awaited.is_some() {
+            return Whole::More;
+        }
+        request.body = Bytes::copy_from_slice(&self.received[end..length]);
+        self.received.advance(length);
+        Whole::Request(Box::new(request))
+    }
+
+    fn other(&mut self) -> Whole {
+        self.search = Search::default();
+        Whole::Other
+    }
+
+    /// Whether the head of a plain request is there, and a part of its body is not.
+    pub(super) fn lacks_body(&self) -> bool {
+        self.awaited.is_some()
+    }
+
+    /// Whether nothing was received that was not handed on.
+    pub(super) fn is_empty(&self) -> bool {
+        self.received.is_empty()
     }
 
     /// What to do next. An error is said once, between two requests: its answer is the caller's to write.
@@ -306,7 +364,7 @@ mod tests {
                 }
                 Ok(Next::More) => {
                     let count = piece.min(rest.len());
-                    gate.receive(&rest[..count]);
+                    gate.inbox().extend_from_slice(&rest[..count]);
                     rest = &rest[count..];
                 }
             }
@@ -318,7 +376,44 @@ mod tests {
         error.unwrap_or_else(|| panic!("{:?} went through", String::from_utf8_lossy(bytes)))
     }
 
+    /// What the short way takes of `bytes` when they come in pieces, and what is left for hyper.
+    fn take_whole(bytes: &[u8], piece: usize) -> (Vec<PlainRequest>, Vec<u8>) {
+        let (mut gate, mut requests, mut rest) = (Gate::default(), Vec::new(), bytes);
+        loop {
+            match gate.whole() {
+                Whole::Request(request) => requests.push(*request),
+                Whole::More if !rest.is_empty() => {
+                    let count = piece.min(rest.len());
+                    gate.inbox().extend_from_slice(&rest[..count]);
+                    rest = &rest[count..];
+                }
+                Whole::More | Whole::Other => {
+                    let mut left = vec![0; gate.received.len()];
+                    gate.received.copy_to_slice(&mut left);
+                    left.extend(rest);
+                    return (requests, left);
+                }
+            }
+        }
+    }
+
     proptest! {
+        /// Plain requests are taken whole, however they arrive, and the first other one goes to hyper
+        /// untouched, with all that is behind it.
+        #[test]
+        fn plain_requests_are_taken_until_another_comes(
+            before in prop::collection::vec(0..2usize, 0..5), other in any::<bool>(), piece in 1usize..90,
+        ) {
+            let mut bytes: String = before.iter().map(|at| [GET, PUT][*at]).collect();
+            let behind = if other { format!("{CHUNKED}{GET}") } else { String::new() };
+            bytes.push_str(&behind);
+            let (requests, left) = take_whole(bytes.as_bytes(), piece);
+            let bodies: Vec<_> = requests.iter().map(|request| &request.body[..]).collect();
+            let expected: Vec<_> = before.iter().map(|at| [&b""[..], b"abc"][*at]).collect();
+            prop_assert_eq!(bodies, expected);
+            prop_assert_eq!(left, behind.into_bytes());
+        }
+
         /// Requests go on as they came, however they arrive, pipelined or not.
         #[test]
         fn sound_requests_go_on_unchanged(

@@ -7,7 +7,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
@@ -15,8 +14,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::api;
-use super::connection::{self, Shared};
+use super::api::{self, ApiState};
+use super::connection::{self, Service, Shared};
 use crate::app::App;
 use crate::config::Limits;
 
@@ -37,12 +36,14 @@ impl HttpServer {
     /// and gives requests in flight [`connection::STOP_GRACE`] to finish.
     pub fn serve(listener: TcpListener, app: App, shutdown: CancellationToken) -> Self {
         let limits = app.limits().clone();
-        Self::serve_router(listener, api::router(app), &limits, shutdown)
+        let state = ApiState::new(app);
+        let service = Service { router: api::router(state.clone()), keys: Some(state) };
+        Self::serve_with(listener, service, &limits, shutdown)
     }
 
-    fn serve_router(
+    fn serve_with(
         listener: TcpListener,
-        router: Router,
+        service: Service,
         limits: &Limits,
         shutdown: CancellationToken,
     ) -> Self {
@@ -52,7 +53,7 @@ impl HttpServer {
             shutdown,
         });
         let room = Arc::new(Semaphore::new(limits.http_connections_max));
-        Self { accepting: tokio::spawn(accept_all(listener, router, room, shared)) }
+        Self { accepting: tokio::spawn(accept_all(listener, service, room, shared)) }
     }
 
     /// Waits until the server has stopped and its last connection is closed.
@@ -67,7 +68,7 @@ impl HttpServer {
 
 async fn accept_all(
     listener: TcpListener,
-    router: Router,
+    service: Service,
     room: Arc<Semaphore>,
     shared: Arc<Shared>,
 ) {
@@ -78,9 +79,9 @@ async fn accept_all(
         .run_until_cancelled(next_connection(&listener, &room, &shared, &mut failures))
         .await
     {
-        let (router, shared) = (router.clone(), shared.clone());
+        let (service, shared) = (service.clone(), shared.clone());
         connections.spawn(async move {
-            connection::serve(stream, router, shared).await;
+            connection::serve(stream, service, shared).await;
             drop(permit);
         });
     }
@@ -145,8 +146,8 @@ impl AcceptFailures {
 mod tests {
     use std::net::SocketAddr;
 
-    use axum::Extension;
     use axum::routing::{get, post};
+    use axum::{Extension, Router};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::Notify;
 
@@ -162,7 +163,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let server = HttpServer::serve_router(listener, router, &limits, shutdown.clone());
+        let service = Service { router, keys: None };
+        let server = HttpServer::serve_with(listener, service, &limits, shutdown.clone());
         (address, server, shutdown)
     }
 

@@ -1,7 +1,8 @@
-//! `/cluster/*`: forming a cluster and giving it its first ring.
+//! `/cluster/*`: forming a cluster, giving it its first ring, and the steps of later changes of it.
 //!
-//! The routes and their bodies are the original's. `init` concerns the asked node alone; the others
-//! need the leader and are passed on to it like any write.
+//! The routes and their bodies are the original's, but for `handoffs` and `step`, by which drivers change
+//! the ring (`crate::reshard`). `init` concerns the asked node alone, `metrics` as well; the others need
+//! the leader and are passed on to it like any write.
 
 use std::collections::BTreeSet;
 
@@ -10,6 +11,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use bytes::Bytes;
 use serde::Deserialize;
 
 use super::api::{Answer, ApiState, only};
@@ -17,6 +19,8 @@ use super::call::Call;
 use super::error::{ApiError, Outcome};
 use super::forward::Effect;
 use super::json::Object;
+use crate::handoff::Step;
+use crate::metrics::Sizes;
 use crate::ring::{Ring, RingTable};
 use crate::types::{NodeAddrs, NodeId};
 
@@ -30,6 +34,8 @@ pub(super) fn routes() -> Router<ApiState> {
         .route("/cluster/add-learner", post(add_learner).fallback(only("POST")))
         .route("/cluster/change-membership", post(change_membership).fallback(only("POST")))
         .route("/cluster/update-hash-ring", post(update_hash_ring).fallback(only("POST")))
+        .route("/cluster/handoffs", get(handoffs).fallback(only("GET, HEAD")))
+        .route("/cluster/step", post(step).fallback(only("POST")))
         .route("/cluster/metrics", get(metrics).fallback(only("GET, HEAD")))
 }
 
@@ -80,6 +86,34 @@ async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     served.respond(|()| Ok(ok()))
 }
 
+async fn handoffs(State(state): State<ApiState>, call: Call) -> Answer {
+    let sizes = sizes(call.query.as_deref())?;
+    let view = || state.app.handoffs(sizes, call.deadline);
+    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, view).await?;
+    served.respond(|view| Ok(Json(view).into_response()))
+}
+
+fn sizes(query: Option<&str>) -> Result<Sizes, ApiError> {
+    match query {
+        None | Some("" | "sizes=false") => Ok(Sizes::Omitted),
+        Some("sizes=true") => Ok(Sizes::Counted),
+        Some(_) => {
+            Err(ApiError::BadRequest("the query may be `sizes=true` or `sizes=false`".into()))
+        }
+    }
+}
+
+async fn step(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    let (Object(step), body) = call.read_json::<Object<Step>>(&state).await?;
+    check_step(&step)?;
+    let app = &state.app;
+    let local = || app.step(step.clone(), call.deadline);
+    // A repeat gets the first answer, but the caller is who repeats: this node may be cut off.
+    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    served.respond(|done| Ok(Json(done).into_response()))
+}
+
 async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     Ok(Json(state.app.metrics()).into_response())
@@ -107,6 +141,15 @@ fn check_ring(ring: &Ring) -> Result<(), ApiError> {
         check_node(node.id, [&node.http, &node.rpc])?;
     }
     Ok(())
+}
+
+/// Rings are checked before they are proposed, everything else at apply.
+fn check_step(step: &Step) -> Result<(), ApiError> {
+    match step {
+        Step::Join { ring } | Step::Revert { ring } => check_ring(ring),
+        Step::Begin { ring, next, .. } => check_ring(ring).and_then(|()| check_ring(next)),
+        _ => Ok(()),
+    }
 }
 
 fn check_node(id: NodeId, addresses: [&str; 2]) -> Result<(), ApiError> {

@@ -1,4 +1,4 @@
-//! Messages between the nodes of one cluster: what [`super::raft`] (the server side) and
+//! Messages between nodes, of one cluster but for handoffs: what [`super::raft`] (the server side) and
 //! [`super::raft_network_impl`] (the client side) share.
 //!
 //! The way of a message, outermost layer first:
@@ -9,7 +9,7 @@
 //!    sends every message in two flushed pieces.
 //! 3. [`envelope`]: inside the body, a sequence number and the sender. Toy-RPC's own ids have 16 bits
 //!    and come round again; the sequence tells a late reply from the right one.
-//! 4. [`wire`]: the Raft message itself, encoded by hand.
+//! 4. [`wire`]: the Raft message itself, encoded by hand, or the page of a handoff.
 //!
 //! A purpose has a connection of its own ([`Purpose`]), so that a large append or a snapshot never
 //! delays a heartbeat. On the client side a [`link`] keeps one [`connection`] for a peer and a
@@ -42,16 +42,25 @@ pub(super) mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::fmt;
+
 use crate::codec::DecodeError;
 use crate::types::{ClusterId, NodeId};
 
 /// Who this node is: part of every greeting and every message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity {
-    /// The cluster that the node belongs to; nodes of others are refused.
+    /// The cluster that the node belongs to; nodes of others are refused, but for handoffs.
     pub cluster: ClusterId,
     /// The node's id inside its cluster.
     pub node_id: NodeId,
+}
+
+impl fmt::Display for PeerIdentity {
+    /// As in `c1/2`: node 2 of cluster c1.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.cluster, self.node_id)
+    }
 }
 
 impl PeerIdentity {
@@ -70,6 +79,8 @@ pub(super) enum Purpose {
     Control,
     /// Snapshots, chunk by chunk.
     Snapshot,
+    /// Keys that the acceptor's cluster gives to the sender's in a change of the ring, page by page.
+    Handoff,
 }
 
 impl Purpose {
@@ -78,6 +89,7 @@ impl Purpose {
             Self::Append => 1,
             Self::Control => 2,
             Self::Snapshot => 3,
+            Self::Handoff => 4,
         }
     }
 
@@ -86,6 +98,7 @@ impl Purpose {
             1 => Ok(Self::Append),
             2 => Ok(Self::Control),
             3 => Ok(Self::Snapshot),
+            4 => Ok(Self::Handoff),
             _ => Err(DecodeError::Tag { what: "purpose", found }),
         }
     }

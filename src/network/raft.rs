@@ -8,7 +8,9 @@
 //! round trip, so it is never the oldest for long, however many idle connections there are. Who has
 //! greeted holds a place for its node and purpose: a newer connection replaces the older one, which
 //! after a partition may be dead without knowing it. Members of the cluster have
-//! `limits.peer_connections_max` of them; who greets and is not a member shares a few ([`admit`]).
+//! `limits.peer_connections_max` of them; who greets and is not a member shares a few ([`admit`]). Nodes
+//! of other clusters, which come for handoffs, share some of their own, and get one only while this
+//! node's cluster gives keys to theirs.
 //!
 //! Accepting never ends because of an error; it pauses, because the usual error is having no file
 //! descriptors left, and that lasts.
@@ -17,6 +19,7 @@ mod admit;
 #[cfg(test)]
 mod cluster_test;
 mod handler;
+mod visitors;
 
 use std::io;
 use std::sync::Arc;
@@ -31,6 +34,7 @@ use tokio_util::task::TaskTracker;
 
 pub use super::peer::PeerIdentity;
 
+use super::peer::Purpose;
 use super::peer::closer::Closer;
 use super::peer::frame::FrameBudget;
 use super::peer::greeting::{self, GreetingError, Hello, Refusal};
@@ -44,8 +48,9 @@ use crate::store::Store;
 use crate::store::formation::{Formation, Joined};
 use crate::store::snapshot::SnapshotData;
 use crate::types::TypeConfig;
-use admit::{Greeted, Greetings};
+use admit::{Greeted, Greetings, Place};
 use handler::RaftHandler;
+use visitors::Visitors;
 
 /// Connections that have not greeted yet. Enough for all peers of a cluster to reconnect at once, few
 /// enough that strangers cost nothing.
@@ -75,11 +80,10 @@ impl PeerServer {
     where
         SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
     {
-        let settings = PeerSettings::new(config);
+        let settings = Arc::new(PeerSettings::new(config));
         // A leader that cannot confirm itself says so while the asking node still listens.
         let read_index_timeout = settings.reply_timeout / 2;
-        let (stager, promise) = (store.stager(), store.promise());
-        let handler = RaftHandler::new(raft, stager, promise, gate, read_index_timeout);
+        let handler = RaftHandler::new(&identity, raft, store, gate, read_index_timeout);
         let (formation, handler) = (store.formation(), Arc::new(handler));
         Self::serve_handler(listener, identity, formation, handler, settings, shutdown)
     }
@@ -90,7 +94,7 @@ impl PeerServer {
         identity: PeerIdentity,
         formation: Formation,
         handler: Arc<dyn PeerHandler>,
-        settings: PeerSettings,
+        settings: Arc<PeerSettings>,
         shutdown: CancellationToken,
     ) -> Self {
         let tracker = TaskTracker::new();
@@ -100,6 +104,7 @@ impl PeerServer {
             handler,
             greetings: Greetings::new(GREETINGS_MAX),
             greeted: Greeted::new(settings.connections_max),
+            visitors: Visitors::default(),
             members_budget: settings.members_budget(),
             strangers_budget: settings.strangers_budget(),
             settings,
@@ -124,9 +129,10 @@ struct Acceptor {
     identity: PeerIdentity,
     formation: Formation,
     handler: Arc<dyn PeerHandler>,
-    settings: PeerSettings,
+    settings: Arc<PeerSettings>,
     greetings: Greetings,
     greeted: Greeted,
+    visitors: Visitors,
     members_budget: FrameBudget,
     strangers_budget: FrameBudget,
     shutdown: CancellationToken,
@@ -176,8 +182,8 @@ impl Acceptor {
                 return;
             }
         };
-        let (peer, purpose) = (hello.sender.node_id, hello.purpose);
-        tracing::debug!(peer, ?purpose, addr, "serving a peer connection");
+        let (peer, purpose) = (hello.sender.clone(), hello.purpose);
+        tracing::debug!(%peer, ?purpose, addr, "serving a peer connection");
         let (budget, quiet) = if place.is_member() {
             (self.members_budget.clone(), &self.members_quiet)
         } else {
@@ -186,10 +192,11 @@ impl Acceptor {
         let session = Session { stream, hello, budget, closer: place.closer().clone() };
         let (tracker, shutdown) = (self.tracker.clone(), self.shutdown.clone());
         let handler = Arc::clone(&self.handler);
-        service::serve(session, handler, &self.settings, tracker, shutdown).await;
+        let settings = Arc::clone(&self.settings);
+        service::serve(session, handler, settings, tracker, shutdown).await;
         if let Some(suppressed) = quiet.admit() {
             let reason = place.closer().reason();
-            tracing::info!(peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
+            tracing::info!(%peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
         }
     }
 
@@ -198,7 +205,7 @@ impl Acceptor {
     async fn greet(
         &self,
         stream: &mut TcpStream,
-    ) -> Option<Result<(Hello, admit::Place<'_>), GreetingError>> {
+    ) -> Option<Result<(Hello, Place<'_>), GreetingError>> {
         let waiting = self.greetings.enter();
         let greeting = timeout(self.settings.greeting_timeout, self.exchange(stream));
         tokio::select! {
@@ -209,27 +216,41 @@ impl Acceptor {
         }
     }
 
-    async fn exchange(
-        &self,
-        stream: &mut TcpStream,
-    ) -> Result<(Hello, admit::Place<'_>), GreetingError> {
+    async fn exchange(&self, stream: &mut TcpStream) -> Result<(Hello, Place<'_>), GreetingError> {
         stream.set_nodelay(true)?;
         let hello = greeting::accept(stream, &self.identity).await?;
-        if hello.sender.node_id == self.identity.node_id {
+        if hello.sender == self.identity {
             return Err(GreetingError::Malformed("it says that it is this node"));
         }
-        if !self.belongs_together(&hello).await? {
-            greeting::answer(stream, &self.identity, Some(&Refusal::Formation)).await?;
-            return Err(GreetingError::Refused(Refusal::Formation));
+        let entered = match hello.purpose {
+            Purpose::Handoff => self.enter_visitor(&hello),
+            Purpose::Append | Purpose::Control | Purpose::Snapshot => {
+                self.enter_peer(&hello).await?
+            }
+        };
+        greeting::answer(stream, &self.identity, entered.as_ref().err()).await?;
+        entered.map(|place| (hello, place)).map_err(GreetingError::Refused)
+    }
+
+    /// A place for a node that says it is of this node's cluster.
+    async fn enter_peer(&self, hello: &Hello) -> Result<Result<Place<'_>, Refusal>, GreetingError> {
+        if !self.belongs_together(hello).await? {
+            return Ok(Err(Refusal::Formation));
         }
         let closer = Closer::under(&self.shutdown);
         let key = (hello.sender.node_id, hello.purpose);
-        let Some(place) = self.greeted.enter(key, closer, &self.handler.members()) else {
-            greeting::answer(stream, &self.identity, Some(&Refusal::Full)).await?;
-            return Err(GreetingError::Refused(Refusal::Full));
-        };
-        greeting::answer(stream, &self.identity, None).await?;
-        Ok((hello, place))
+        let place = self.greeted.enter(key, closer, &self.handler.members());
+        Ok(place.map(Place::Peer).ok_or(Refusal::Full))
+    }
+
+    /// A place for a node of another cluster, which has one only as the destination of a handoff.
+    fn enter_visitor(&self, hello: &Hello) -> Result<Place<'_>, Refusal> {
+        let to = &hello.sender.cluster;
+        if !self.handler.gives_to(to) {
+            return Err(Refusal::NoHandoff { from: self.identity.cluster.clone(), to: to.clone() });
+        }
+        let closer = Closer::under(&self.shutdown);
+        Ok(Place::Visitor(self.visitors.enter(hello.sender.clone(), closer)))
     }
 
     /// Compares the formations. A blank node adopts the peer's, on disk, before a message can reach Raft.

@@ -26,6 +26,7 @@ use tokio_util::task::TaskTracker;
 
 pub use super::peer::PeerIdentity;
 
+use super::handoff_links::HandoffLinks;
 use super::peer::Purpose;
 use super::peer::connection::CallError;
 use super::peer::greeting::Refusal;
@@ -128,12 +129,19 @@ impl PeerNetwork {
     /// together; a node that does not answer may do so later. Takes a connection's time at most.
     pub async fn refusal_of(&self, target: NodeId, addrs: &NodeAddrs) -> Option<String> {
         let context = self.shared.context.clone();
+        let target = context.colleague(target);
         let link = Arc::new(Link::new(context, target, addrs.rpc.clone(), Purpose::Control));
         match link.connection().await {
             Err(ConnectError::Refused { refusal: Refusal::Full, .. }) => None,
             Err(error @ ConnectError::Refused { .. }) => Some(error.to_string()),
             _ => None,
         }
+    }
+
+    /// The ways to clusters that give keys to this node's. They end with this network's
+    /// [`Self::shutdown`].
+    pub fn handoff_links(&self) -> HandoffLinks {
+        HandoffLinks::new(self.shared.context.clone())
     }
 
     /// Closes all connections, for good, and waits until every task behind them has ended.
@@ -159,6 +167,7 @@ impl PeerNetwork {
     fn link(&self, target: NodeId, addrs: &NodeAddrs, purpose: Purpose) -> Arc<Link> {
         let fresh = || {
             let context = self.shared.context.clone();
+            let target = context.colleague(target);
             Arc::new(Link::new(context, target, addrs.rpc.clone(), purpose))
         };
         let mut links = self.shared.links.lock().unwrap_or_else(PoisonError::into_inner);

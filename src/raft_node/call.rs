@@ -8,24 +8,30 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, header};
 
 use super::courier::Class;
+use super::doubt::Doubt;
+use super::sequence::Issued;
 use crate::batch::Operation;
 use crate::http_client::HttpRequest;
 use crate::key_path;
-use crate::network::call::{READ, ROUTING};
+use crate::network::call::{CLIENT_FLOOR, IDEMPOTENCY_KEY, READ, ROUTING};
 use crate::network::error::{Outcome, etag};
+use crate::once::ClientFloor;
 use crate::types::{Condition, Consistency};
 
 /// How long one attempt of a read may take before another node is asked: longer than an election and
 /// than any read of a healthy node, short enough for several attempts before the deadline.
 const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The shortest attempt of a read, when the deadline is near: a healthy node needs far less.
-const READ_ATTEMPT_MIN: Duration = Duration::from_millis(100);
+/// The same for a write: longer, because a busy disk may hold writes up, and repeats would add to that.
+const WRITE_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Decides who serves a call, and whether it may be sent again once it may have arrived.
+/// The shortest attempt, when the deadline is near: a healthy node needs far less.
+const ATTEMPT_MIN: Duration = Duration::from_millis(100);
+
+/// Decides who serves a call. All of them may be sent again, also when they may have arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A change of a key: by the leader, and never twice.
+    /// A change of a key: by the leader. It carries a number, with which it happens at most once.
     Write,
     /// A linearizable read of a key: by the leader.
     LeaderRead,
@@ -35,15 +41,15 @@ pub(crate) enum Kind {
     Inspect,
     /// Membership and ring: by the leader. Saying any of them twice changes nothing more.
     Manage,
+    /// A question that the leader answers best.
+    InspectLeader,
+    /// A step of a change of the ring: by the leader. Saying it twice gets the first answer again.
+    Step,
 }
 
 impl Kind {
     pub(super) fn needs_leader(self) -> bool {
-        matches!(self, Self::Write | Self::LeaderRead | Self::Manage)
-    }
-
-    pub(super) fn may_repeat(self) -> bool {
-        self != Self::Write
+        !matches!(self, Self::AnyRead | Self::Inspect)
     }
 
     pub(super) fn reads_key(self) -> bool {
@@ -53,43 +59,48 @@ impl Kind {
     /// What is true of a call whose answer cannot be understood.
     pub(super) fn outcome_when_in_doubt(self) -> Outcome {
         match self {
-            Self::Write | Self::Manage => Outcome::Unknown,
+            Self::Write | Self::Manage | Self::Step => Outcome::Unknown,
             _ => Outcome::NotApplied,
         }
     }
 
-    /// How long the next attempt may take when `left` remains of the whole operation. A write has
-    /// one attempt once it is out, and management waits for members to catch up: all of it.
+    /// How long the next attempt may take when `left` remains of the whole operation. Management waits
+    /// for members to catch up: all of it.
     pub(super) fn attempt_timeout(self, left: Duration) -> Duration {
-        match self {
-            Self::Write | Self::Manage => left,
-            _ => READ_ATTEMPT_TIMEOUT.min(left / 3).max(READ_ATTEMPT_MIN).min(left),
-        }
+        let max = match self {
+            Self::Manage => return left,
+            Self::Write => WRITE_ATTEMPT_TIMEOUT,
+            _ => READ_ATTEMPT_TIMEOUT,
+        };
+        max.min(left / 3).max(ATTEMPT_MIN).min(left)
     }
 }
 
 /// Something asked for, to be sent to any node, any number of times.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Call {
     pub(super) kind: Kind,
     content: Content,
+    /// A write's number, in use as long as the call may be sent.
+    issued: Option<Issued>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 enum Content {
     Operation(Class, Arc<Operation>),
     Request { method: Method, path: String, body: Bytes },
 }
 
 impl Call {
-    pub(crate) fn put(key: &[u8], value: &[u8], condition: Condition) -> Self {
+    pub(crate) fn put(key: &[u8], value: &[u8], condition: Condition, issued: Issued) -> Self {
         let (key, value) = (Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
-        Self::operation(Kind::Write, Class::Write, Operation::Put { key, value, condition })
+        let seq = Some(issued.seq());
+        Self::write(Operation::Put { key, value, condition, seq }, issued)
     }
 
-    pub(crate) fn delete(key: &[u8], condition: Condition) -> Self {
-        let key = Bytes::copy_from_slice(key);
-        Self::operation(Kind::Write, Class::Write, Operation::Delete { key, condition })
+    pub(crate) fn delete(key: &[u8], condition: Condition, issued: Issued) -> Self {
+        let (key, seq) = (Bytes::copy_from_slice(key), Some(issued.seq()));
+        Self::write(Operation::Delete { key, condition, seq }, issued)
     }
 
     pub(crate) fn get(key: &[u8], consistency: Consistency) -> Self {
@@ -98,23 +109,38 @@ impl Call {
             Consistency::LinearizableOnFollower => (Kind::AnyRead, Class::FollowerRead),
             Consistency::Stale => (Kind::AnyRead, Class::StaleRead),
         };
-        Self::operation(kind, class, Operation::Get { key: Bytes::copy_from_slice(key) })
+        let operation = Operation::Get { key: Bytes::copy_from_slice(key) };
+        Self { kind, content: Content::Operation(class, Arc::new(operation)), issued: None }
     }
 
-    fn operation(kind: Kind, class: Class, operation: Operation) -> Self {
-        Self { kind, content: Content::Operation(class, Arc::new(operation)) }
+    fn write(operation: Operation, issued: Issued) -> Self {
+        let content = Content::Operation(Class::Write, Arc::new(operation));
+        Self { kind: Kind::Write, content, issued: Some(issued) }
+    }
+
+    /// A doubt to carry along on its way.
+    pub(crate) fn doubt(&self) -> Doubt {
+        Doubt::new(self.kind)
     }
 
     pub(super) fn inspect(path: &str) -> Self {
         let (method, path) = (Method::GET, path.to_owned());
         let content = Content::Request { method, path, body: Bytes::new() };
-        Self { kind: Kind::Inspect, content }
+        Self { kind: Kind::Inspect, content, issued: None }
+    }
+
+    pub(super) fn inspect_leader(path: &str) -> Self {
+        Self { kind: Kind::InspectLeader, ..Self::inspect(path) }
+    }
+
+    pub(super) fn step(body: Vec<u8>) -> Self {
+        Self { kind: Kind::Step, ..Self::manage("/cluster/step", body) }
     }
 
     pub(super) fn manage(path: &str, body: Vec<u8>) -> Self {
         let (method, path) = (Method::POST, path.to_owned());
         let content = Content::Request { method, path, body: body.into() };
-        Self { kind: Kind::Manage, content }
+        Self { kind: Kind::Manage, content, issued: None }
     }
 
     /// The operation on a key, if it is one.
@@ -129,6 +155,9 @@ impl Call {
     pub(super) fn request_to(&self, address: &str) -> HttpRequest {
         // Nodes name the right node instead of passing the request on: this client learns from it.
         let mut headers = HeaderMap::from_iter([(ROUTING, HeaderValue::from_static("direct"))]);
+        if let Some(issued) = &self.issued {
+            only_once(issued, &mut headers);
+        }
         let (method, path_and_query, body) = match &self.content {
             Content::Request { method, path, body } => {
                 if !body.is_empty() {
@@ -156,11 +185,11 @@ fn single(class: Class, operation: &Operation, headers: &mut HeaderMap) -> (Meth
             }
             (Method::GET, format!("{}?consistency={query}", key_path_of(key)), Bytes::new())
         }
-        Operation::Put { key, value, condition } => {
+        Operation::Put { key, value, condition, .. } => {
             require(*condition, headers);
             (Method::PUT, key_path_of(key), value.clone())
         }
-        Operation::Delete { key, condition } => {
+        Operation::Delete { key, condition, .. } => {
             require(*condition, headers);
             (Method::DELETE, key_path_of(key), Bytes::new())
         }
@@ -176,18 +205,27 @@ fn require(condition: Condition, headers: &mut HeaderMap) {
     headers.insert(name, value);
 }
 
+fn only_once(issued: &Issued, headers: &mut HeaderMap) {
+    let ClientFloor { client, floor } = issued.client_floor();
+    let key = HeaderValue::from_str(&format!("{client}/{}", issued.seq()));
+    headers.insert(IDEMPOTENCY_KEY, key.expect("a client's name is visible ASCII"));
+    headers.insert(CLIENT_FLOOR, HeaderValue::from(floor));
+}
+
 fn key_path_of(key: &[u8]) -> String {
     format!("/v1/kv/{}", key_path::encode(key))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::sequence::Sequence;
     use super::*;
 
     #[test]
-    fn reads_leave_time_for_other_nodes_and_writes_take_all() {
+    fn an_attempt_leaves_time_for_others_unless_it_manages() {
         let left = Duration::from_secs(10);
-        assert_eq!(Kind::Write.attempt_timeout(left), left);
+        assert_eq!(Kind::Manage.attempt_timeout(left), left);
+        assert_eq!(Kind::Write.attempt_timeout(left), WRITE_ATTEMPT_TIMEOUT);
         assert_eq!(Kind::AnyRead.attempt_timeout(left), READ_ATTEMPT_TIMEOUT);
         let short = Duration::from_millis(900);
         assert_eq!(Kind::LeaderRead.attempt_timeout(short), short / 3);
@@ -198,15 +236,21 @@ mod tests {
     #[test]
     fn an_operation_is_a_request_of_its_own_too() {
         let key = [0xff, b'/', b'.', b'.', 0, b'%'];
-        let put = Call::put(&key, &[0, 0xfe], Condition::Revision(3)).request_to("a:1");
+        let sequence = Arc::new(Sequence::new());
+        let put = Call::put(&key, &[0, 0xfe], Condition::Revision(3), sequence.issue());
+        let put = put.request_to("a:1");
         assert_eq!((put.method, put.path_and_query), (Method::PUT, "/v1/kv/%FF%2F..%00%25".into()));
         assert_eq!((&put.headers[header::IF_MATCH], &put.body[..]), (&etag(3), &[0, 0xfe][..]));
         assert_eq!(put.headers[ROUTING], "direct");
-        let put = Call::put(b"..", b"v", Condition::Absent).request_to("a:1");
+        let put = Call::put(b"..", b"v", Condition::Absent, sequence.issue());
+        let put = put.request_to("a:1");
         assert_eq!(put.path_and_query, "/v1/kv/%2E%2E");
         assert_eq!(put.headers[header::IF_NONE_MATCH], "*");
-        let delete = Call::delete(b"k", Condition::Always).request_to("a:1");
-        assert_eq!((delete.method, delete.headers.len()), (Method::DELETE, 1));
+        let once = put.headers[IDEMPOTENCY_KEY].to_str().unwrap();
+        assert!(once.ends_with("/2") && once.len() == 18, "{once}");
+        let delete = Call::delete(b"k", Condition::Always, sequence.issue()).request_to("a:1");
+        assert_eq!((delete.method, delete.headers.len()), (Method::DELETE, 3));
+        assert_eq!(delete.headers[CLIENT_FLOOR], "1", "the first call may still be sent");
     }
 
     #[test]

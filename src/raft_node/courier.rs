@@ -36,6 +36,7 @@ use crate::batch::{Operation, OperationResult};
 use crate::http_client::{HttpClient, HttpResponse, SendError};
 use crate::network::call::READ;
 
+use super::sequence::{Issued, Sequence};
 use queue::{Number, Queue, Waiting};
 
 /// How many bytes the operations of one client may take together while they wait or are in flight.
@@ -111,6 +112,7 @@ pub(crate) struct Courier {
 
 struct Shared {
     http: HttpClient,
+    sequence: Arc<Sequence>,
     room: Semaphore,
     nodes: ArcSwap<HashMap<String, Arc<[Arc<Lane>; CLASSES.len()]>>>,
 }
@@ -118,6 +120,8 @@ struct Shared {
 /// The queue of one class for one node.
 struct Lane {
     address: String,
+    /// Whose the numbers of its writes are.
+    sequence: Arc<Sequence>,
     class: Class,
     queue: Mutex<Queue>,
 }
@@ -138,7 +142,13 @@ impl Default for Courier {
 impl Courier {
     pub(crate) fn new(http: HttpClient) -> Self {
         let (room, nodes) = (Semaphore::new(ROOM_BYTES), ArcSwap::default());
-        Self { shared: Arc::new(Shared { http, room, nodes }) }
+        let sequence = Arc::new(Sequence::new());
+        Self { shared: Arc::new(Shared { http, sequence, room, nodes }) }
+    }
+
+    /// A number for a write. All who share the courier are one client.
+    pub(crate) fn issue(&self) -> Issued {
+        self.shared.sequence.issue()
     }
 
     /// The client that it sends with.
@@ -197,7 +207,8 @@ impl Courier {
         let now = Instant::now();
         let new_lane = |class| {
             let (address, queue) = (address.to_owned(), Mutex::new(Queue::new(now)));
-            Arc::new(Lane { address, class, queue })
+            let sequence = self.shared.sequence.clone();
+            Arc::new(Lane { address, sequence, class, queue })
         };
         let lanes = Arc::new(CLASSES.map(new_lane));
         self.shared.nodes.rcu(|nodes| {

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use crate::client_error::ClientError;
 use crate::network::error::Outcome;
 
-use super::call::Kind;
+use super::doubt::Doubt;
 use super::pace::{Backoff, Budget};
 use super::verdict::Reason;
 
@@ -28,12 +28,10 @@ const REDIRECTS_AT_ONCE: u32 = 2;
 const ROUNDS_REFUSED_MAX: u32 = 6;
 
 #[derive(Debug)]
-pub(super) struct Journey {
-    kind: Kind,
+pub(super) struct Journey<'a> {
     budget: Budget,
-    /// An attempt of a call that changes something, and that may repeat, may have arrived: giving up
-    /// must not claim that nothing was done.
-    doubt: Option<String>,
+    /// Whoever hears that the call failed asks it whether that is the whole truth.
+    doubt: &'a mut Doubt,
     backoff: Backoff,
     redirects_in_row: u32,
     /// Since the last answer of any node: who refused a connection, and how.
@@ -47,12 +45,11 @@ pub(super) struct Journey {
     last: String,
 }
 
-impl Journey {
-    pub(super) fn new(kind: Kind, budget: Budget) -> Self {
+impl<'a> Journey<'a> {
+    pub(super) fn new(budget: Budget, doubt: &'a mut Doubt) -> Self {
         Self {
-            kind,
             budget,
-            doubt: None,
+            doubt,
             backoff: Backoff::new(),
             redirects_in_row: 0,
             refused: Vec::new(),
@@ -79,7 +76,7 @@ impl Journey {
         self.redirects_in_row += 1;
         if self.redirects_in_row > REDIRECTS_MAX {
             let (count, last) = (self.redirects_in_row, leader.to_owned());
-            return Err(self.give_up(ClientError::TooManyRedirects { count, last }));
+            return Err(ClientError::TooManyRedirects { count, last });
         }
         // One that names itself, or a node that is down, has not noticed the change yet.
         if self.redirects_in_row > REDIRECTS_AT_ONCE || from == leader || was_refused {
@@ -107,7 +104,7 @@ impl Journey {
             }
             Reason::Silent(message) => {
                 self.answered();
-                self.doubt_if_changing(&message);
+                self.doubt.raise(&message);
                 self.last = message;
                 self.pause()
             }
@@ -131,7 +128,7 @@ impl Journey {
         self.refused_in_round = 0;
         self.rounds_refused += 1;
         if self.rounds_refused >= ROUNDS_REFUSED_MAX {
-            return Err(self.give_up(self.unreachable()));
+            return Err(self.unreachable());
         }
         self.pause()
     }
@@ -147,7 +144,7 @@ impl Journey {
         self.answered();
         self.last = error.to_string();
         if error.outcome() == Outcome::Unknown {
-            self.doubt_if_changing(&error.to_string());
+            self.doubt.raise(&error.to_string());
         }
         if fresh {
             if !uninitialized.iter().any(|known| known == address) {
@@ -180,21 +177,7 @@ impl Journey {
             return Ok(pause);
         }
         let unreachable = self.rounds_refused > 0 && self.no_turn.is_none();
-        let error = if unreachable { self.unreachable() } else { self.timed_out() };
-        Err(self.give_up(error))
-    }
-
-    fn doubt_if_changing(&mut self, message: &str) {
-        if self.kind.outcome_when_in_doubt() == Outcome::Unknown {
-            self.doubt = Some(message.to_owned());
-        }
-    }
-
-    fn give_up(&self, error: ClientError) -> ClientError {
-        match &self.doubt {
-            Some(message) => ClientError::AnswerLost { message: message.clone() },
-            None => error,
-        }
+        Err(if unreachable { self.unreachable() } else { self.timed_out() })
     }
 
     fn unreachable(&self) -> ClientError {

@@ -2,7 +2,7 @@
 //! differ only in how a call finds the cluster: so they are written, and documented, once.
 
 /// Gives a client the operations on keys. It has `run(&self, key: &[u8], call: Call)`, which carries
-/// a call to whoever serves it and returns the `Answer`.
+/// a call to whoever serves it and returns the `Answer`, and `courier(&self)`, which numbers its writes.
 ///
 /// A macro and no trait: these are the public methods of both types, and a trait would have to be
 /// imported by everybody who calls them.
@@ -26,8 +26,9 @@ macro_rules! key_operations {
                 value: impl AsRef<[u8]>,
                 condition: Condition,
             ) -> Result<Revision, ClientError> {
-                let key = key.as_ref();
-                self.run(key, Call::put(key, value.as_ref(), condition)).await?.written()
+                let (key, issued) = (key.as_ref(), self.courier().issue());
+                let call = Call::put(key, value.as_ref(), condition, issued);
+                self.run(key, call).await?.written()
             }
 
             /// Removes `key`. That there was nothing to remove is no error.
@@ -42,8 +43,8 @@ macro_rules! key_operations {
                 key: impl AsRef<[u8]>,
                 condition: Condition,
             ) -> Result<Deleted, ClientError> {
-                let key = key.as_ref();
-                self.run(key, Call::delete(key, condition)).await?.deleted()
+                let (key, issued) = (key.as_ref(), self.courier().issue());
+                self.run(key, Call::delete(key, condition, issued)).await?.deleted()
             }
 
             /// Reads from any node of the cluster that owns the key. The value may be old; `None`

@@ -1,14 +1,15 @@
 //! What to do about the result of one attempt: a pure function of the call's kind and the result.
 //!
-//! The rule that matters: once a write may have arrived, it goes to no other node. So every branch
-//! that leads elsewhere either knows that nothing was applied, or belongs to a call that may repeat.
+//! Every call may be sent again, whatever became of it: reads change nothing, management says what is to
+//! be and not what is to be done, and writes carry a number. What an attempt leaves in doubt is
+//! remembered on the way ([`super::doubt`]).
 
 use http::{StatusCode, header};
 
 use crate::batch::{Failure, OperationResult};
 use crate::client_error::ClientError;
 use crate::http_client::{HttpResponse, SendError};
-use crate::network::error::{ErrorBody, ErrorDetail, Outcome};
+use crate::network::error::{ErrorBody, ErrorDetail};
 use crate::types::Revision;
 
 use super::answer::{Reply, parse_etag};
@@ -36,7 +37,7 @@ pub(super) enum Reason {
     NoTurn(ClientError),
     /// There was no answer, or a senseless one.
     Silent(String),
-    /// The node said that it cannot at the moment; nothing was applied.
+    /// The node said that it cannot at the moment, or does not know what became of it.
     Declined(ClientError),
 }
 
@@ -49,13 +50,12 @@ pub(super) fn judge(kind: Kind, address: &str, result: Result<Reply, SendError>)
         Ok(Reply::Item(OperationResult::Failed(failure))) => {
             let Failure { status, current, error } = *failure;
             let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            judge_failure(kind, address, status, current, error)
+            judge_failure(address, status, current, error)
         }
         Ok(Reply::Item(result)) => Verdict::Answer(Reply::Item(result)),
         Ok(Reply::Whole(response)) => judge_whole(kind, address, &response),
         Err(error) if !error.may_have_arrived() => Verdict::Elsewhere(Reason::Refused(error)),
-        Err(error) if kind.may_repeat() => Verdict::Elsewhere(Reason::Silent(error.to_string())),
-        Err(error) => Verdict::Fail(ClientError::AnswerLost { message: error.to_string() }),
+        Err(error) => Verdict::Elsewhere(Reason::Silent(error.to_string())),
     }
 }
 
@@ -72,7 +72,7 @@ fn judge_error(kind: Kind, address: &str, response: HttpResponse) -> Verdict {
         Some(Some(revision)) => Some(revision),
         Some(None) => return judge_garbled(kind, address, status),
     };
-    judge_failure(kind, address, status, current, detail)
+    judge_failure(address, status, current, detail)
 }
 
 /// An error that speaks of a whole batch. What is said of single keys is not said this way, so that
@@ -84,18 +84,20 @@ fn judge_whole(kind: Kind, address: &str, response: &HttpResponse) -> Verdict {
         return judge_garbled(kind, address, status);
     }
     match serde_json::from_slice(&response.body) {
-        Ok(ErrorBody { error }) => judge_failure(kind, address, status, None, error),
+        Ok(ErrorBody { error }) => judge_failure(address, status, None, error),
         Err(_) => judge_garbled(kind, address, status),
     }
 }
 
 fn judge_failure(
-    kind: Kind,
     address: &str,
     status: StatusCode,
     current: Option<Revision>,
     detail: ErrorDetail,
 ) -> Verdict {
+    if let Some(refused) = detail.refused {
+        return Verdict::Fail(ClientError::StepRefused(Box::new(refused)));
+    }
     match status {
         StatusCode::PRECONDITION_FAILED => Verdict::Fail(ClientError::ConditionFailed { current }),
         StatusCode::MISDIRECTED_REQUEST => Verdict::Fail(ClientError::WrongCluster {
@@ -107,7 +109,7 @@ fn judge_failure(
             Some(leader) => Verdict::Redirect(leader.http),
             None => Verdict::Elsewhere(Reason::Declined(server_error(address, status, detail))),
         },
-        _ if may_pass(status) && (kind.may_repeat() || detail.outcome == Outcome::NotApplied) => {
+        _ if may_pass(status) => {
             Verdict::Elsewhere(Reason::Declined(server_error(address, status, detail)))
         }
         _ => Verdict::Fail(server_error(address, status, detail)),
@@ -123,7 +125,7 @@ fn judge_garbled(kind: Kind, address: &str, status: StatusCode) -> Verdict {
     let outcome = kind.outcome_when_in_doubt();
     let message = format!("status {status} with a body that is not this store's");
     let error = ClientError::Garbled { address: address.to_owned(), message, outcome };
-    if kind.may_repeat() && may_pass(status) {
+    if may_pass(status) {
         return Verdict::Elsewhere(Reason::Silent(error.to_string()));
     }
     Verdict::Fail(error)
@@ -144,6 +146,7 @@ mod tests {
     use http::HeaderMap;
 
     use super::*;
+    use crate::network::error::Outcome;
 
     fn response(status: u16, body: &str) -> HttpResponse {
         let body = Bytes::copy_from_slice(body.as_bytes());
@@ -183,21 +186,21 @@ mod tests {
     }
 
     #[test]
-    fn a_write_goes_elsewhere_only_when_nothing_was_applied() {
+    fn whatever_may_pass_is_tried_elsewhere() {
         let not_sent = SendError::NotSent { address: "a".into(), message: "m".into() };
         let maybe_sent = SendError::MaybeSent { address: "a".into(), message: "m".into() };
         let timed_out = SendError::TimedOut { address: "a".into(), waited: Duration::ZERO };
         for (result, write, read) in [
             (Err(not_sent), "elsewhere", "elsewhere"),
-            (Err(maybe_sent), "unknown", "elsewhere"),
-            (Err(timed_out), "unknown", "elsewhere"),
+            (Err(maybe_sent), "elsewhere", "elsewhere"),
+            (Err(timed_out), "elsewhere", "elsewhere"),
             (answer(200, "{}"), "answer", "answer"),
             (answer(503, &error("NO_LEADER", "not_applied")), "elsewhere", "elsewhere"),
-            (answer(503, &error("NO_LEADER", "unknown")), "unknown", "elsewhere"),
-            (answer(504, &error("TIMEOUT", "unknown")), "unknown", "elsewhere"),
+            (answer(503, &error("NO_LEADER", "unknown")), "elsewhere", "elsewhere"),
+            (answer(504, &error("TIMEOUT", "unknown")), "elsewhere", "elsewhere"),
             (answer(504, &error("TIMEOUT", "not_applied")), "elsewhere", "elsewhere"),
-            (answer(500, &error("STORAGE", "unknown")), "unknown", "elsewhere"),
-            (answer(502, "<html>"), "unknown", "elsewhere"),
+            (answer(500, &error("STORAGE", "unknown")), "elsewhere", "elsewhere"),
+            (answer(502, "<html>"), "elsewhere", "elsewhere"),
             (answer(400, "<html>"), "unknown", "fail"),
             (answer(400, &error("BAD_REQUEST", "not_applied")), "fail", "fail"),
             (answer(404, &error("NOT_FOUND", "not_applied")), "fail", "answer"),
@@ -217,9 +220,9 @@ mod tests {
     fn an_error_means_the_same_to_one_of_many() {
         for (status, body, write, read) in [
             (503, error("NO_LEADER", "not_applied"), "elsewhere", "elsewhere"),
-            (503, error("NO_LEADER", "unknown"), "unknown", "elsewhere"),
-            (504, error("TIMEOUT", "unknown"), "unknown", "elsewhere"),
-            (500, error("STORAGE", "unknown"), "unknown", "elsewhere"),
+            (503, error("NO_LEADER", "unknown"), "elsewhere", "elsewhere"),
+            (504, error("TIMEOUT", "unknown"), "elsewhere", "elsewhere"),
+            (500, error("STORAGE", "unknown"), "elsewhere", "elsewhere"),
             (400, error("BAD_REQUEST", "not_applied"), "fail", "fail"),
             (413, error("TOO_LARGE", "not_applied"), "fail", "fail"),
             (421, error("WRONG_CLUSTER", "not_applied"), "fail", "fail"),

@@ -273,6 +273,11 @@ impl DataFile<'_> {
         self.pace(key.len())
     }
 
+    /// Deletes every key from `from` up to, and without, `to`, that older files have.
+    pub(super) fn delete_range(&mut self, from: &[u8], to: &[u8]) -> io::Result<()> {
+        self.writer.delete_range(from, to).map_err(to_io)
+    }
+
     /// Sends what was written to the disk now and then. Left to the end, the fsync of a whole file
     /// would hold up those of the log.
     fn pace(&mut self, bytes: usize) -> io::Result<()> {

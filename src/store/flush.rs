@@ -1,8 +1,8 @@
 //! The way of applied state to disk: a frozen memtable becomes a data file.
 //!
 //! A flush fsyncs the write-ahead log first, so that the state on disk never runs ahead of the log on
-//! the same disk; then it writes the rows, sorted, with the head of their moment among them, into a
-//! file, and hands the file to RocksDB. RocksDB fsyncs it and its manifest before it is readable, and
+//! the same disk; then it writes the rows, sorted, with head and machine of their moment among them, into
+//! a file, and hands the file to RocksDB. RocksDB fsyncs it and its manifest before it is readable, and
 //! puts it above all older files. A crash before that leaves a file that nobody knows; it is written
 //! anew. A crash after it has lost nothing.
 //!
@@ -10,11 +10,17 @@
 //! it must stay in the log. They do: openraft purges what a snapshot covers, and making a snapshot
 //! begins with a flush.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+
+use crate::handoff::Position;
+
+use super::machine::{CHUNKED, stored_chunks};
 use super::memtable::Frozen;
 use super::meta;
 use super::reader::StateShared;
@@ -30,29 +36,50 @@ const LEVEL0_POLL: Duration = Duration::from_millis(20);
 
 /// Makes one flush at a time.
 pub(super) struct Flushes {
-    one: Mutex<()>,
+    one: Mutex<Trimmed>,
     file: PathBuf,
 }
 
+/// Up to where the change log on disk has been deleted since the data family became the active one.
+#[derive(Default)]
+pub(super) struct Trimmed(Position);
+
 impl Flushes {
     pub(super) fn new(file: PathBuf) -> Self {
-        Self { one: Mutex::new(()), file }
+        Self { one: Mutex::default(), file }
+    }
+
+    /// Another data family becomes the active one; nothing is known of the change log in it.
+    pub(super) fn forget(trimmed: &mut Trimmed) {
+        *trimmed = Trimmed::default();
     }
 
     /// While this is held, no flush runs and no file changes the data family.
-    pub(super) fn exclude(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn exclude(&self) -> MutexGuard<'_, Trimmed> {
         self.one.lock().expect("no code panics while it holds this lock")
     }
 }
 
 impl StateShared {
+    /// Freezes the active memtable if it is full and there is no frozen one; true if it did.
+    pub(super) fn freeze_if_full(&self) -> bool {
+        self.memtables.is_due() && self.freeze().is_some()
+    }
+
+    /// Rows, head and machine of one moment: no round is applied while the machine is held.
+    fn freeze(&self) -> Option<Arc<Frozen>> {
+        let machine = self.machine();
+        self.memtables.freeze(|| machine.side())
+    }
+
     /// Writes the frozen table to disk, if there is one. Blocks.
     ///
     /// # Errors
     /// The storage has failed, now or before. Rows that could not be written stay in memory.
     pub(super) fn flush_frozen(&self) -> io::Result<()> {
-        let _one_at_a_time = self.flushes.exclude();
-        self.memtables.frozen().map_or(Ok(()), |frozen| self.flush_table(&frozen))
+        let mut one_at_a_time = self.flushes.exclude();
+        let frozen = self.memtables.frozen();
+        frozen.map_or(Ok(()), |frozen| self.flush_table(&frozen, &mut one_at_a_time))
     }
 
     /// Writes everything that was applied before this call to disk. Blocks.
@@ -60,31 +87,47 @@ impl StateShared {
     /// # Errors
     /// As [`Self::flush_frozen`].
     pub(super) fn flush(&self) -> io::Result<()> {
-        let _one_at_a_time = self.flushes.exclude();
+        let mut one_at_a_time = self.flushes.exclude();
         if let Some(frozen) = self.memtables.frozen() {
-            self.flush_table(&frozen)?;
+            self.flush_table(&frozen, &mut one_at_a_time)?;
         }
-        self.memtables.freeze().map_or(Ok(()), |frozen| self.flush_table(&frozen))
+        let frozen = self.freeze();
+        frozen.map_or(Ok(()), |frozen| self.flush_table(&frozen, &mut one_at_a_time))
     }
 
-    fn flush_table(&self, frozen: &Frozen) -> io::Result<()> {
-        if let Err(error) = self.write_file(frozen) {
+    fn flush_table(&self, frozen: &Frozen, trimmed: &mut Trimmed) -> io::Result<()> {
+        if let Err(error) = self.write_file(frozen, trimmed.0) {
             let error = self.engine.fail("flush", &error);
             self.memtables.give_up();
             return Err(error);
         }
+        trimmed.0 = frozen.side.log_start;
         self.memtables.thaw();
         Ok(())
     }
 
-    fn write_file(&self, frozen: &Frozen) -> io::Result<()> {
+    fn write_file(&self, frozen: &Frozen, trimmed: Position) -> io::Result<()> {
         self.await_compaction()?;
         self.engine.sync()?;
         let head = meta::encode_head(&frozen.head);
         let rows = frozen.rows.sorted();
         let mut key_bytes = Vec::new();
         let data = self.view().data.clone();
+        let side = self.side_rows(&data, frozen)?;
+        let log_start = frozen.side.log_start;
         self.engine.add_file(&data, &self.flushes.file, |file| {
+            if log_start > trimmed {
+                file.delete_range(&meta::change_key(trimmed), &meta::change_key(log_start))?;
+            }
+            for (position, change) in frozen.rows.changes_from(log_start) {
+                file.put(&meta::change_key(*position), change)?;
+            }
+            for (stored, row) in &side {
+                match row {
+                    Some(row) => file.put(stored, row)?,
+                    None => file.delete(stored)?,
+                }
+            }
             file.put(meta::KEY_HEAD, &head)?;
             for (key, row) in &rows {
                 meta::record_key(key, &mut key_bytes);
@@ -95,6 +138,24 @@ impl StateShared {
             }
             Ok(())
         })
+    }
+
+    /// The machine's rows in their order, with `None` where there was a chunk before and is none now.
+    fn side_rows(
+        &self,
+        data: &str,
+        frozen: &Frozen,
+    ) -> io::Result<BTreeMap<Vec<u8>, Option<Bytes>>> {
+        let family = self.engine.family(data)?;
+        let mut rows = BTreeMap::new();
+        for prefix in CHUNKED {
+            for number in 0..stored_chunks(self.engine.db(), &family, prefix)? {
+                rows.insert(meta::chunk_key(prefix, number), None);
+            }
+        }
+        let now = frozen.side.rows.iter().map(|(key, row)| (key.clone(), Some(row.clone())));
+        rows.extend(now);
+        Ok(rows)
     }
 
     /// Files that a flush adds are not counted by RocksDB's brake on writers, so this is ours.

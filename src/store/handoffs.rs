@@ -1,19 +1,41 @@
 //! The store's side of handoffs, for those who move keys: what there is to send, to count and to delete.
 //!
 //! Everything here reads; what changes the state goes through the log. All functions block on the disk.
+//!
+//! A **page of records** is read from data files alone, once the state on disk is at least that in which
+//! the attempt was prepared: whatever is newer is in the change log, and comes with a later page. Pages of
+//! **answers** and of **changes** are read while the machine is held, so no entry is applied meanwhile;
+//! a change's page holds what its keys are now, which may be newer than the page's end, and then comes
+//! again.
 
+use std::collections::HashSet;
 use std::io;
 
 use bytes::Bytes;
+use rocksdb::{Direction, IteratorMode, ReadOptions};
 
-use crate::handoff::{Handoff, Page, PageRequest, Refused, RingState};
+use crate::handoff::{
+    Cursor, Handoff, Outgoing, Page, PageRequest, Position, Refused, RingState, Sending,
+};
 
+use super::engine::to_io;
+use super::machine::Machine;
+use super::meta;
 use super::reader::StateReader;
+
+/// A page looks at no more rows than this, so that it is soon there even if few of them move.
+const LOOKS_MAX: usize = 20_000;
+
+/// A stretch is hashed within one entry, while others wait to be applied: a few milliseconds of it.
+const STRETCH_BYTES_MAX: usize = 4 << 20;
+
+/// A page holds no more changes than this: the machine stands still while their keys are looked up.
+const CHANGES_MAX: u64 = 512;
 
 impl StateReader {
     /// The ring, the change under way and this cluster's part in it, as applied here.
     pub fn ring_state(&self) -> RingState {
-        RingState::with_ring((*self.ring()).clone())
+        self.shared.machine().ring.clone()
     }
 
     /// The page that follows a destination's cursor, out of one view of this replica's state.
@@ -21,8 +43,128 @@ impl StateReader {
     /// # Errors
     /// The data cannot be read. The inner error: this replica does not hold the attempt, or not yet.
     pub fn page(&self, request: &PageRequest) -> io::Result<Result<Page, Refused>> {
-        let cluster = self.shared.cluster.clone();
-        Ok(Err(Refused::UnknownHandoff { cluster, handoff: request.handoff.clone() }))
+        self.shared.engine.check()?;
+        match &request.cursor {
+            Cursor::Records { after } => self.page_of_records(request, after),
+            Cursor::Answers { after } => self.page_of_answers(request, after),
+            Cursor::Changes { position } => self.page_of_changes(request, *position),
+        }
+    }
+
+    fn page_of_records(
+        &self,
+        request: &PageRequest,
+        after: &[u8],
+    ) -> io::Result<Result<Page, Refused>> {
+        let ring = self.ring_state();
+        let outgoing = match self.attempt(&ring, request) {
+            Ok(outgoing) => outgoing,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if self.flushed_index()? < Some(outgoing.prepared_index) {
+            self.shared.flush()?;
+        }
+        let end = ring.position;
+        let (own, to) = (&self.shared.cluster, &request.handoff.to);
+        let mut page = Page { to: Cursor::start(), end, records: Vec::new(), answers: Vec::new() };
+        let (mut bytes, mut last) = (0, None);
+        self.scan(after, |looks, key, row| {
+            if ring.way_out(own, key) == Some(to) {
+                bytes += key.len() + row.len();
+                let record = meta::retag(row, None)?;
+                page.records.push((Bytes::copy_from_slice(key), Some(record)));
+            }
+            let full = bytes >= request.bytes_max as usize || looks >= LOOKS_MAX;
+            last = full.then(|| Bytes::copy_from_slice(key));
+            Ok(!full)
+        })?;
+        page.to = match last {
+            Some(after) => Cursor::Records { after },
+            None => Cursor::Answers { after: Bytes::new() },
+        };
+        Ok(Ok(page))
+    }
+
+    fn page_of_answers(
+        &self,
+        request: &PageRequest,
+        after: &[u8],
+    ) -> io::Result<Result<Page, Refused>> {
+        let machine = self.shared.machine();
+        let outgoing = match self.attempt(&machine.ring, request) {
+            Ok(outgoing) => outgoing,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let (own, to) = (&self.shared.cluster, &request.handoff.to);
+        let moves = |key: &[u8]| machine.ring.way_out(own, key) == Some(to);
+        let bytes_max = request.bytes_max as usize;
+        let (answers, last) = machine.dedupe.page(after, &moves, bytes_max, LOOKS_MAX);
+        let to = match last {
+            Some(after) => Cursor::Answers { after },
+            None => Cursor::Changes { position: outgoing.start },
+        };
+        Ok(Ok(Page { to, end: machine.ring.position, records: Vec::new(), answers }))
+    }
+
+    fn page_of_changes(
+        &self,
+        request: &PageRequest,
+        position: Position,
+    ) -> io::Result<Result<Page, Refused>> {
+        let machine = self.shared.machine();
+        let outgoing = match self.attempt(&machine.ring, request) {
+            Ok(outgoing) => outgoing,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let end = machine.ring.position;
+        if position < outgoing.start || position > end {
+            return Ok(Err(Refused::WrongCursor));
+        }
+        let mut page = Page {
+            to: Cursor::Changes { position },
+            end,
+            records: Vec::new(),
+            answers: Vec::new(),
+        };
+        let (mut bytes, mut seen) = (0, HashSet::new());
+        for next in position..end.min(position + CHANGES_MAX) {
+            let (key, place) = self.change(next)?;
+            bytes += self.add_change(request, &machine, &key, &place, &mut seen, &mut page)?;
+            page.to = Cursor::Changes { position: next + 1 };
+            if bytes >= request.bytes_max as usize {
+                break;
+            }
+        }
+        Ok(Ok(page))
+    }
+
+    /// Adds what a changed key and the answer that came with the change are now; how many bytes that is.
+    fn add_change(
+        &self,
+        request: &PageRequest,
+        machine: &Machine,
+        key: &Bytes,
+        place: &Bytes,
+        seen: &mut HashSet<Bytes>,
+        page: &mut Page,
+    ) -> io::Result<usize> {
+        // The log is that of all handoffs of this cluster.
+        if machine.ring.way_out(&self.shared.cluster, key) != Some(&request.handoff.to) {
+            return Ok(0);
+        }
+        let mut bytes = key.len() + place.len();
+        if !place.is_empty() {
+            let answer = machine.dedupe.at(place);
+            bytes += answer.as_ref().map_or(0, Bytes::len);
+            page.answers.push((place.clone(), answer));
+        }
+        if seen.insert(key.clone()) {
+            let row = self.shared.row(&self.shared.view().data, key)?;
+            let record = row.map(|row| meta::retag(&row, None)).transpose()?;
+            bytes += record.as_ref().map_or(0, Bytes::len);
+            page.records.push((key.clone(), record));
+        }
+        Ok(bytes)
     }
 
     /// The key that ends the next stretch of about `keys_max` records after `from`, for
@@ -30,8 +172,15 @@ impl StateReader {
     ///
     /// # Errors
     /// The data cannot be read.
-    pub fn stretch(&self, _from: &[u8], _keys_max: usize) -> io::Result<Option<Bytes>> {
-        Ok(None)
+    pub fn stretch(&self, from: &[u8], keys_max: usize) -> io::Result<Option<Bytes>> {
+        let (mut last, mut bytes) = (None, 0);
+        self.scan(from, |looks, key, row| {
+            bytes += row.len();
+            let long = looks >= keys_max || bytes >= STRETCH_BYTES_MAX;
+            last = long.then(|| Bytes::copy_from_slice(key));
+            Ok(!long)
+        })?;
+        Ok(last)
     }
 
     /// Up to `keys_max` keys after `after` whose rows a handoff has made useless: at its source what
@@ -41,10 +190,99 @@ impl StateReader {
     /// The data cannot be read.
     pub fn leftovers(
         &self,
-        _handoff: &Handoff,
-        _after: &[u8],
-        _keys_max: usize,
+        handoff: &Handoff,
+        after: &[u8],
+        keys_max: usize,
     ) -> io::Result<Vec<Bytes>> {
-        Ok(Vec::new())
+        // Rows in memory are in no order; on disk all of them are.
+        self.shared.flush()?;
+        let ring = self.ring_state();
+        let own = &self.shared.cluster;
+        let moved = handoff.from == *own
+            && ring.outgoing(handoff).is_some_and(|outgoing| outgoing.sending == Sending::Moved);
+        let mut keys = Vec::new();
+        self.scan(after, |_, key, row| {
+            let useless = if handoff.from == *own {
+                moved && ring.way_out(own, key) == Some(&handoff.to)
+            } else {
+                let tag = meta::decode_row(row)?.1;
+                ring.way_in(own, key) == Some(&handoff.from)
+                    && tag.is_some_and(|tag| ring.is_dead(handoff, tag))
+            };
+            if useless {
+                keys.push(Bytes::copy_from_slice(key));
+            }
+            Ok(keys.len() < keys_max)
+        })?;
+        Ok(keys)
+    }
+
+    /// The source's side of the handoff that is asked for, if it is at this attempt.
+    fn attempt<'a>(
+        &self,
+        ring: &'a RingState,
+        request: &PageRequest,
+    ) -> Result<&'a Outgoing, Refused> {
+        let PageRequest { handoff, attempt, .. } = request;
+        let cluster = self.shared.cluster.clone();
+        let outgoing = ring
+            .outgoing(handoff)
+            .filter(|_| handoff.from == cluster)
+            .ok_or_else(|| Refused::UnknownHandoff { cluster, handoff: handoff.clone() })?;
+        if outgoing.attempt != *attempt || !outgoing.logs() {
+            return Err(Refused::WrongAttempt { attempt: *attempt, present: outgoing.attempt });
+        }
+        Ok(outgoing)
+    }
+
+    /// The index of the last entry whose effects are on disk.
+    fn flushed_index(&self) -> io::Result<Option<u64>> {
+        let data = self.shared.view().data.clone();
+        let engine = &self.shared.engine;
+        let head = engine.db().get_cf(&engine.family(&data)?, meta::KEY_HEAD).map_err(to_io)?;
+        let head = head.map(|bytes| meta::decode_head(&bytes)).transpose()?;
+        Ok(head.and_then(|head| head.applied()).map(|applied| applied.index))
+    }
+
+    fn change(&self, position: Position) -> io::Result<(Bytes, Bytes)> {
+        if let Some(change) = self.shared.memtables.read().change(position) {
+            return meta::decode_change(change);
+        }
+        let data = self.shared.view().data.clone();
+        let engine = &self.shared.engine;
+        let key = meta::change_key(position);
+        let stored = engine.db().get_cf(&engine.family(&data)?, &key).map_err(to_io)?;
+        let stored =
+            stored.ok_or_else(|| meta::corrupt("the change log", "a change is missing"))?;
+        meta::decode_change(&stored)
+    }
+
+    /// Goes through the rows on disk after a key, in order, until told to stop. Counts them from 1.
+    fn scan(
+        &self,
+        after: &[u8],
+        mut visit: impl FnMut(usize, &[u8], &[u8]) -> io::Result<bool>,
+    ) -> io::Result<()> {
+        let data = self.shared.view().data.clone();
+        let engine = &self.shared.engine;
+        let family = engine.family(&data)?;
+        let mut start = Vec::new();
+        meta::record_key(after, &mut start);
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        let mode = IteratorMode::From(&start, Direction::Forward);
+        let mut looks = 0;
+        for item in engine.db().iterator_cf_opt(&family, options, mode) {
+            let (stored, row) = item.map_err(to_io)?;
+            let key = meta::key_of(&stored)?;
+            if key == after {
+                continue;
+            }
+            looks += 1;
+            if !visit(looks, key, &row)? {
+                break;
+            }
+        }
+        Ok(())
     }
 }

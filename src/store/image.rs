@@ -131,7 +131,7 @@ impl SnapshotImage {
     }
 
     /// Reads the chunk that starts at `cursor` (empty: the first one), of about `bytes_max` bytes and
-    /// at least one record. Blocks on the disk.
+    /// at least one row. Blocks on the disk.
     ///
     /// # Errors
     /// The cursor is not one of this format, or the image cannot be read.
@@ -143,18 +143,15 @@ impl SnapshotImage {
         let family = engine::family(&self.db, &self.data)?;
         let mut options = ReadOptions::default();
         options.fill_cache(false);
-        let mut start = Vec::new();
-        meta::record_key(&cursor.key, &mut start);
-        let mode = IteratorMode::From(&start, Direction::Forward);
+        let mode = IteratorMode::From(&cursor.key, Direction::Forward);
         let mut chunk = None;
         for item in self.db.iterator_cf_opt(&family, options, mode) {
-            let (stored, record) = item.map_err(to_io)?;
-            let key = meta::key_of(&stored)?;
-            if key == &cursor.key[..] {
+            let (stored, row) = item.map_err(to_io)?;
+            if *stored == *cursor.key || *stored == *meta::KEY_HEAD {
                 continue;
             }
-            let writer = chunk.get_or_insert_with(ChunkWriter::records);
-            writer.record(key, &record);
+            let writer = chunk.get_or_insert_with(ChunkWriter::rows);
+            writer.row(&stored, &row);
             if writer.len() >= bytes_max {
                 break;
             }

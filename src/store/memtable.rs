@@ -14,8 +14,9 @@
 //! | flushed | nobody: it is on disk, and kept until the next one is, because it is read faster here |
 //!
 //! A round's rows and the head that goes with them (last applied id, revision, membership, ring)
-//! become visible under one lock, and a table is frozen together with the head of that moment. So
-//! whatever reaches the disk is the state after some entry, whole.
+//! become visible under one lock, and a table is frozen together with the head and the machine
+//! ([`super::machine`]) of that moment. So whatever reaches the disk is the state after some entry,
+//! whole.
 //!
 //! Memory: each of the three tables holds up to `storage.memtable_bytes`, plus one round; when the
 //! active one is full while the frozen one is not on disk yet, apply waits.
@@ -27,10 +28,16 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use crate::handoff::Position;
+
+use super::machine::Side;
 use super::snapshot::Head;
 
 /// What a row costs beside its bytes: its place in the table and two allocations. An estimate.
 const ROW_OVERHEAD_BYTES: usize = 128;
+
+/// What a change costs beside its bytes.
+const CHANGE_OVERHEAD_BYTES: usize = 64;
 
 /// A stored record, or `None` for a deleted key.
 pub(super) type Row = Option<Bytes>;
@@ -39,13 +46,16 @@ pub(super) type Row = Option<Bytes>;
 #[derive(Default)]
 pub(super) struct Rows {
     rows: HashMap<Box<[u8]>, Row>,
+    /// The change log's part of the same time, without gaps.
+    changes: Vec<(Position, Bytes)>,
     bytes: usize,
 }
 
-/// A table that does not change any more, with the state machine's small values as of its end.
+/// A table that does not change any more, with everything else of the state as of its end.
 pub(super) struct Frozen {
-    pub(super) rows: Rows,
+    pub(super) rows: Arc<Rows>,
     pub(super) head: Head,
+    pub(super) side: Side,
 }
 
 /// The tables and the head. See the module.
@@ -59,7 +69,7 @@ pub(super) struct Memtables {
 pub(super) struct Layers {
     active: Rows,
     frozen: Option<Arc<Frozen>>,
-    flushed: Option<Arc<Frozen>>,
+    flushed: Option<Arc<Rows>>,
     head: Head,
     /// Whether `head` or rows changed since the last freeze.
     changed: bool,
@@ -78,6 +88,21 @@ impl Rows {
         }
     }
 
+    fn log(&mut self, position: Position, change: Bytes) {
+        self.bytes += change.len() + CHANGE_OVERHEAD_BYTES;
+        self.changes.push((position, change));
+    }
+
+    fn change(&self, position: Position) -> Option<&Bytes> {
+        let found = self.changes.binary_search_by_key(&position, |(position, _)| *position).ok()?;
+        Some(&self.changes[found].1)
+    }
+
+    /// The changes at and after this position.
+    pub(super) fn changes_from(&self, start: Position) -> &[(Position, Bytes)] {
+        &self.changes[self.changes.partition_point(|(position, _)| *position < start)..]
+    }
+
     pub(super) fn sorted(&self) -> Vec<(&[u8], Option<&[u8]>)> {
         let mut sorted: Vec<_> =
             self.rows.iter().map(|(key, row)| (&key[..], row.as_deref())).collect();
@@ -89,7 +114,7 @@ impl Rows {
 impl Layers {
     /// The newest row of a key, if it is in memory.
     pub(super) fn get(&self, key: &[u8]) -> Option<&Row> {
-        self.unflushed(key).or_else(|| self.flushed.as_ref()?.rows.rows.get(key))
+        self.unflushed(key).or_else(|| self.flushed.as_ref()?.rows.get(key))
     }
 
     /// The newest row of a key, if it changed since the last flush.
@@ -97,12 +122,24 @@ impl Layers {
         self.active.rows.get(key).or_else(|| self.frozen.as_ref()?.rows.rows.get(key))
     }
 
-    /// All keys that changed since the last flush, once each, and whether they have a record.
-    pub(super) fn keys(&self) -> impl Iterator<Item = (&[u8], bool)> {
+    /// The change at this position, if it is in memory.
+    pub(super) fn change(&self, position: Position) -> Option<&Bytes> {
+        let frozen = self.frozen.as_ref().map(|frozen| &frozen.rows);
+        let older = frozen.into_iter().chain(&self.flushed);
+        self.active.change(position).or_else(|| older.into_iter().find_map(|r| r.change(position)))
+    }
+
+    /// The rows that changed since the last flush, newest only.
+    pub(super) fn unflushed_rows(&self) -> impl Iterator<Item = (&[u8], &Row)> {
         let active = self.active.rows.iter();
         let frozen = self.frozen.iter().flat_map(|frozen| frozen.rows.rows.iter());
         let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
-        active.chain(frozen).map(|(key, row)| (&key[..], row.is_some()))
+        active.chain(frozen).map(|(key, row)| (&key[..], row))
+    }
+
+    /// All keys that changed since the last flush, once each, and whether they have a record.
+    pub(super) fn keys(&self) -> impl Iterator<Item = (&[u8], bool)> {
+        self.unflushed_rows().map(|(key, row)| (key, row.is_some()))
     }
 
     pub(super) fn head(&self) -> &Head {
@@ -112,8 +149,8 @@ impl Layers {
     /// Bytes of memory in all tables.
     #[cfg(test)]
     fn bytes(&self) -> usize {
-        let bytes = |table: &Option<Arc<Frozen>>| table.as_ref().map_or(0, |t| t.rows.bytes);
-        self.active.bytes + bytes(&self.frozen) + bytes(&self.flushed)
+        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.bytes);
+        self.active.bytes + frozen + self.flushed.as_ref().map_or(0, |rows| rows.bytes)
     }
 }
 
@@ -135,9 +172,13 @@ impl Memtables {
     pub(super) fn apply(
         &self,
         rows: impl IntoIterator<Item = (Bytes, Row)>,
+        changes: Vec<(Position, Bytes)>,
         change: impl FnOnce(&mut Head),
     ) {
         let mut layers = self.write();
+        for (position, change) in changes {
+            layers.active.log(position, change);
+        }
         for (key, row) in rows {
             layers.active.put(&key, row);
         }
@@ -145,14 +186,10 @@ impl Memtables {
         layers.changed = true;
     }
 
-    /// Freezes the active table if it is full and there is no frozen one; true if it did.
-    pub(super) fn freeze_if_full(&self) -> bool {
-        let mut layers = self.write();
-        let due = layers.active.bytes >= self.bytes_max && layers.frozen.is_none();
-        if due {
-            layers.freeze();
-        }
-        due
+    /// Whether the active table is full, and may be frozen.
+    pub(super) fn is_due(&self) -> bool {
+        let layers = self.read();
+        layers.active.bytes >= self.bytes_max && layers.frozen.is_none()
     }
 
     /// The table that is to be flushed, if one is.
@@ -161,12 +198,19 @@ impl Memtables {
     }
 
     /// Freezes the active table, however little it holds, unless nothing changed since the last time
-    /// or there is a frozen one already.
-    pub(super) fn freeze(&self) -> Option<Arc<Frozen>> {
-        let mut layers = self.write();
-        if layers.frozen.is_none() && layers.changed {
-            layers.freeze();
+    /// or there is a frozen one already. The caller holds the machine that `side` encodes, so no round
+    /// and no other freeze comes between.
+    pub(super) fn freeze(&self, side: impl FnOnce() -> Side) -> Option<Arc<Frozen>> {
+        {
+            let layers = self.read();
+            if layers.frozen.is_some() || !layers.changed {
+                return layers.frozen.clone();
+            }
         }
+        // Takes its time: outside the lock.
+        let side = side();
+        let mut layers = self.write();
+        layers.freeze(side);
         layers.frozen.clone()
     }
 
@@ -175,7 +219,8 @@ impl Memtables {
         let old = {
             let mut layers = self.write();
             let frozen = layers.frozen.take();
-            std::mem::replace(&mut layers.flushed, frozen)
+            let rows = frozen.as_ref().map(|frozen| frozen.rows.clone());
+            (frozen, std::mem::replace(&mut layers.flushed, rows))
         };
         self.room.notify_waiters();
         // Takes its time with so many rows: outside the lock.
@@ -223,12 +268,13 @@ impl Layers {
         Self { active: Rows::default(), frozen: None, flushed: None, head, changed: false }
     }
 
-    fn freeze(&mut self) {
+    fn freeze(&mut self, side: Side) {
         // The next one will hold about as many rows: room for them now, not by moving them again and
         // again as it grows.
         let rows = HashMap::with_capacity(self.active.rows.len());
-        let rows = std::mem::replace(&mut self.active, Rows { rows, bytes: 0 });
-        self.frozen = Some(Arc::new(Frozen { rows, head: self.head.clone() }));
+        let rows = std::mem::replace(&mut self.active, Rows { rows, ..Rows::default() });
+        let (rows, head) = (Arc::new(rows), self.head.clone());
+        self.frozen = Some(Arc::new(Frozen { rows, head, side }));
         self.changed = false;
     }
 }
@@ -249,18 +295,18 @@ mod tests {
     #[test]
     fn the_newest_row_counts() {
         let tables = tables(1);
-        tables.apply([row("old")], |_| ());
-        assert!(tables.freeze_if_full());
+        tables.apply([row("old")], Vec::new(), |_| ());
+        assert!(tables.is_due() && tables.freeze(Side::default).is_some());
         assert_eq!(tables.read().get(b"k"), Some(&row("old").1));
-        tables.apply([row("new")], |_| ());
+        tables.apply([row("new")], Vec::new(), |_| ());
         assert_eq!(tables.read().get(b"k"), Some(&row("new").1));
-        tables.apply([(Bytes::from_static(b"k"), None)], |_| ());
+        tables.apply([(Bytes::from_static(b"k"), None)], Vec::new(), |_| ());
         assert_eq!(tables.read().get(b"k"), Some(&None));
         assert_eq!(tables.read().keys().collect::<Vec<_>>(), [(&b"k"[..], false)]);
         assert_eq!(tables.read().get(b"other"), None);
         tables.thaw();
         assert_eq!(tables.read().get(b"k"), Some(&None));
-        assert!(tables.freeze_if_full());
+        assert!(tables.is_due() && tables.freeze(Side::default).is_some());
         tables.thaw();
         assert_eq!(tables.read().get(b"k"), Some(&None), "kept for readers");
         assert_eq!(tables.read().unflushed(b"k"), None);
@@ -272,7 +318,7 @@ mod tests {
     fn bytes_are_those_of_the_newest_rows() {
         let tables = tables(usize::MAX);
         for _ in 0..1000 {
-            tables.apply([row("long value"), row("v")], |_| ());
+            tables.apply([row("long value"), row("v")], Vec::new(), |_| ());
         }
         assert_eq!(tables.read().bytes(), 1 + 1 + ROW_OVERHEAD_BYTES);
     }
@@ -281,11 +327,11 @@ mod tests {
     #[tokio::test]
     async fn apply_waits_for_room() {
         let tables = tables(1);
-        tables.apply([row("v")], |_| ());
+        tables.apply([row("v")], Vec::new(), |_| ());
         tables.await_room(|| Ok(())).await.unwrap();
-        assert!(tables.freeze_if_full());
-        tables.apply([row("v")], |_| ());
-        assert!(!tables.freeze_if_full(), "the frozen one is not on disk yet");
+        assert!(tables.is_due() && tables.freeze(Side::default).is_some());
+        tables.apply([row("v")], Vec::new(), |_| ());
+        assert!(!tables.is_due(), "the frozen one is not on disk yet");
         let mut checks = 0;
         let waiting = tables.await_room(|| {
             checks += 1;
@@ -301,10 +347,10 @@ mod tests {
     #[test]
     fn what_is_on_disk_is_not_frozen_again() {
         let tables = tables(1);
-        assert!(tables.freeze().is_none());
-        tables.apply([], |_| ());
-        assert!(tables.freeze().is_some());
+        assert!(tables.freeze(Side::default).is_none());
+        tables.apply([], Vec::new(), |_| ());
+        assert!(tables.freeze(Side::default).is_some());
         tables.thaw();
-        assert!(tables.freeze().is_none());
+        assert!(tables.freeze(Side::default).is_none());
     }
 }

@@ -6,20 +6,24 @@
 //! | meta | `vote` | the vote, a record of [`crate::codec`] with its own version |
 //! | meta | `purged` | log id of the last purged entry, likewise |
 //! | meta | `data` | version (u8), name of the active data column family |
-//! | data | `h` | the head: version (u8), then applied, membership and ring, each a u32 length and bytes |
+//! | data | `c` and a position (u64) | a change of a key that moves: version (u8), key (u32 length, bytes), place of an answer or nothing |
+//! | data | `d` and a number (u32) | what is remembered of writes that happen at most once: a chunk of [`super::dedupe`], with its own version |
+//! | data | `f` and a number (u32) | answers that handoffs have staged: a chunk of [`super::machine`] |
+//! | data | `g` | ring, change and handoffs: version (u8), JSON of [`crate::handoff::RingState`] |
+//! | data | `h` | the head: version (u8), then applied and membership, each a u32 length and bytes |
 //! | data | `k` and a key | the key's record |
 //!
 //! Integers are big-endian. The parts of the head are: applied: version (u8), revision (u64), log id of
-//! the last applied entry (or nothing); membership: that of the last applied membership entry; ring:
-//! version (u8), JSON, or nothing before the first ring. The head lies among the data because both
-//! reach the disk in one file or not at all.
+//! the last applied entry (or nothing); membership: that of the last applied membership entry. All of it lies among the data because it
+//! reaches the disk in one file or not at all. Chunks are numbered from 0, and there is at least one
+//! wherever an entry has been applied.
 
 use std::io;
 
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::codec;
-use crate::ring::{Ring, RingTable};
+use crate::handoff::{Position, RingState, Tag};
 use crate::types::{ClusterId, LogId, NodeId, Record, Revision, StoredMembership, Vote};
 
 use super::snapshot::Head;
@@ -28,13 +32,22 @@ pub(super) const KEY_IDENTITY: &[u8] = b"identity";
 pub(super) const KEY_VOTE: &[u8] = b"vote";
 pub(super) const KEY_PURGED: &[u8] = b"purged";
 pub(super) const KEY_DATA: &[u8] = b"data";
+/// What the keys of the change log begin with.
+pub(super) const CHANGES: &[u8] = b"c";
+/// What the keys of the chunks begin with that hold staged answers.
+pub(super) const STAGED: &[u8] = b"f";
+/// The key of ring, change and handoffs.
+pub(super) const KEY_RING: &[u8] = b"g";
+/// What the keys of the chunks begin with that [`super::dedupe`] encodes itself in.
+pub(super) const DEDUPE: &[u8] = b"d";
 /// The head's key in a data family: before all records.
 pub(super) const KEY_HEAD: &[u8] = b"h";
 /// What the keys of records begin with in a data family.
 pub(super) const RECORDS: &[u8] = b"k";
 
-/// The version of all of these formats. 1 kept the head in the meta family.
-const VERSION: u8 = 2;
+/// The version of all of these formats. 1 kept the head in the meta family, 2 had no chunks beside it, 3
+/// had the ring in it.
+const VERSION: u8 = 4;
 
 /// An error for stored bytes that do not decode.
 pub(super) fn corrupt(what: &str, why: impl std::fmt::Display) -> io::Error {
@@ -124,17 +137,15 @@ pub(super) fn decode_membership(bytes: &[u8]) -> io::Result<StoredMembership> {
     codec::decode_membership(bytes).map_err(|e| corrupt("the membership", e))
 }
 
-pub(super) fn encode_ring(ring: &Ring) -> Vec<u8> {
+pub(super) fn encode_ring(ring: &RingState) -> Vec<u8> {
     let mut bytes = start();
-    let json = serde_json::to_vec(ring).expect("a ring has only string keys and finite numbers");
+    let json = serde_json::to_vec(ring).expect("a ring state has text keys and finite numbers");
     bytes.extend_from_slice(&json);
     bytes
 }
 
-pub(super) fn decode_ring(bytes: &[u8]) -> io::Result<RingTable> {
-    let json = versioned("ring", bytes)?;
-    let ring: Ring = serde_json::from_slice(json).map_err(|e| corrupt("ring", e))?;
-    RingTable::new(ring).map_err(|e| corrupt("ring", e))
+pub(super) fn decode_ring(bytes: &[u8]) -> io::Result<RingState> {
+    serde_json::from_slice(versioned("the ring", bytes)?).map_err(|e| corrupt("the ring", e))
 }
 
 pub(super) fn encode_data_family(name: &str) -> Vec<u8> {
@@ -153,7 +164,6 @@ pub(super) fn encode_head(head: &Head) -> Vec<u8> {
     let mut bytes = start();
     put_block(&mut bytes, &encode_progress(&head.progress));
     put_block(&mut bytes, &encode_membership(&head.membership));
-    put_block(&mut bytes, head.ring.as_deref().unwrap_or_default());
     bytes
 }
 
@@ -161,9 +171,10 @@ pub(super) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
     let mut rest = Bytes::copy_from_slice(versioned("the head", bytes)?);
     let progress = decode_progress(&take_block("the head", &mut rest)?)?;
     let membership = decode_membership(&take_block("the head", &mut rest)?)?;
-    let ring = take_block("the head", &mut rest)?;
-    let ring = (!ring.is_empty()).then(|| ring.to_vec());
-    Ok(Head { progress, membership, ring })
+    if !rest.is_empty() {
+        return Err(corrupt("the head", "bytes follow its end"));
+    }
+    Ok(Head { progress, membership })
 }
 
 pub(super) fn put_block(bytes: &mut Vec<u8>, block: &[u8]) {
@@ -193,40 +204,126 @@ pub(super) fn key_of(stored: &[u8]) -> io::Result<&[u8]> {
     stored.strip_prefix(RECORDS).ok_or_else(|| corrupt("the data", "a key is not a record's"))
 }
 
+/// Where chunk `number` lies in a data family, of those under this prefix.
+pub(super) fn chunk_key(prefix: &[u8], number: u32) -> Vec<u8> {
+    [prefix, &number.to_be_bytes()].concat()
+}
+
+/// The number of the chunk that lies there.
+pub(super) fn chunk_number(prefix: &[u8], stored: &[u8]) -> io::Result<u32> {
+    let number = stored.strip_prefix(prefix).and_then(|number| number.try_into().ok());
+    let number = number.ok_or_else(|| corrupt("the data", "a key is not a chunk's"))?;
+    Ok(u32::from_be_bytes(number))
+}
+
+/// Where the change at this position lies in a data family.
+pub(super) fn change_key(position: Position) -> Vec<u8> {
+    [CHANGES, &position.to_be_bytes()].concat()
+}
+
+/// Checks a row that comes from another node, as far as it tells by itself. Chunks are checked
+/// together, when all are there.
+pub(super) fn check_row(stored: &[u8], row: &[u8]) -> io::Result<()> {
+    for prefix in [DEDUPE, STAGED] {
+        if stored.starts_with(prefix) {
+            return chunk_number(prefix, stored).map(drop);
+        }
+    }
+    if stored == KEY_RING {
+        return decode_ring(row).map(drop);
+    }
+    if stored.starts_with(CHANGES) {
+        return decode_change(row).map(drop);
+    }
+    if key_of(stored)?.is_empty() {
+        return Err(corrupt("the data", "a key is empty"));
+    }
+    decode_row(row).map(drop)
+}
+
 // --- Records of the data column family -------------------------------------------------------------
 
-/// The version of a record: `version u8, flags u8, revision u64, value`.
+/// The version of a record: `version u8, flags u8, revision u64, tag if flag 1, value`; a tag is
+/// `epoch u64, attempt u64`.
 const RECORD_VERSION: u8 = 1;
-/// No flag is known yet; one of them will announce an expiry time between revision and value.
-const RECORD_FLAGS: u8 = 0;
+/// What a handoff staged. Another flag will announce an expiry time between tag and value.
+const FLAG_STAGED: u8 = 1;
 const RECORD_HEAD_BYTES: usize = 10;
+const TAG_BYTES: usize = 16;
 
 pub(super) fn encode_record(revision: Revision, value: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(RECORD_HEAD_BYTES + value.len());
     bytes.put_u8(RECORD_VERSION);
-    bytes.put_u8(RECORD_FLAGS);
+    bytes.put_u8(0);
     bytes.put_u64(revision);
     bytes.put_slice(value);
     bytes
 }
 
-/// The revision of a stored record, without copying its value.
-pub(super) fn decode_record_revision(bytes: &[u8]) -> io::Result<Revision> {
-    match bytes {
-        [RECORD_VERSION, RECORD_FLAGS, rest @ ..] if rest.len() >= 8 => Ok((&rest[..8]).get_u64()),
-        _ => Err(corrupt("a record", "unknown version, flags or length")),
+/// Revision and tag of a stored record, and where its value begins, without copying that.
+pub(super) fn decode_row(bytes: &[u8]) -> io::Result<(Revision, Option<Tag>, usize)> {
+    let bad = || corrupt("a record", "unknown version, flags or length");
+    let [RECORD_VERSION, flags @ (0 | FLAG_STAGED), rest @ ..] = bytes else { return Err(bad()) };
+    let mut rest = rest;
+    let revision = rest.try_get_u64().map_err(|_| bad())?;
+    if *flags == 0 {
+        return Ok((revision, None, RECORD_HEAD_BYTES));
     }
+    let epoch = rest.try_get_u64().map_err(|_| bad())?;
+    let attempt = rest.try_get_u64().map_err(|_| bad())?;
+    Ok((revision, Some(Tag { epoch, attempt }), RECORD_HEAD_BYTES + TAG_BYTES))
 }
 
-pub(super) fn decode_record(bytes: &[u8]) -> io::Result<Record> {
-    let revision = decode_record_revision(bytes)?;
-    Ok(Record { revision, value: Bytes::copy_from_slice(&bytes[RECORD_HEAD_BYTES..]) })
+/// The same record with another tag, or without one.
+pub(super) fn retag(bytes: &[u8], tag: Option<Tag>) -> io::Result<Bytes> {
+    let (revision, _, value) = decode_row(bytes)?;
+    let mut tagged = encode_record(revision, &[]);
+    if let Some(tag) = tag {
+        tagged[1] = FLAG_STAGED;
+        tagged.put_u64(tag.epoch);
+        tagged.put_u64(tag.attempt);
+    }
+    tagged.put_slice(&bytes[value..]);
+    Ok(tagged.into())
 }
 
-/// As [`decode_record`], without copying the value.
+/// What a record adds to a tally: the same whether it is staged or not.
+pub(super) fn record_hash(key: &[u8], bytes: &[u8]) -> io::Result<u64> {
+    let (revision, _, value) = decode_row(bytes)?;
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    hash.update(&(key.len() as u64).to_be_bytes());
+    hash.update(key);
+    hash.update(&revision.to_be_bytes());
+    hash.update(&bytes[value..]);
+    Ok(hash.digest())
+}
+
+/// The record itself, without copying its value.
 pub(super) fn slice_record(bytes: &Bytes) -> io::Result<Record> {
-    let revision = decode_record_revision(bytes)?;
-    Ok(Record { revision, value: bytes.slice(RECORD_HEAD_BYTES..) })
+    let (revision, _, value) = decode_row(bytes)?;
+    Ok(Record { revision, value: bytes.slice(value..) })
+}
+
+// --- Changes of keys that move ---------------------------------------------------------------------
+
+const CHANGE_VERSION: u8 = 1;
+
+/// A change of a key, and the place of the answer that was given to it, if one was recorded.
+pub(super) fn encode_change(key: &[u8], answer: Option<&[u8]>) -> Bytes {
+    let mut bytes = vec![CHANGE_VERSION];
+    put_block(&mut bytes, key);
+    bytes.put_slice(answer.unwrap_or_default());
+    bytes.into()
+}
+
+/// Key and answer's place (empty: none) of a change.
+pub(super) fn decode_change(bytes: &[u8]) -> io::Result<(Bytes, Bytes)> {
+    let mut rest = Bytes::copy_from_slice(bytes);
+    if rest.try_get_u8().ok() != Some(CHANGE_VERSION) {
+        return Err(corrupt("a change", "unknown version"));
+    }
+    let key = take_block("a change", &mut rest)?;
+    Ok((key, rest))
 }
 
 #[cfg(test)]
@@ -236,14 +333,29 @@ mod tests {
     #[test]
     fn a_record_comes_back_and_half_a_record_does_not() {
         let bytes = encode_record(7, b"value");
-        let record = decode_record(&bytes).unwrap();
+        let record = slice_record(&bytes.clone().into()).unwrap();
         assert_eq!((record.revision, &record.value[..]), (7, &b"value"[..]));
         for length in 0..RECORD_HEAD_BYTES {
-            assert!(decode_record(&bytes[..length]).is_err(), "{length}");
+            assert!(decode_row(&bytes[..length]).is_err(), "{length}");
         }
         let mut newer = bytes.clone();
         newer[0] = 2;
-        assert!(decode_record(&newer).is_err());
+        assert!(decode_row(&newer).is_err());
+    }
+
+    /// A tag says who staged a record, and nothing about what it is.
+    #[test]
+    fn a_tag_comes_and_goes() {
+        let plain = encode_record(7, b"value");
+        let tag = Tag { epoch: 2, attempt: 3 };
+        let staged = retag(&plain, Some(tag)).unwrap();
+        assert_eq!(decode_row(&staged).unwrap().1, Some(tag));
+        assert_eq!(slice_record(&staged).unwrap().value, &b"value"[..]);
+        assert_eq!(record_hash(b"k", &staged).unwrap(), record_hash(b"k", &plain).unwrap());
+        assert_eq!(retag(&staged, None).unwrap(), plain);
+        for length in RECORD_HEAD_BYTES..RECORD_HEAD_BYTES + TAG_BYTES {
+            assert!(decode_row(&staged[..length]).is_err(), "{length}");
+        }
     }
 
     #[test]

@@ -8,16 +8,19 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use bytes::Bytes;
 use rocksdb::{Direction, IteratorMode};
 use tokio::sync::watch;
 
+use crate::handoff::RingState;
 use crate::ring::RingTable;
 use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
+use super::machine::{CHUNKED, Machine, stored_chunks};
 use super::memtable::Memtables;
 use super::meta::{self, Progress};
 
@@ -30,6 +33,7 @@ const COUNT_BYTES_MAX: u64 = 32 << 20;
 pub(super) struct StateShared {
     pub(super) engine: Arc<Engine>,
     pub(super) cluster: ClusterId,
+    machine: Mutex<Machine>,
     pub(super) memtables: Memtables,
     pub(super) flushes: Flushes,
     view: RwLock<View>,
@@ -42,13 +46,15 @@ pub(super) struct StateShared {
 pub(super) struct View {
     /// The active data column family.
     pub(super) data: String,
-    pub(super) ring: Arc<RingTable>,
+    /// As of the last step of a change: its tallies and positions are those of then.
+    pub(super) ring: Arc<RingState>,
 }
 
 impl StateShared {
     pub(super) fn new(
         engine: Arc<Engine>,
         cluster: ClusterId,
+        machine: Mutex<Machine>,
         memtables: Memtables,
         flushes: Flushes,
         view: View,
@@ -57,12 +63,18 @@ impl StateShared {
         Self {
             engine,
             cluster,
+            machine,
             memtables,
             flushes,
             view: RwLock::new(view),
             revision: AtomicU64::new(progress.revision),
             applied: Mutex::new(progress.last_applied),
         }
+    }
+
+    /// The machine; [`super::machine`] says in which order locks are taken.
+    pub(super) fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().expect("no code panics while it holds this lock")
     }
 
     pub(super) fn view(&self) -> RwLockReadGuard<'_, View> {
@@ -72,6 +84,17 @@ impl StateShared {
     /// Held while ring or data family change, together with the rows that belong to the change.
     pub(super) fn view_mut(&self) -> RwLockWriteGuard<'_, View> {
         self.view.write().expect("no code panics while it holds this lock")
+    }
+
+    /// A key's newest row, from memory or disk.
+    pub(super) fn row(&self, data: &str, key: &[u8]) -> io::Result<Option<Bytes>> {
+        if let Some(row) = self.memtables.read().get(key) {
+            return Ok(row.clone());
+        }
+        let mut stored = Vec::new();
+        meta::record_key(key, &mut stored);
+        let found = self.engine.db().get_cf(&self.engine.family(data)?, &stored).map_err(to_io)?;
+        Ok(found.map(Bytes::from))
     }
 
     /// Tells readers what they can read by now. Comes after it is readable and before it is answered.
@@ -88,8 +111,8 @@ pub enum Lookup {
     Found(Record),
     /// The cluster owns the key, and it has no record.
     Absent,
-    /// By this ring another cluster owns the key.
-    WrongCluster(Arc<RingTable>),
+    /// By this ring state the cluster does not serve the key.
+    NotHere(Arc<RingState>),
 }
 
 /// A handle for reading applied state. Cheap to clone; reads may block on the disk for a block.
@@ -118,18 +141,21 @@ impl StateReader {
         let family = engine.family(&view.data)?;
         let mut stored = Vec::new();
         let mut look_up = |key: &[u8]| -> io::Result<Lookup> {
-            if !view.ring.owns(&self.shared.cluster, key) {
-                return Ok(Lookup::WrongCluster(view.ring.clone()));
+            if !view.ring.serves(&self.shared.cluster, key) {
+                return Ok(Lookup::NotHere(view.ring.clone()));
             }
+            let found = |row: Bytes| -> io::Result<Lookup> {
+                match meta::decode_row(&row)?.1 {
+                    Some(tag) if !view.ring.is_live(tag, key) => Ok(Lookup::Absent),
+                    _ => Ok(Lookup::Found(meta::slice_record(&row)?)),
+                }
+            };
             if let Some(row) = self.shared.memtables.read().get(key) {
-                return match row {
-                    Some(record) => Ok(Lookup::Found(meta::slice_record(record)?)),
-                    None => Ok(Lookup::Absent),
-                };
+                return row.clone().map_or(Ok(Lookup::Absent), found);
             }
             meta::record_key(key, &mut stored);
             match engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? {
-                Some(bytes) => Ok(Lookup::Found(meta::decode_record(&bytes)?)),
+                Some(row) => found(Bytes::copy_from_slice(&row)),
                 None => Ok(Lookup::Absent),
             }
         };
@@ -149,6 +175,12 @@ impl StateReader {
 
     /// The ring that the cluster lives by; epoch 0 before the first one.
     pub fn ring(&self) -> Arc<RingTable> {
+        self.shared.view().ring.ring.clone()
+    }
+
+    /// The ring and the change of it that is under way, as reads see them. For what steps of a change
+    /// count meanwhile, see [`Self::ring_state`].
+    pub fn ring_view(&self) -> Arc<RingState> {
         self.shared.view().ring.clone()
     }
 
@@ -172,12 +204,16 @@ impl StateReader {
         let bytes = property("rocksdb.total-sst-files-size")?;
         let newer = self.shared.memtables.read();
         let there = newer.keys().filter(|(_, there)| *there).count() as u64;
-        // Some of them may be on disk as well. The head is not a key.
-        let estimate = (on_disk + there).saturating_sub(1);
+        // Some of them may be on disk as well. The head and what goes with it are no keys.
+        let family = engine.family(&view.data)?;
+        let mut others = 2;
+        for prefix in CHUNKED {
+            others += u64::from(stored_chunks(engine.db(), &family, prefix)?);
+        }
+        let estimate = (on_disk + there).saturating_sub(others);
         if estimate > COUNT_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
-        let family = engine.family(&view.data)?;
         let mut count = there;
         let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
         for item in engine.db().iterator_cf(&family, records) {

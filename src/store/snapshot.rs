@@ -5,13 +5,14 @@
 //! than one chunk in memory.
 //!
 //! ```text
-//! chunk    version u8 = 2, kind u8, body, crc32 u32 of everything before it
-//! head     (kind 1, first)  as it is stored: applied, membership, ring
-//! records  (kind 2, any number)  repeated: key u32 length and bytes, stored record u32 length and bytes
-//! end      (kind 3, last)   number of records u64, digest u64
+//! chunk    version u8 = 3, kind u8, body, crc32 u32 of everything before it
+//! head     (kind 1, first)  as it is stored: applied, membership
+//! rows     (kind 2, any number)  repeated: stored key u32 length and bytes, row u32 length and bytes
+//! end      (kind 3, last)   number of rows u64, digest u64
 //! ```
 //!
-//! Records come sorted by key. The digest is the wrapping sum of a 64-bit hash of each record, so it
+//! Rows are everything in the data family but the head ([`meta`] lists it), under the keys that they
+//! have there, in their order. The digest is the wrapping sum of a 64-bit hash of each row, so it
 //! can be carried along without a second pass. A [`Cursor`] says where the next chunk starts; it
 //! carries count and digest so far, so the sender needs no state for a transfer and the receiver can
 //! let one go on after a lost connection, or with a repeat of what it did not get.
@@ -29,9 +30,10 @@ pub use super::image::SnapshotImage;
 use super::meta::{self, Progress, corrupt};
 pub use super::staging::{SnapshotStager, StagedSnapshot, StagingPosition};
 
-const VERSION: u8 = 2;
+/// 2 carried records only, under their keys.
+const VERSION: u8 = 3;
 const KIND_HEAD: u8 = 1;
-const KIND_RECORDS: u8 = 2;
+const KIND_ROWS: u8 = 2;
 const KIND_END: u8 = 3;
 
 /// What openraft hands around as "the snapshot".
@@ -79,8 +81,6 @@ pub struct Chunk {
 pub(super) struct Head {
     pub(super) progress: Progress,
     pub(super) membership: StoredMembership,
-    /// The ring as stored, `None` before the first one.
-    pub(super) ring: Option<Vec<u8>>,
 }
 
 impl Head {
@@ -99,7 +99,7 @@ impl Head {
 /// What a chunk holds.
 pub(super) enum Body {
     Head(Box<Head>),
-    Records(Vec<(Bytes, Bytes)>),
+    Rows(Vec<(Bytes, Bytes)>),
     End { count: u64, digest: u64 },
 }
 
@@ -109,7 +109,7 @@ pub(super) struct Cursor {
     pub(super) head_done: bool,
     pub(super) count: u64,
     pub(super) digest: u64,
-    /// The last key so far; keys are never empty, so empty means none.
+    /// The last stored key so far; those are never empty, so empty means none.
     pub(super) key: Bytes,
 }
 
@@ -139,18 +139,18 @@ impl Cursor {
         Ok(Self { head_done: true, count, digest, key: Bytes::copy_from_slice(bytes) })
     }
 
-    /// Counts a record in.
-    pub(super) fn pass(&mut self, key: &[u8], record: &[u8]) {
+    /// Counts a row in.
+    pub(super) fn pass(&mut self, key: &[u8], row: &[u8]) {
         self.count += 1;
-        self.digest = self.digest.wrapping_add(record_digest(key, record));
+        self.digest = self.digest.wrapping_add(row_digest(key, row));
     }
 }
 
-fn record_digest(key: &[u8], record: &[u8]) -> u64 {
+fn row_digest(key: &[u8], row: &[u8]) -> u64 {
     let mut hash = Xxh3Default::new();
     hash.update(&(key.len() as u64).to_be_bytes());
     hash.update(key);
-    hash.update(record);
+    hash.update(row);
     hash.digest()
 }
 
@@ -175,13 +175,13 @@ impl ChunkWriter {
         chunk.seal()
     }
 
-    pub(super) fn records() -> Self {
-        Self::new(KIND_RECORDS)
+    pub(super) fn rows() -> Self {
+        Self::new(KIND_ROWS)
     }
 
-    pub(super) fn record(&mut self, key: &[u8], record: &[u8]) {
+    pub(super) fn row(&mut self, key: &[u8], row: &[u8]) {
         meta::put_block(&mut self.0, key);
-        meta::put_block(&mut self.0, record);
+        meta::put_block(&mut self.0, row);
     }
 
     pub(super) fn len(&self) -> usize {
@@ -210,13 +210,13 @@ pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
     }
     match rest.get_u8() {
         KIND_HEAD => Ok(Body::Head(Box::new(meta::decode_head(&rest)?))),
-        KIND_RECORDS => {
-            let mut records = Vec::new();
+        KIND_ROWS => {
+            let mut rows = Vec::new();
             while !rest.is_empty() {
                 let mut block = || meta::take_block("a snapshot chunk", &mut rest);
-                records.push((block()?, block()?));
+                rows.push((block()?, block()?));
             }
-            Ok(Body::Records(records))
+            Ok(Body::Rows(rows))
         }
         KIND_END if rest.len() == 16 => {
             Ok(Body::End { count: rest.get_u64(), digest: rest.get_u64() })
@@ -253,8 +253,8 @@ mod tests {
 
     #[test]
     fn a_chunk_with_any_flipped_bit_is_refused() {
-        let mut writer = ChunkWriter::records();
-        writer.record(b"key", b"record");
+        let mut writer = ChunkWriter::rows();
+        writer.row(b"key", b"row");
         let good = writer.seal();
         assert!(decode_chunk(&good).is_ok());
         for bit in 0..good.len() * 8 {
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn a_lying_length_with_a_good_checksum_is_refused() {
-        let mut chunk = vec![VERSION, KIND_RECORDS];
+        let mut chunk = vec![VERSION, KIND_ROWS];
         chunk.put_u32(u32::MAX);
         let crc = crc32fast::hash(&chunk);
         chunk.put_u32(crc);

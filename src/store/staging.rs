@@ -15,6 +15,7 @@ use bytes::Bytes;
 use rocksdb::WriteBatch;
 
 use super::engine::CF_DATA_PREFIX;
+use super::machine::Machine;
 use super::meta::{self, corrupt};
 use super::reader::StateShared;
 use super::snapshot::{Body, Cursor, Head, SnapshotData, decode_chunk};
@@ -162,12 +163,12 @@ impl SnapshotStager {
                 staging.head = Some(*head);
                 staging.cursor.head_done = true;
             }
-            Body::Records(records) if staging.head.is_some() => {
-                self.write_records(staging, &records)?;
+            Body::Rows(rows) if staging.head.is_some() => {
+                self.write_rows(staging, &rows)?;
             }
             Body::End { count, digest } if staging.head.is_some() => {
                 if (count, digest) != (staging.cursor.count, staging.cursor.digest) {
-                    return Err(corrupt("a snapshot", "count or digest of its records differ"));
+                    return Err(corrupt("a snapshot", "count or digest of its rows differ"));
                 }
                 staging.complete = true;
             }
@@ -191,25 +192,25 @@ impl SnapshotStager {
         batch.put_cf(&family, meta::KEY_HEAD, meta::encode_head(&head));
         engine.write_unlogged(batch)?;
         engine.flush_family(&staging.family.name)?;
+        // What counts and digests cannot tell: whether the rows make sense together.
+        Machine::load(engine.db(), &family, &head)?;
         Ok(SnapshotData::Staged(StagedSnapshot(Arc::new(Staged { family: staging.family, head }))))
     }
 
-    fn write_records(&self, staging: &mut Staging, records: &[(Bytes, Bytes)]) -> io::Result<()> {
+    fn write_rows(&self, staging: &mut Staging, rows: &[(Bytes, Bytes)]) -> io::Result<()> {
         let engine = &self.shared.engine;
         let mut batch = WriteBatch::default();
         let mut cursor = staging.cursor.clone();
         {
             let family = engine.family(&staging.family.name)?;
-            let mut stored = Vec::new();
-            for (key, record) in records {
-                if *key <= cursor.key {
+            for (stored, row) in rows {
+                if *stored <= cursor.key {
                     return Err(corrupt("a snapshot", "its keys are not in order"));
                 }
-                meta::decode_record_revision(record)?;
-                meta::record_key(key, &mut stored);
-                batch.put_cf(&family, &stored, record);
-                cursor.pass(key, record);
-                cursor.key = key.clone();
+                meta::check_row(stored, row)?;
+                batch.put_cf(&family, stored, row);
+                cursor.pass(stored, row);
+                cursor.key = stored.clone();
             }
         }
         engine.write_unlogged(batch)?;

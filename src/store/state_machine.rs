@@ -1,40 +1,34 @@
 //! The state machine: what committed entries do to the data.
 //!
 //! Apply is deterministic: it sees the entry and the state, and no clock, randomness or map order, so
-//! every replica computes the same bytes and the same answers. Conditions and ownership are decided
-//! here and nowhere earlier, because only here all replicas agree on what is true.
+//! every replica computes the same bytes and the same answers. Time comes from the entries.
 //!
-//! Entries are applied in rounds. A round collects the changes of many entries, makes them visible in
-//! the memtables together with the last applied id and the revision, and only then answers the
-//! clients. Within a round, later entries see earlier ones through the round's own rows. Nothing of it
-//! is written or fsynced here: the entries themselves are on a majority's disks, and a flush
-//! ([`super::flush`]) brings the state there later.
+//! Entries are applied in rounds. First the entries of a round are taken from the stream; then, in one
+//! go and under the machine's lock ([`super::machine`]), their changes are collected ([`super::round`])
+//! and made visible in the memtables together with the last applied id and the revision; only then the
+//! clients are answered. Nothing of it is written or fsynced here: the entries themselves are on a
+//! majority's disks, and a flush ([`super::flush`]) brings the state there later.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
-use rocksdb::{Direction, IteratorMode, WriteBatch};
+use rocksdb::WriteBatch;
 
-use crate::handoff::Refused;
-use crate::ring::{Ring, RingTable};
-use crate::types::{
-    Applied, Command, Condition, Entry, LogId, Revision, RingRefusal, SnapshotMeta,
-    StoredMembership, TypeConfig, Write, Written,
-};
+use crate::types::{Command, LogId, SnapshotMeta, StoredMembership, TypeConfig, Write};
 
 use super::StoreOptions;
 use super::engine::{CF_DATA_PREFIX, CF_META, Db, Engine, to_io};
 use super::flush::{self, Flushes};
 use super::image::Images;
-use super::memtable::{Memtables, Row};
-use super::meta::{self, Progress};
+use super::machine::Machine;
+use super::memtable::Memtables;
+use super::meta;
 use super::reader::{StateReader, StateShared, View};
+use super::round::Round;
 use super::snapshot::{Head, SnapshotBuilder, SnapshotData, SnapshotStager, StagedSnapshot};
 
 /// A round ends once it holds this many changes or bytes: large enough to share the cost of making it
@@ -50,22 +44,6 @@ pub struct StateMachine {
     stager: SnapshotStager,
 }
 
-type Reply = (openraft::storage::ApplyResponder<TypeConfig>, Applied);
-
-/// The changes of some consecutive entries, on their way into the memtables.
-#[derive(Default)]
-struct Round {
-    /// What this round wrote or deleted, by key.
-    rows: HashMap<Bytes, Row>,
-    bytes: usize,
-    progress: Progress,
-    membership: Option<StoredMembership>,
-    ring: Option<Arc<RingTable>>,
-    replies: Vec<Reply>,
-    /// Writes, and entries of other kinds.
-    changes: usize,
-}
-
 impl StateMachine {
     pub(super) fn open(
         engine: Arc<Engine>,
@@ -75,12 +53,13 @@ impl StateMachine {
         let data = active_data_family(&engine)?;
         drop_stale_families(&engine, &data)?;
         let head = read_head(&engine, &data)?;
-        let ring = head.ring.as_ref().map(|bytes| meta::decode_ring(bytes)).transpose()?;
-        let view = View { data, ring: Arc::new(ring.unwrap_or_else(RingTable::none)) };
+        let machine = Machine::load(engine.db(), &engine.family(&data)?, &head)?;
+        let view = View { data, ring: Arc::new(machine.ring.clone()) };
+        let machine = Mutex::new(machine);
         let memtables = Memtables::new(head, options.storage.memtable_bytes);
         let flushes = Flushes::new(options.dir.join(flush::FILE_NAME));
         let cluster = options.cluster.clone();
-        let shared = Arc::new(StateShared::new(engine, cluster, memtables, flushes, view));
+        let shared = Arc::new(StateShared::new(engine, cluster, machine, memtables, flushes, view));
         Ok(Self {
             stager: SnapshotStager::new(shared.clone()),
             images: Arc::new(Images::new(shared.clone(), snapshots)),
@@ -105,201 +84,21 @@ impl StateMachine {
         self.shared.flush()
     }
 
-    fn new_round(&self) -> Round {
-        let progress = self.shared.memtables.read().head().progress;
-        Round { progress, ..Round::default() }
-    }
-
-    /// Adds one entry's changes to the round.
-    fn step(&self, round: &mut Round, entry: Entry) -> io::Result<Applied> {
-        let answer = match entry.payload {
-            EntryPayload::Blank => Applied::Nothing,
-            EntryPayload::Membership(membership) => {
-                let stored = StoredMembership::new(Some(entry.log_id), membership);
-                round.membership = Some(stored);
-                Applied::Nothing
-            }
-            EntryPayload::Normal(Command::Write(writes)) => {
-                round.changes += writes.len();
-                let written = writes.into_iter().map(|write| self.write(round, write));
-                Applied::Written(written.collect::<io::Result<_>>()?)
-            }
-            EntryPayload::Normal(Command::InstallRing(ring)) => self.install_ring(round, *ring)?,
-            EntryPayload::Normal(Command::Step(_) | Command::Import(_) | Command::Clean(_)) => {
-                let cluster = self.shared.cluster.clone();
-                Applied::Step(Box::new(Err(Refused::NoChange { epoch: 0, cluster })))
-            }
-        };
-        round.progress.last_applied = Some(entry.log_id);
-        round.changes += 1;
-        Ok(answer)
-    }
-
-    fn write(&self, round: &mut Round, write: Write) -> io::Result<Written> {
-        match write {
-            Write::Put { key, value, condition } => self.put(round, key, &value, condition),
-            Write::Delete { key, condition } => self.delete(round, key, condition),
-        }
-    }
-
-    fn put(
-        &self,
-        round: &mut Round,
-        key: Bytes,
-        value: &[u8],
-        condition: Condition,
-    ) -> io::Result<Written> {
-        if let Some(refusal) = self.refusal(round, &key, condition)? {
-            return Ok(refusal);
-        }
-        round.progress.revision += 1;
-        let revision = round.progress.revision;
-        let record = meta::encode_record(revision, value);
-        round.bytes += key.len() + record.len();
-        round.rows.insert(key, Some(record.into()));
-        Ok(Written::Put { revision })
-    }
-
-    fn delete(&self, round: &mut Round, key: Bytes, condition: Condition) -> io::Result<Written> {
-        if let Some(refusal) = self.refusal(round, &key, condition)? {
-            return Ok(refusal);
-        }
-        if self.current(round, &key)?.is_none() {
-            return Ok(Written::Deleted { revision: round.progress.revision, deleted: false });
-        }
-        round.progress.revision += 1;
-        round.bytes += key.len();
-        round.rows.insert(key, None);
-        Ok(Written::Deleted { revision: round.progress.revision, deleted: true })
-    }
-
-    /// Why a write does not take place: another cluster owns the key, or its condition does not hold.
-    fn refusal(
-        &self,
-        round: &Round,
-        key: &Bytes,
-        condition: Condition,
-    ) -> io::Result<Option<Written>> {
-        let epoch_if_foreign = {
-            let view = self.shared.view();
-            let ring = round.ring.as_ref().unwrap_or(&view.ring);
-            (!ring.owns(&self.shared.cluster, key)).then(|| ring.ring().epoch)
-        };
-        if let Some(epoch) = epoch_if_foreign {
-            return Ok(Some(Written::WrongCluster { epoch }));
-        }
-        if condition == Condition::Always {
-            return Ok(None);
-        }
-        let current = self.current(round, key)?;
-        let holds = match condition {
-            Condition::Always => true,
-            Condition::Absent => current.is_none(),
-            Condition::Revision(wanted) => current == Some(wanted),
-        };
-        Ok((!holds).then_some(Written::ConditionFailed { current }))
-    }
-
-    /// The revision of a key's record as of this point of the round.
-    fn current(&self, round: &Round, key: &Bytes) -> io::Result<Option<Revision>> {
-        let revision = |row: &Row| row.as_deref().map(meta::decode_record_revision).transpose();
-        if let Some(row) = round.rows.get(key) {
-            return revision(row);
-        }
-        if let Some(row) = self.shared.memtables.read().get(key) {
-            return revision(row);
-        }
-        let view = self.shared.view();
-        let engine = &self.shared.engine;
-        let family = engine.family(&view.data)?;
-        let mut stored = Vec::new();
-        meta::record_key(key, &mut stored);
-        let found = engine.db().get_pinned_cf(&family, &stored).map_err(to_io)?;
-        found.map(|bytes| meta::decode_record_revision(&bytes)).transpose()
-    }
-
-    /// Takes a first ring, if it takes no key from this cluster.
-    fn install_ring(&self, round: &mut Round, ring: Ring) -> io::Result<Applied> {
-        let present = round.ring.clone().unwrap_or_else(|| self.shared.view().ring.clone());
-        if *present.ring() == ring {
-            return Ok(Applied::RingInstalled { epoch: ring.epoch });
-        }
-        let epoch = ring.epoch;
-        let refusal = if present.ring().epoch != 0 {
-            Some(RingRefusal::AlreadyInstalled { current: present.ring().epoch })
-        } else if epoch != 1 {
-            Some(RingRefusal::NotFirst(epoch))
-        } else if ring.cluster(&self.shared.cluster).is_none() {
-            Some(RingRefusal::NotAMember(self.shared.cluster.clone()))
-        } else {
-            None
-        };
-        if let Some(refusal) = refusal {
-            return Ok(Applied::RingRefused(refusal));
-        }
-        let Ok(table) = RingTable::new(ring) else {
-            return Ok(Applied::RingRefused(RingRefusal::Invalid));
-        };
-        if self.holds_foreign_key(round, &table)? {
-            return Ok(Applied::RingRefused(RingRefusal::HoldsForeignKeys));
-        }
-        round.ring = Some(Arc::new(table));
-        Ok(Applied::RingInstalled { epoch })
-    }
-
-    /// Whether any record would belong to another cluster. Reads all keys, once in a cluster's life,
-    /// and stops at the first foreign one.
-    fn holds_foreign_key(&self, round: &Round, table: &RingTable) -> io::Result<bool> {
-        if table.ring().clusters.len() == 1 {
-            return Ok(false);
-        }
-        let foreign = |key: &[u8]| !table.owns(&self.shared.cluster, key);
-        if round.rows.iter().any(|(key, row)| row.is_some() && foreign(key)) {
-            return Ok(true);
-        }
-        let newer = self.shared.memtables.read();
-        let hidden = |key: &[u8]| round.rows.contains_key(key);
-        if newer.keys().any(|(key, there)| there && foreign(key) && !hidden(key)) {
-            return Ok(true);
-        }
-        let view = self.shared.view();
-        let engine = &self.shared.engine;
-        let family = engine.family(&view.data)?;
-        let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
-        for item in engine.db().iterator_cf(&family, records) {
-            let (stored, _) = item.map_err(to_io)?;
-            let key = meta::key_of(&stored)?;
-            if foreign(key) && !hidden(key) && newer.unflushed(key).is_none() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// Makes the round visible, then answers its clients.
-    fn finish(&self, round: Round) -> io::Result<()> {
-        if round.changes == 0 {
-            return Ok(());
-        }
-        self.shared.engine.check()?;
-        let progress = round.progress;
-        let ring = round.ring.as_ref().map(|table| meta::encode_ring(table.ring()));
+    /// Applies the entries of a round and answers their clients.
+    fn apply_round(&self, entries: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
+        let mut replies = Vec::with_capacity(entries.len());
         {
-            // Readers see the rows and the ring that decided them together.
-            let view = round.ring.map(|table| (self.shared.view_mut(), table));
-            self.shared.memtables.apply(round.rows, |head| {
-                head.progress = progress;
-                if let Some(membership) = round.membership {
-                    head.membership = membership;
-                }
-                head.ring = ring.or(head.ring.take());
-            });
-            if let Some((mut view, table)) = view {
-                view.ring = table;
+            let mut machine = self.shared.machine();
+            let mut round = Round::new(&self.shared, &mut machine);
+            for (entry, responder) in entries {
+                // The machine may know of what the rows do not show: no flush may write that.
+                let answer =
+                    round.step(entry).map_err(|error| self.shared.engine.fail("apply", &error))?;
+                replies.extend(responder.map(|responder| (responder, answer)));
             }
+            round.finish()?;
         }
-        self.shared.publish(&progress);
-        for (responder, answer) in round.replies {
+        for (responder, answer) in replies {
             responder.send(answer);
         }
         Ok(())
@@ -308,7 +107,7 @@ impl StateMachine {
     /// Sees to it that there is memory for another round: starts a flush, waits for one.
     async fn make_room(&self) -> io::Result<()> {
         let shared = &self.shared;
-        if shared.memtables.freeze_if_full() {
+        if shared.freeze_if_full() {
             let flushing = shared.clone();
             // Its error is the engine's failure, which everybody sees.
             drop(tokio::task::spawn_blocking(move || flushing.flush_frozen()));
@@ -329,20 +128,22 @@ impl StateMachine {
             );
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
-        let ring = match &head.ring {
-            Some(bytes) => Arc::new(meta::decode_ring(bytes)?),
-            None => Arc::new(RingTable::none()),
-        };
         let mut batch = WriteBatch::default();
         let family = engine.family(CF_META)?;
         batch.put_cf(&family, meta::KEY_DATA, meta::encode_data_family(staged.family()));
+        let staged_family = engine.family(staged.family())?;
+        let loaded = Machine::load(engine.db(), &staged_family, head)?;
+        let ring = Arc::new(loaded.ring.clone());
         // No flush may put rows of the old state into the new family.
-        let _no_flush = self.shared.flushes.exclude();
+        let mut no_flush = self.shared.flushes.exclude();
+        let mut machine = self.shared.machine();
         let old = {
             let mut view = self.shared.view_mut();
             engine.write(batch)?;
             engine.sync()?;
             self.shared.memtables.replace(head.clone());
+            *machine = loaded;
+            Flushes::forget(&mut no_flush);
             let new = View { data: staged.family().to_owned(), ring };
             std::mem::replace(&mut *view, new).data
         };
@@ -388,6 +189,33 @@ fn drop_stale_families(engine: &Engine, active: &str) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes the entries of the next round; none at the end of the stream.
+async fn gather(
+    entries: &mut (impl Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin),
+) -> io::Result<Vec<EntryResponder<TypeConfig>>> {
+    let (mut round, mut changes, mut bytes) = (Vec::new(), 0, 0);
+    while changes < ROUND_CHANGES_MAX
+        && bytes < ROUND_BYTES_MAX
+        && let Some((entry, responder)) = entries.try_next().await?
+    {
+        changes += 1;
+        match &entry.payload {
+            EntryPayload::Normal(Command::Write { writes, .. }) => {
+                changes += writes.len();
+                bytes += writes.iter().map(Write::bytes).sum::<usize>();
+            }
+            EntryPayload::Normal(Command::Import(import)) => {
+                changes += import.page.records.len();
+                bytes += import.page.bytes();
+            }
+            EntryPayload::Normal(Command::Clean(clean)) => changes += clean.keys.len(),
+            _ => {}
+        }
+        round.push((entry, responder));
+    }
+    Ok(round)
+}
+
 impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotData = SnapshotData;
     type SnapshotBuilder = SnapshotBuilder;
@@ -402,18 +230,14 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
-        let mut round = self.new_round();
-        while let Some((entry, responder)) = entries.try_next().await? {
-            let answer = self.step(&mut round, entry)?;
-            round.replies.extend(responder.map(|responder| (responder, answer)));
-            if round.changes >= ROUND_CHANGES_MAX || round.bytes >= ROUND_BYTES_MAX {
-                self.finish(round)?;
-                self.make_room().await?;
-                round = self.new_round();
+        loop {
+            let round = gather(&mut entries).await?;
+            if round.is_empty() {
+                return Ok(());
             }
+            self.apply_round(round)?;
+            self.make_room().await?;
         }
-        self.finish(round)?;
-        self.make_room().await
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {

@@ -1,5 +1,8 @@
 //! The store against openraft's own suite, against crashes of its files, and against itself.
 
+mod handoff;
+mod once;
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -39,11 +42,11 @@ fn log_id(term: u64, index: u64) -> LogId {
 
 fn put_entry(index: u64, key: &str, value: &str) -> Entry {
     let (key, value) = (Bytes::from(key.to_owned()), Bytes::from(value.to_owned()));
-    write_entry(index, Write::Put { key, value, condition: Condition::Always })
+    write_entry(index, Write::put(key, value, Condition::Always))
 }
 
 fn write_entry(index: u64, write: Write) -> Entry {
-    command_entry(index, Command::Write(vec![write]))
+    command_entry(index, Command::Write { at_ms: index, writes: vec![write] })
 }
 
 fn command_entry(index: u64, command: Command) -> Entry {
@@ -58,7 +61,7 @@ fn value(store: &Store, key: &str) -> Option<String> {
     match store.reader().get(key.as_bytes()).unwrap() {
         Lookup::Found(record) => Some(String::from_utf8(record.value.to_vec()).unwrap()),
         Lookup::Absent => None,
-        Lookup::WrongCluster(_) => panic!("there is no ring"),
+        Lookup::NotHere(_) => panic!("there is no ring"),
     }
 }
 
@@ -122,12 +125,8 @@ async fn entries_of_one_round_see_each_other() {
     let store = open(dir.path());
     let mut machine = store.state_machine();
     let key = Bytes::from_static(b"k");
-    let put = |value: &'static str, condition| Write::Put {
-        key: key.clone(),
-        value: Bytes::from_static(value.as_bytes()),
-        condition,
-    };
-    let delete = |condition| Write::Delete { key: key.clone(), condition };
+    let put = |value: &'static str, condition| Write::put(key.clone(), value.into(), condition);
+    let delete = |condition| Write::delete(key.clone(), condition);
     let commands = vec![
         put("first", Condition::Absent),        // revision 1
         put("refused", Condition::Absent),      // there is one
@@ -176,12 +175,12 @@ async fn the_first_ring_takes_no_key_away_and_decides_afterwards() {
     apply(&mut machine, vec![command_entry(3, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 0, "a foreign key is there");
 
-    let delete = Write::Delete { key: foreign.clone().into(), condition: Condition::Always };
+    let delete = Write::delete(foreign.clone().into(), Condition::Always);
     apply(&mut machine, vec![write_entry(4, delete), command_entry(5, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 1);
     apply(&mut machine, vec![put_entry(6, &foreign, "v"), put_entry(7, &mine, "w")]).await;
     let wrong = store.reader().get(foreign.as_bytes()).unwrap();
-    assert!(matches!(wrong, Lookup::WrongCluster(_)));
+    assert!(matches!(wrong, Lookup::NotHere(_)));
     assert_eq!(value(&store, &mine).as_deref(), Some("w"));
     assert_eq!(store.reader().key_count().unwrap(), 1);
     drop(machine);

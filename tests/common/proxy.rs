@@ -1,4 +1,4 @@
-//! A TCP proxy between two nodes that can stop in the middle of what it carries.
+//! A TCP proxy that can stop in the middle of what it carries, or lose what comes back.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,6 +20,10 @@ struct Shared {
     /// Bytes that went to the target.
     carried: AtomicU64,
     limit: AtomicU64,
+    /// Every so many pieces from the target are lost, together with their connection; 0: none.
+    loses_every: AtomicU64,
+    came_back: AtomicU64,
+    lost: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -32,6 +36,9 @@ impl Proxy {
             target: Mutex::new(target.to_owned()),
             carried: AtomicU64::new(0),
             limit: AtomicU64::new(NO_LIMIT),
+            loses_every: AtomicU64::new(0),
+            came_back: AtomicU64::new(0),
+            lost: AtomicU64::new(0),
             stop: AtomicBool::new(false),
         });
         let accepting = Arc::clone(&shared);
@@ -59,6 +66,18 @@ impl Proxy {
         self.carried() >= self.shared.limit.load(Ordering::SeqCst)
     }
 
+    /// From now on the first of every `count` pieces that the target sends, such as an answer, is lost,
+    /// and its connection ends. 0: none.
+    pub fn lose_every(&self, count: u64) {
+        self.shared.came_back.store(0, Ordering::SeqCst);
+        self.shared.loses_every.store(count, Ordering::SeqCst);
+    }
+
+    /// How many pieces were lost.
+    pub fn lost(&self) -> u64 {
+        self.shared.lost.load(Ordering::SeqCst)
+    }
+
     /// Carries everything again.
     pub fn release(&self) {
         self.shared.limit.store(NO_LIMIT, Ordering::SeqCst);
@@ -70,6 +89,16 @@ impl Drop for Proxy {
         self.shared.stop.store(true, Ordering::SeqCst);
         // Wakes the accepting thread; when that is gone there is nobody to wake.
         let _ = TcpStream::connect(&self.address);
+    }
+}
+
+impl Shared {
+    fn loses(&self) -> bool {
+        let every = self.loses_every.load(Ordering::SeqCst);
+        let loses =
+            every > 0 && self.came_back.fetch_add(1, Ordering::SeqCst).is_multiple_of(every);
+        self.lost.fetch_add(u64::from(loses), Ordering::SeqCst);
+        loses
     }
 }
 
@@ -101,6 +130,7 @@ fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, counted: bool)
         }
         match from.read(&mut chunk) {
             Ok(0) => break,
+            Ok(_) if !counted && shared.loses() => break,
             Ok(count) => {
                 if to.write_all(&chunk[..count]).is_err() {
                     break;

@@ -10,9 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use distrib_kv_store::batch::{self, Failure, Limits, MEDIA_TYPE, Operation, OperationResult};
+use distrib_kv_store::batch::{
+    self, Batch, Failure, Limits, MEDIA_TYPE, Operation, OperationResult,
+};
 use distrib_kv_store::key_path;
 use distrib_kv_store::network::error::{ErrorBody, etag};
+use distrib_kv_store::once::ClientFloor;
 use distrib_kv_store::ring::{Ring, RingCluster, RingNode};
 use distrib_kv_store::types::Condition;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -159,18 +162,35 @@ impl FakeNode {
 }
 
 impl Seen {
+    /// What a batch holds.
+    pub fn batch(&self) -> Batch {
+        let limits = Limits { operations_max: 10_000, key_bytes_max: 0, value_bytes_max: 0 };
+        batch::decode_request(self.body.clone(), &limits).unwrap()
+    }
+
     /// The operations of a batch.
     pub fn operations(&self) -> Vec<Operation> {
-        let limits = Limits { operations_max: 10_000, key_bytes_max: 0, value_bytes_max: 0 };
-        batch::decode_operations(self.body.clone(), &limits).unwrap()
+        self.batch().operations
+    }
+
+    /// Client, sequence and floor of a write.
+    pub fn once(&self) -> (String, u64, u64) {
+        let text = |name| self.headers[name].to_str().unwrap();
+        let (client, seq) = text("idempotency-key").split_once('/').unwrap();
+        (client.to_owned(), seq.parse().unwrap(), text("kv-client-floor").parse().unwrap())
     }
 
     /// One operation of this batch as a request of its own.
-    fn single(&self, operation: Operation) -> Self {
+    fn single(&self, client: Option<&ClientFloor>, operation: Operation) -> Self {
         let (_, query) = self.path.split_once('?').unwrap_or_default();
         let key = key_path::encode(operation.key());
         let mut headers = self.headers.clone();
         headers.remove("content-type");
+        if let Some(once) = operation.once(client).unwrap() {
+            let key = format!("{}/{}", once.client(), once.seq());
+            headers.insert("idempotency-key", key.parse().unwrap());
+            headers.insert("kv-client-floor", once.floor().into());
+        }
         let (method, path, body, condition) = match operation {
             Operation::Get { .. } => {
                 let path = format!("/v1/kv/{key}?{query}");
@@ -209,9 +229,9 @@ impl Node {
         if self.raw {
             return (self.script)(&request);
         }
-        let operations = request.operations();
-        let singles: Vec<_> =
-            operations.into_iter().map(|operation| request.single(operation)).collect();
+        let Batch { client, operations } = request.batch();
+        let single = |operation| request.single(client.as_ref(), operation);
+        let singles: Vec<_> = operations.into_iter().map(single).collect();
         self.seen.lock().unwrap().extend(singles.iter().cloned());
         let mut results = Vec::new();
         for single in &singles {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use distrib_kv_store::cluster_manager::{ClusterManager, ClusterStatus, NodeStatus};
 use distrib_kv_store::config::Config;
 use distrib_kv_store::metrics::NodeState;
+use distrib_kv_store::reshard::{self, Basis, Holdings, Outlook, Progress, Scene};
 use distrib_kv_store::ring::Ring;
 use distrib_kv_store::types::ClusterId;
 
@@ -148,6 +149,129 @@ pub fn installed(ring: &Ring, installed: &[ClusterId]) -> String {
     }
     let names: Vec<&str> = installed.iter().map(ClusterId::as_str).collect();
     format!("installed in {}\n{}\n", names.join(", "), ring_line(ring))
+}
+
+/// What a change came to.
+pub fn in_force(ring: &Ring) -> String {
+    let names: Vec<&str> = ring.clusters.iter().map(|cluster| cluster.id.as_str()).collect();
+    format!("in force: {}\nclusters: {}\n", ring_line(ring), names.join(", "))
+}
+
+/// How far the change under way is, if one is.
+pub fn migration(scene: &Scene, progress: Option<&Progress>, troubles: &[String]) -> String {
+    let mut text = match (scene, progress) {
+        (_, Some(progress)) => changing(progress),
+        (Scene::NoRing, _) => "no ring: each cluster owns every key\n".into(),
+        (Scene::Reverting(ring), _) => {
+            format!(
+                "a change was called off; epoch {} is not in force everywhere yet\n",
+                ring.epoch
+            )
+        }
+        (Scene::Quiet { ring, settled: Some(true) }, _) => {
+            format!("no change is under way\n{}\n", ring_line(ring))
+        }
+        (Scene::Quiet { ring, .. }, _) => {
+            format!("epoch {} is not known to be in force everywhere yet\n", ring.epoch)
+        }
+        (Scene::Changing(_), None) => unreachable!("a change has progress"),
+    };
+    for trouble in troubles {
+        text += &format!("{trouble}\n");
+    }
+    text
+}
+
+fn changing(progress: &Progress) -> String {
+    let mut rows = vec![header(&["from", "to", "phase", "attempt", "keys", "copied", "to delete"])];
+    for handoff in &progress.handoffs {
+        rows.push(vec![
+            handoff.pair.from.to_string(),
+            handoff.pair.to.to_string(),
+            handoff.phase.name().to_owned(),
+            handoff.attempt.to_string(),
+            shown(handoff.keys),
+            handoff.keys_copied.to_string(),
+            handoff.keys_to_delete.to_string(),
+        ]);
+    }
+    let off = if progress.cancelled { ", being called off" } else { "" };
+    let mut text = format!(
+        "changing from epoch {} to {}{off}\n\n{}",
+        progress.from_epoch,
+        progress.to_epoch,
+        table(&rows)
+    );
+    if !progress.waiting_for.is_empty() {
+        let names: Vec<&str> = progress.waiting_for.iter().map(ClusterId::as_str).collect();
+        text += &format!("\nnot begun, or not answering: {}\n", names.join(", "));
+    }
+    text
+}
+
+/// What a change would move, for people.
+pub fn outlook(outlook: &Outlook) -> String {
+    if outlook.plan.handoffs.is_empty() {
+        return "nothing would move\n".into();
+    }
+    let mut rows = vec![header(&["from", "to", "share of all keys", "keys", "on disk"])];
+    for (handoff, moved) in estimates(outlook) {
+        let error = match outlook.plan.basis {
+            Basis::Exact => String::new(),
+            Basis::Sampled => format!(" +- {:.2}", 100.0 * handoff.error),
+        };
+        rows.push(vec![
+            handoff.pair.from.to_string(),
+            handoff.pair.to.to_string(),
+            format!("{:.2}{error} %", 100.0 * handoff.share),
+            format!("~{}", moved.keys),
+            format!("~{:.1} MB", moved.bytes as f64 / 1e6),
+        ]);
+    }
+    let all = total(outlook);
+    let basis = match outlook.plan.basis {
+        Basis::Exact => "shares are calculated",
+        Basis::Sampled => "shares are counted in a fixed sample of keys",
+    };
+    format!(
+        "{}\n{:.2} % of all keys would move: about {} keys, {:.1} MB on each node's disk\n\
+         {basis}; keys and bytes are estimates\n",
+        table(&rows),
+        100.0 * outlook.plan.share(),
+        all.keys,
+        all.bytes as f64 / 1e6
+    )
+}
+
+/// What a change would move, for programs.
+pub fn outlook_json(outlook: &Outlook) -> serde_json::Value {
+    let all = total(outlook);
+    let handoff = |(handoff, moved): (&reshard::PlannedHandoff, Holdings)| {
+        serde_json::json!({
+            "from": handoff.pair.from, "to": handoff.pair.to, "share": handoff.share,
+            "error": handoff.error, "share_of_source": handoff.share_of_source,
+            "keys": moved.keys, "bytes": moved.bytes,
+        })
+    };
+    let handoffs: Vec<_> = estimates(outlook).map(handoff).collect();
+    serde_json::json!({
+        "next": outlook.next, "basis": outlook.plan.basis, "share": outlook.plan.share(),
+        "keys": all.keys, "bytes": all.bytes, "handoffs": handoffs,
+    })
+}
+
+fn estimates(outlook: &Outlook) -> impl Iterator<Item = (&reshard::PlannedHandoff, Holdings)> {
+    outlook.plan.handoffs.iter().map(|handoff| {
+        let held = outlook.holdings.get(&handoff.pair.from).copied().unwrap_or_default();
+        (handoff, reshard::estimate(handoff, held))
+    })
+}
+
+fn total(outlook: &Outlook) -> Holdings {
+    estimates(outlook).fold(Holdings::default(), |all, (_, moved)| Holdings {
+        keys: all.keys + moved.keys,
+        bytes: all.bytes + moved.bytes,
+    })
 }
 
 fn ring_line(ring: &Ring) -> String {

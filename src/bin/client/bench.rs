@@ -5,9 +5,9 @@
 //! feature `compare`, etcd and Redis. `scripts/compare.sh` does that for all of them in turn.
 //!
 //! The map: `mix` says what the clients do and `distribution` to which keys; `store` is what a load
-//! needs of a store, with `library`, `plain_http`, `etcd` and `redis` behind it; `run` lets the clients
-//! work; `tally` counts, `cpu` watches processes, `summary` reports; `report` and `chart` put many
-//! summaries next to each other.
+//! needs of a store, with `library`, `plain_http` (on `keep_alive`), `etcd` and `redis` behind it; `run`
+//! lets the clients work; `tally` counts, `cpu` watches processes, `summary` reports; `report` and `chart`
+//! put many summaries next to each other.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -25,6 +25,7 @@ mod cpu;
 mod distribution;
 #[cfg(feature = "compare")]
 mod etcd;
+mod keep_alive;
 mod library;
 mod mix;
 mod plain_http;

@@ -1,9 +1,11 @@
 //! This store by plain HTTP, as curl, Python or Go would use it: one request for each operation, each
 //! client on a keep-alive connection of its own.
 //!
-//! It sends to a cluster's leader and does not ask for `Kv-Routing: direct`: when the leader changes,
-//! or another cluster owns the key, the node passes the request on. A connection that fails is opened
-//! again, to the next node.
+//! It knows the ring, as a client of several clusters would that keeps what `GET /v1/ring` says: each
+//! request goes to the leader of the cluster that owns the key, on a connection of the client's own to
+//! that cluster. It does not ask for `Kv-Routing: direct`: when the leader or the ring changes, the node
+//! passes the request on. A connection that fails is opened again, to the next node of its cluster.
+//! With `--ask given` it knows nothing and leaves all routing to the given nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,18 +13,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use distrib_kv_store::kvclient::{Consistency, KVClient};
 use distrib_kv_store::metrics::NodeState;
-use distrib_kv_store::network::error::{Outcome, etag};
+use distrib_kv_store::network::error::Outcome;
 use distrib_kv_store::raft_node::RaftNode;
+use distrib_kv_store::ring::RingTable;
 use distrib_kv_store::types::Revision;
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::Ask;
+use super::keep_alive::{Answer, KeepAlive, Request};
 use super::library;
 use super::store::{Session, Store};
 use super::tally::Failure;
@@ -39,14 +39,29 @@ const LEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause between two looks.
 const LEADER_PAUSE: Duration = Duration::from_millis(100);
 
+/// The statuses that mean something to a load.
+const OK: u16 = 200;
+const NOT_FOUND: u16 = 404;
+const PRECONDITION_FAILED: u16 = 412;
+
 /// The nodes that are asked.
 #[derive(Debug, Clone)]
 pub struct PlainHttp {
+    /// Who is asked for which key. Without a ring, or when the given nodes are to be asked, all keys go to
+    /// the one place that there is.
+    ring: Arc<RingTable>,
+    /// One for each cluster, in the ring's order.
+    places: Arc<[Place]>,
+    consistency: Consistency,
+}
+
+/// Nodes that are asked for the same keys.
+#[derive(Debug, Clone)]
+struct Place {
     /// `HOST:PORT`: those that clients begin with, by turns.
-    first: Arc<[String]>,
+    first: Vec<String>,
     /// All, for when those fail.
     all: Arc<[String]>,
-    consistency: Consistency,
 }
 
 impl PlainHttp {
@@ -57,12 +72,34 @@ impl PlainHttp {
         ask: Ask,
         consistency: Consistency,
     ) -> Result<Self, Failure> {
-        let all = if given.is_empty() { nodes_of(client).await? } else { given };
-        let first = match ask {
-            Ask::Given => all.clone(),
-            Ask::Leader => leaders_among(&all).await?,
+        let none = Arc::new(RingTable::none());
+        let (ring, places) = match ask {
+            Ask::Given => {
+                let all = if given.is_empty() { nodes_of(client).await? } else { given };
+                (none, vec![Place { first: all.clone(), all: all.into() }])
+            }
+            Ask::Leader if client.ring().clusters.is_empty() => {
+                let all = if given.is_empty() { nodes_of(client).await? } else { given };
+                (none, vec![Place::led(all).await?])
+            }
+            Ask::Leader => {
+                let bad_ring = |error| Failure::not_applied("RING", format!("{error}"));
+                let ring = RingTable::new(client.ring()).map_err(bad_ring)?;
+                let mut places = Vec::new();
+                for cluster in &ring.ring().clusters {
+                    let nodes = cluster.nodes.iter().map(|node| node.http.clone());
+                    places.push(Place::led(nodes.collect()).await?);
+                }
+                (Arc::new(ring), places)
+            }
         };
-        Ok(Self { first: first.into(), all: all.into(), consistency })
+        Ok(Self { ring, places: places.into(), consistency })
+    }
+}
+
+impl Place {
+    async fn led(all: Vec<String>) -> Result<Self, Failure> {
+        Ok(Self { first: leaders_among(&all).await?, all: all.into() })
     }
 }
 
@@ -103,33 +140,38 @@ async fn leaders_among(nodes: &[String]) -> Result<Vec<String>, Failure> {
 }
 
 impl Store for PlainHttp {
-    type Session = Connection;
+    type Session = Client;
 
-    async fn session(&self, client: usize) -> Result<Connection, Failure> {
-        let address = self.first[client % self.first.len()].clone();
-        let at = self.all.iter().position(|node| *node == address).unwrap_or(0);
+    async fn session(&self, client: usize) -> Result<Client, Failure> {
+        let connections = self.places.iter().map(|place| {
+            let first = &place.first[client % place.first.len()];
+            let at = place.all.iter().position(|node| node == first).unwrap_or(0);
+            Connection { nodes: place.all.clone(), at, open: None }
+        });
         let consistency = match self.consistency {
             Consistency::Linearizable | Consistency::LinearizableOnFollower => "linearizable",
             Consistency::Stale => "stale",
         };
-        Ok(Connection { nodes: self.all.clone(), at, consistency, sender: None })
+        Ok(Client { ring: self.ring.clone(), connections: connections.collect(), consistency })
     }
 }
 
-/// One client's connection. Opened when it is needed.
+/// One client.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Client {
+    ring: Arc<RingTable>,
+    /// One for each place.
+    connections: Vec<Connection>,
+    consistency: &'static str,
+}
+
+/// One client's connection to one of a cluster's nodes. Opened when it is needed.
+#[derive(Debug)]
+struct Connection {
     nodes: Arc<[String]>,
     /// The place of the node that it is connected to.
     at: usize,
-    consistency: &'static str,
-    sender: Option<SendRequest<Full<Bytes>>>,
-}
-
-struct Answer {
-    status: StatusCode,
-    headers: HeaderMap,
-    body: Bytes,
+    open: Option<KeepAlive>,
 }
 
 /// What an error's body says.
@@ -148,71 +190,39 @@ struct ErrorDetail {
 impl Connection {
     async fn send(
         &mut self,
-        method: Method,
-        path: String,
-        condition: Option<(header::HeaderName, HeaderValue)>,
-        body: Bytes,
+        method: &str,
+        path: &str,
+        condition: Option<(&str, &str)>,
+        body: &[u8],
     ) -> Result<Answer, Failure> {
-        let in_doubt = if method == Method::PUT { Outcome::Unknown } else { Outcome::NotApplied };
-        let request = self.request(method, path, condition, body)?;
+        let in_doubt = if method == "PUT" { Outcome::Unknown } else { Outcome::NotApplied };
         let node = self.nodes[self.at].clone();
         let failed =
             |code, message, outcome| Failure::new(code, format!("{node}: {message}"), outcome);
         // Taken out: whatever fails from here on also ends the connection.
-        let mut sender = match self.sender.take() {
-            Some(sender) if !sender.is_closed() => sender,
-            _ => connect(&node).await.map_err(|message| {
+        let mut open = match self.open.take() {
+            Some(open) => open,
+            None => connect(&node).await.map_err(|message| {
                 self.at = (self.at + 1) % self.nodes.len();
                 failed("UNREACHABLE", message, Outcome::NotApplied)
             })?,
         };
-        let exchange = async {
-            let (head, body) = sender.send_request(request).await?.into_parts();
-            let body = body.collect().await?.to_bytes();
-            Ok::<_, hyper::Error>(Answer { status: head.status, headers: head.headers, body })
-        };
-        match timeout(REQUEST_TIMEOUT, exchange).await {
+        let request = Request { method, path, host: &node, field: condition, body };
+        match timeout(REQUEST_TIMEOUT, open.exchange(&request)).await {
             Ok(Ok(answer)) => {
-                self.sender = Some(sender);
+                self.open = (!answer.closes).then_some(open);
                 Ok(answer)
             }
-            // Not a byte of it was written.
-            Ok(Err(error)) if error.is_canceled() => {
-                Err(failed("UNREACHABLE", error.to_string(), Outcome::NotApplied))
-            }
-            Ok(Err(error)) => Err(failed("ANSWER_LOST", error.to_string(), in_doubt)),
+            Ok(Err(message)) => Err(failed("ANSWER_LOST", message, in_doubt)),
             Err(_) => Err(failed("CLIENT_TIMEOUT", "no answer in time".into(), in_doubt)),
         }
     }
-
-    fn request(
-        &self,
-        method: Method,
-        path: String,
-        condition: Option<(header::HeaderName, HeaderValue)>,
-        body: Bytes,
-    ) -> Result<Request<Full<Bytes>>, Failure> {
-        let mut builder =
-            Request::builder().method(method).uri(path).header(header::HOST, &self.nodes[self.at]);
-        if let Some((name, value)) = condition {
-            builder = builder.header(name, value);
-        }
-        let built = builder.body(Full::new(body));
-        built.map_err(|error| Failure::not_applied("CLIENT", error.to_string()))
-    }
 }
 
-async fn connect(node: &str) -> Result<SendRequest<Full<Bytes>>, String> {
-    let connecting = async {
-        let stream = TcpStream::connect(node).await.map_err(|error| error.to_string())?;
-        stream.set_nodelay(true).map_err(|error| error.to_string())?;
-        http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())
-    };
-    let connected = timeout(CONNECT_TIMEOUT, connecting).await;
-    let (sender, connection) = connected.map_err(|_| "no connection in time".to_owned())??;
-    // Ends when the sender is dropped. What goes wrong with it the sender is told too.
-    tokio::spawn(connection);
-    Ok(sender)
+async fn connect(node: &str) -> Result<KeepAlive, String> {
+    let connected = timeout(CONNECT_TIMEOUT, TcpStream::connect(node)).await;
+    let stream = connected.map_err(|_| "no connection in time".to_owned())?;
+    stream.and_then(KeepAlive::new).map_err(|error| error.to_string())
 }
 
 /// `key` is one of the load's own, which need no escapes.
@@ -231,20 +241,29 @@ fn refused(answer: &Answer) -> Failure {
     }
 }
 
-impl Session for Connection {
+impl Client {
+    fn connection_for(&mut self, key: &str) -> &mut Connection {
+        let owner = self.ring.owner(key.as_bytes()).and_then(|owner| {
+            self.ring.ring().clusters.iter().position(|cluster| cluster.id == owner.id)
+        });
+        &mut self.connections[owner.unwrap_or(0)]
+    }
+}
+
+impl Session for Client {
     async fn put(&mut self, key: &str, value: Bytes) -> Result<(), Failure> {
-        let answer = self.send(Method::PUT, path_of(key), None, value).await?;
-        if answer.status == StatusCode::OK { Ok(()) } else { Err(refused(&answer)) }
+        let connection = self.connection_for(key);
+        let answer = connection.send("PUT", &path_of(key), None, &value).await?;
+        if answer.status == OK { Ok(()) } else { Err(refused(&answer)) }
     }
 
     async fn get(&mut self, key: &str) -> Result<Option<Revision>, Failure> {
         let path = format!("{}?consistency={}", path_of(key), self.consistency);
-        let answer = self.send(Method::GET, path, None, Bytes::new()).await?;
-        let tag = answer.headers.get(header::ETAG).and_then(|tag| tag.to_str().ok());
-        let revision = tag.and_then(|tag| tag.trim_matches('"').parse().ok());
+        let answer = self.connection_for(key).send("GET", &path, None, &[]).await?;
+        let revision = answer.etag.as_ref().and_then(|tag| tag.trim_matches('"').parse().ok());
         match (answer.status, revision) {
-            (StatusCode::OK, Some(revision)) => Ok(Some(revision)),
-            (StatusCode::NOT_FOUND, _) => Ok(None),
+            (OK, Some(revision)) => Ok(Some(revision)),
+            (NOT_FOUND, _) => Ok(None),
             _ => Err(refused(&answer)),
         }
     }
@@ -255,14 +274,13 @@ impl Session for Connection {
         value: Bytes,
         seen: Option<Revision>,
     ) -> Result<bool, Failure> {
-        let condition = match seen {
-            Some(revision) => (header::IF_MATCH, etag(revision)),
-            None => (header::IF_NONE_MATCH, HeaderValue::from_static("*")),
-        };
-        let answer = self.send(Method::PUT, path_of(key), Some(condition), value).await?;
+        let tag = seen.map(|revision| format!("\"{revision}\""));
+        let condition = tag.as_deref().map_or(("If-None-Match", "*"), |tag| ("If-Match", tag));
+        let connection = self.connection_for(key);
+        let answer = connection.send("PUT", &path_of(key), Some(condition), &value).await?;
         match answer.status {
-            StatusCode::OK => Ok(true),
-            StatusCode::PRECONDITION_FAILED => Ok(false),
+            OK => Ok(true),
+            PRECONDITION_FAILED => Ok(false),
             _ => Err(refused(&answer)),
         }
     }

@@ -1,18 +1,18 @@
 //! The socket as hyper sees it: notes every byte that moves, and lets only sound requests through.
 
 use std::io::{self, IoSlice};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use super::super::error::ApiError;
-use super::super::head::{Gate, HEAD_BUFFER_BYTES, Next};
+use super::super::head::{Gate, Next};
 use super::{Activity, Phase};
 
 /// How long what a client goes on sending after its last answer is thrown away: closing at once would
@@ -44,6 +44,20 @@ struct Parting {
 impl Watched {
     pub(super) fn new(stream: TcpStream, activity: Arc<Activity>) -> Self {
         Self { stream, activity, gate: Gate::default(), parting: None }
+    }
+
+    /// What came and is nobody's yet.
+    pub(super) fn gate(&mut self) -> &mut Gate {
+        &mut self.gate
+    }
+
+    /// Reads into the gate; 0 at the end. Cancel safe.
+    pub(super) async fn receive(&mut self) -> io::Result<usize> {
+        let read = std::future::poll_fn(|cx| self.poll_receive(cx)).await?;
+        if read > 0 {
+            self.activity.update(|phase| phase.note_read(Instant::now()));
+        }
+        Ok(read)
     }
 
     fn note_written(&self, written: &Poll<io::Result<usize>>) {
@@ -79,11 +93,8 @@ impl Watched {
 
     /// Reads into the gate.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut piece = [0; HEAD_BUFFER_BYTES];
-        let mut piece = ReadBuf::new(&mut piece);
-        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut piece))?;
-        self.gate.receive(piece.filled());
-        Poll::Ready(Ok(piece.filled().len()))
+        // Safe to cancel: what was read is in the gate, or still in the socket.
+        pin!(self.stream.read_buf(self.gate.inbox())).poll(cx)
     }
 
     /// Writes what a refused client is told, then takes what it still sends, for a while.

@@ -74,8 +74,7 @@ impl Connection {
         tracker: TaskTracker,
     ) -> Self {
         let halves = stream.into_split();
-        let codec =
-            PeerCodec::new(halves, settings.frame_limits(None), None, closer.clone(), &tracker);
+        let codec = PeerCodec::new(halves, settings.reply_limits(), None, closer.clone(), &tracker);
         let mut client = Client::with_codec(codec);
         client.set_default_timeout(NEVER);
         Self {

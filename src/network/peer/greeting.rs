@@ -6,9 +6,15 @@
 //! one name be mixed, so it also says to which forming of the cluster it belongs
 //! ([`crate::store::formation`]).
 //!
+//! Nodes of different clusters talk for one purpose only, [`Purpose::Handoff`]: the target's cluster
+//! gives keys to the sender's. That it does is the acceptor's to know, from the change of the ring
+//! that it takes part in; who is not a destination of it is refused. Formations say nothing between
+//! clusters, and are not compared.
+//!
 //! ```text
-//! hello  = magic:8, version:u16, purpose:u8, sender:u64, target:u64, formation:u64, cluster:text8
-//! answer = magic:8, version:u16, verdict:u8, node:u64, cluster:text8     the acceptor's own
+//! hello  = magic:8, version:u16, purpose:u8, sender:node, target:node, formation:u64
+//! answer = magic:8, version:u16, verdict:u8, own:node
+//! node   = id:u64, cluster:text8
 //! text8  = length:u8, bytes
 //! ```
 //! Integers are big-endian. What follows `version` may change with it, so a reader stops there when
@@ -25,8 +31,9 @@ use crate::types::{CLUSTER_ID_BYTES_MAX, ClusterId, NodeId};
 /// Says that this is a peer connection of this program.
 const MAGIC: [u8; 8] = *b"dkv-peer";
 
-/// The version of the protocol: greeting, frames and messages together.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 1;
+/// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
+/// no clients, a hello did not name the target's cluster, and there were no handoffs.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 2;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;
@@ -34,6 +41,7 @@ const OTHER_CLUSTER: u8 = 2;
 const OTHER_NODE: u8 = 3;
 const FULL: u8 = 4;
 const OTHER_FORMATION: u8 = 5;
+const NO_HANDOFF: u8 = 6;
 
 /// What the connector says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +49,7 @@ pub(in crate::network) struct Hello {
     pub(in crate::network) purpose: Purpose,
     pub(in crate::network) sender: PeerIdentity,
     /// The node that the connector believes to live at this address.
-    pub(in crate::network) target: NodeId,
+    pub(in crate::network) target: PeerIdentity,
     /// To which forming of its cluster the sender belongs. A node that belongs to none calls nobody.
     pub(in crate::network) formation: Option<NonZeroU64>,
 }
@@ -55,12 +63,18 @@ pub(in crate::network) enum Refusal {
     /// The address belongs to another cluster.
     #[error("it belongs to cluster {theirs}, this node to {ours}")]
     Cluster { theirs: ClusterId, ours: ClusterId },
+    /// The address belongs to another cluster than the one that keys are to come from.
+    #[error("the connection is meant for cluster {meant}, and cluster {found} answers there")]
+    Elsewhere { meant: ClusterId, found: ClusterId },
     /// The address belongs to another node of the cluster.
     #[error("the connection is meant for node {meant}, and node {found} answers there")]
     Node { meant: NodeId, found: NodeId },
     /// Both clusters have the same name, and are two.
     #[error("it belongs to another cluster of the same name: the two were initialized apart")]
     Formation,
+    /// As far as the acceptor knows, which may lag behind, its cluster gives no keys to the sender's.
+    #[error("cluster {from} gives no keys to cluster {to} at the moment")]
+    NoHandoff { from: ClusterId, to: ClusterId },
     /// The acceptor holds as many connections as it may.
     #[error("it has too many connections")]
     Full,
@@ -91,10 +105,9 @@ where
     let mut out = Vec::with_capacity(128);
     put_start(&mut out);
     out.push(hello.purpose.number());
-    out.extend(hello.sender.node_id.to_be_bytes());
-    out.extend(hello.target.to_be_bytes());
+    put_node(&hello.sender, &mut out);
+    put_node(&hello.target, &mut out);
     out.extend(hello.formation.map_or(0, NonZeroU64::get).to_be_bytes());
-    put_cluster(&hello.sender.cluster, &mut out);
     stream.write_all(&out).await?;
     read_answer(stream, hello).await
 }
@@ -108,22 +121,27 @@ where
         return Err(GreetingError::Refused(Refusal::Version { theirs }));
     }
     let verdict = stream.read_u8().await?;
-    let found = stream.read_u64().await?;
-    let cluster = read_cluster(stream).await?;
+    let PeerIdentity { cluster, node_id: found } = read_node(stream).await?;
+    let (sender, target) = (&hello.sender, &hello.target);
     let refusal = match verdict {
         WELCOME => return Ok(()),
         OTHER_VERSION => Refusal::Version { theirs },
-        OTHER_CLUSTER => Refusal::Cluster { theirs: cluster, ours: hello.sender.cluster.clone() },
-        OTHER_NODE => Refusal::Node { meant: hello.target, found },
+        OTHER_CLUSTER if hello.purpose == Purpose::Handoff => {
+            Refusal::Elsewhere { meant: target.cluster.clone(), found: cluster }
+        }
+        OTHER_CLUSTER => Refusal::Cluster { theirs: cluster, ours: sender.cluster.clone() },
+        OTHER_NODE => Refusal::Node { meant: target.node_id, found },
         FULL => Refusal::Full,
         OTHER_FORMATION => Refusal::Formation,
+        NO_HANDOFF => Refusal::NoHandoff { from: cluster, to: sender.cluster.clone() },
         _ => return Err(GreetingError::Malformed("unknown verdict")),
     };
     Err(GreetingError::Refused(refusal))
 }
 
 /// Reads a hello and compares who calls whom. A refusal is answered here; a welcome is the caller's to
-/// answer, with [`answer`], once it has compared the formation and has a place for the connection. The caller bounds the time.
+/// answer, with [`answer`], once it has a place for the connection, and has compared the formation or
+/// knows of the handoff. The caller bounds the time.
 pub(in crate::network) async fn accept<S>(
     stream: &mut S,
     own: &PeerIdentity,
@@ -139,19 +157,34 @@ where
     }
     let purpose = Purpose::from_number(stream.read_u8().await?)
         .map_err(|_| GreetingError::Malformed("unknown purpose"))?;
-    let node_id = stream.read_u64().await?;
-    let target = stream.read_u64().await?;
+    let (sender, target) = (read_node(stream).await?, read_node(stream).await?);
     let formation = NonZeroU64::new(stream.read_u64().await?);
-    let cluster = read_cluster(stream).await?;
-    let refusal = if cluster != own.cluster {
-        Refusal::Cluster { theirs: cluster, ours: own.cluster.clone() }
-    } else if target != own.node_id {
-        Refusal::Node { meant: target, found: own.node_id }
-    } else {
-        return Ok(Hello { purpose, sender: PeerIdentity { cluster, node_id }, target, formation });
-    };
+    let hello = Hello { purpose, sender, target, formation };
+    let Some(refusal) = refusal_of(&hello, own) else { return Ok(hello) };
     answer(stream, own, Some(&refusal)).await?;
     Err(GreetingError::Refused(refusal))
+}
+
+/// What keeps the two apart, as far as a greeting alone tells.
+fn refusal_of(hello: &Hello, own: &PeerIdentity) -> Option<Refusal> {
+    let (sender, target) = (&hello.sender, &hello.target);
+    if hello.purpose == Purpose::Handoff {
+        if target.cluster != own.cluster {
+            let (meant, found) = (target.cluster.clone(), own.cluster.clone());
+            return Some(Refusal::Elsewhere { meant, found });
+        }
+        if sender.cluster == own.cluster {
+            let (from, to) = (own.cluster.clone(), own.cluster.clone());
+            return Some(Refusal::NoHandoff { from, to });
+        }
+    } else if let Some(other) =
+        [sender, target].into_iter().find(|node| node.cluster != own.cluster)
+    {
+        let (theirs, ours) = (other.cluster.clone(), own.cluster.clone());
+        return Some(Refusal::Cluster { theirs, ours });
+    }
+    let (meant, found) = (target.node_id, own.node_id);
+    (meant != found).then_some(Refusal::Node { meant, found })
 }
 
 /// Answers a hello: welcome, or what differs.
@@ -168,13 +201,13 @@ where
     out.push(match refusal {
         None => WELCOME,
         Some(Refusal::Version { .. }) => OTHER_VERSION,
-        Some(Refusal::Cluster { .. }) => OTHER_CLUSTER,
+        Some(Refusal::Cluster { .. } | Refusal::Elsewhere { .. }) => OTHER_CLUSTER,
         Some(Refusal::Node { .. }) => OTHER_NODE,
         Some(Refusal::Full) => FULL,
         Some(Refusal::Formation) => OTHER_FORMATION,
+        Some(Refusal::NoHandoff { .. }) => NO_HANDOFF,
     });
-    out.extend(own.node_id.to_be_bytes());
-    put_cluster(&own.cluster, &mut out);
+    put_node(own, &mut out);
     stream.write_all(&out).await
 }
 
@@ -183,8 +216,9 @@ fn put_start(out: &mut Vec<u8>) {
     out.extend(PROTOCOL_VERSION.to_be_bytes());
 }
 
-fn put_cluster(cluster: &ClusterId, out: &mut Vec<u8>) {
-    let text = cluster.as_str();
+fn put_node(node: &PeerIdentity, out: &mut Vec<u8>) {
+    out.extend(node.node_id.to_be_bytes());
+    let text = node.cluster.as_str();
     out.push(u8::try_from(text.len()).expect("a cluster id has at most 64 bytes"));
     out.extend(text.as_bytes());
 }
@@ -196,6 +230,11 @@ async fn read_start<S: AsyncRead + Unpin>(stream: &mut S) -> Result<u16, Greetin
         return Err(GreetingError::Malformed("wrong magic"));
     }
     Ok(stream.read_u16().await?)
+}
+
+async fn read_node<S: AsyncRead + Unpin>(stream: &mut S) -> Result<PeerIdentity, GreetingError> {
+    let node_id = stream.read_u64().await?;
+    Ok(PeerIdentity { cluster: read_cluster(stream).await?, node_id })
 }
 
 async fn read_cluster<S: AsyncRead + Unpin>(stream: &mut S) -> Result<ClusterId, GreetingError> {
@@ -218,6 +257,11 @@ mod tests {
         PeerIdentity { cluster: cluster.parse().unwrap(), node_id }
     }
 
+    fn hello(purpose: Purpose, sender: PeerIdentity) -> Hello {
+        let target = identity("c1", 1);
+        Hello { purpose, sender, target, formation: NonZeroU64::new(5) }
+    }
+
     async fn greet(hello: Hello, own: PeerIdentity) -> (Option<Hello>, Result<(), GreetingError>) {
         let (mut near, mut far) = tokio::io::duplex(1024);
         let acceptor = async {
@@ -230,12 +274,7 @@ mod tests {
 
     #[tokio::test]
     async fn members_of_one_cluster_are_welcome() {
-        let hello = Hello {
-            purpose: Purpose::Snapshot,
-            sender: identity("c1", 2),
-            target: 1,
-            formation: NonZeroU64::new(5),
-        };
+        let hello = hello(Purpose::Snapshot, identity("c1", 2));
         let (accepted, connected) = greet(hello.clone(), identity("c1", 1)).await;
         assert_eq!(accepted, Some(hello));
         connected.unwrap();
@@ -243,12 +282,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_differs_is_named() {
-        let hello = Hello {
-            purpose: Purpose::Append,
-            sender: identity("c1", 2),
-            target: 1,
-            formation: NonZeroU64::new(5),
-        };
+        let hello = hello(Purpose::Append, identity("c1", 2));
         let (_, other_cluster) = greet(hello.clone(), identity("c2", 1)).await;
         let Err(GreetingError::Refused(Refusal::Cluster { theirs, .. })) = other_cluster else {
             panic!("{other_cluster:?}");
@@ -257,6 +291,44 @@ mod tests {
         let (_, other_node) = greet(hello, identity("c1", 7)).await;
         let Err(GreetingError::Refused(refusal)) = other_node else { panic!("{other_node:?}") };
         assert_eq!(refusal, Refusal::Node { meant: 1, found: 7 });
+    }
+
+    /// Another cluster's nodes get through for a handoff and for nothing else, and only to the node
+    /// and the cluster that they mean.
+    #[tokio::test]
+    async fn nodes_of_other_clusters_come_for_handoffs_only() {
+        let hello = |purpose| hello(purpose, identity("c2", 1));
+        let (accepted, connected) = greet(hello(Purpose::Handoff), identity("c1", 1)).await;
+        assert_eq!(accepted, Some(hello(Purpose::Handoff)));
+        connected.unwrap();
+        for purpose in [Purpose::Append, Purpose::Control, Purpose::Snapshot] {
+            // The acceptor is of the sender's cluster, or of the target's.
+            for own in [identity("c1", 1), identity("c2", 1)] {
+                let (accepted, _) = greet(hello(purpose), own).await;
+                assert_eq!(accepted, None);
+            }
+        }
+        for (own, expected) in [
+            (identity("c1", 7), Refusal::Node { meant: 1, found: 7 }),
+            (identity("c3", 1), Refusal::Elsewhere { meant: id("c1"), found: id("c3") }),
+            (identity("c2", 1), Refusal::Elsewhere { meant: id("c1"), found: id("c2") }),
+        ] {
+            let (_, refused) = greet(hello(Purpose::Handoff), own).await;
+            let Err(GreetingError::Refused(refusal)) = refused else { panic!("{refused:?}") };
+            assert_eq!(refusal, expected);
+        }
+        let (_, within) = greet(hello_within(), identity("c1", 1)).await;
+        let Err(GreetingError::Refused(refusal)) = within else { panic!("{within:?}") };
+        assert_eq!(refusal, Refusal::NoHandoff { from: id("c1"), to: id("c1") });
+    }
+
+    fn id(cluster: &str) -> ClusterId {
+        cluster.parse().unwrap()
+    }
+
+    /// A handoff within one cluster, which there is not.
+    fn hello_within() -> Hello {
+        hello(Purpose::Handoff, identity("c1", 2))
     }
 
     #[tokio::test]

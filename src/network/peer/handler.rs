@@ -1,5 +1,5 @@
-//! What the server side of the peer network asks of the node: Raft and the snapshot stager in a node,
-//! a fake in tests.
+//! What the server side of the peer network asks of the node: Raft, the snapshot stager and the store in
+//! a node, a fake in tests.
 
 use std::collections::HashSet;
 
@@ -8,9 +8,10 @@ use futures_util::stream::BoxStream;
 
 use super::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
-    SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
+    PageReply, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
-use crate::types::{LeaderId, LogId, NodeId};
+use crate::handoff::PageRequest;
+use crate::types::{ClusterId, LeaderId, LogId, NodeId};
 
 /// The work behind a message. Every method may take as long as a disk does, and its future may be
 /// dropped when the node stops.
@@ -43,4 +44,12 @@ pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
     async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure>;
 
     async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure>;
+
+    /// Whether the change of the ring that this node's cluster takes part in, as far as this node has
+    /// applied it, gives keys to another cluster. Answers at once.
+    fn gives_to(&self, cluster: &ClusterId) -> bool;
+
+    /// What follows a destination's cursor. That the handoff is between this node's cluster and the
+    /// sender's is checked, and `bytes_max` is bounded.
+    async fn page(&self, request: PageRequest) -> Result<PageReply, Failure>;
 }

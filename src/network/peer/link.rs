@@ -60,10 +60,17 @@ pub(in crate::network) struct LinkContext {
     pub(in crate::network) quiet: Arc<Quiet>,
 }
 
+impl LinkContext {
+    /// Another node of this node's cluster.
+    pub(in crate::network) fn colleague(&self, node_id: NodeId) -> PeerIdentity {
+        PeerIdentity { cluster: self.identity.cluster.clone(), node_id }
+    }
+}
+
 /// The way to one peer for one purpose.
 pub(in crate::network) struct Link {
     context: LinkContext,
-    target: NodeId,
+    target: PeerIdentity,
     addr: String,
     purpose: Purpose,
     state: Mutex<State>,
@@ -86,7 +93,7 @@ enum Current {
 impl Link {
     pub(in crate::network) fn new(
         context: LinkContext,
-        target: NodeId,
+        target: PeerIdentity,
         addr: String,
         purpose: Purpose,
     ) -> Self {
@@ -177,7 +184,7 @@ impl Link {
         let hello = Hello {
             purpose: self.purpose,
             sender: self.context.identity.clone(),
-            target: self.target,
+            target: self.target.clone(),
             formation: self.context.formation.id(),
         };
         greeting::connect(&mut stream, &hello).await?;
@@ -196,7 +203,7 @@ impl Link {
             Ok(connection) => {
                 state.failures = 0;
                 state.current = Current::Connected(Arc::clone(connection));
-                tracing::debug!(peer = self.target, addr = self.addr, purpose = ?self.purpose,
+                tracing::debug!(peer = %self.target, addr = self.addr, purpose = ?self.purpose,
                     "connected to peer");
             }
             Err(error) => {
@@ -210,22 +217,26 @@ impl Link {
     }
 
     /// Refusals are mistakes of an operator and worth a line; a peer that is down is not news, its
-    /// going down is.
+    /// going down is. A replica that knows of no handoff only lags behind, or is ahead.
     fn log_failure(&self, error: &ConnectError, failures: u32) {
-        let (peer, purpose) = (self.target, self.purpose);
+        if let ConnectError::Refused { refusal: Refusal::NoHandoff { .. }, .. } = error {
+            tracing::debug!(peer = %self.target, "{error}");
+            return;
+        }
+        let (peer, purpose) = (&self.target, self.purpose);
         let refused = matches!(error, ConnectError::Refused { .. });
         let news = refused || (failures == 1 && *error != ConnectError::Stopping);
         let Some(suppressed) = news.then(|| self.context.quiet.admit()).flatten() else { return };
         if refused {
-            tracing::warn!(peer, ?purpose, suppressed, "{error}");
+            tracing::warn!(%peer, ?purpose, suppressed, "{error}");
         } else {
-            tracing::info!(peer, ?purpose, suppressed, "peer is unreachable: {error}");
+            tracing::info!(%peer, ?purpose, suppressed, "peer is unreachable: {error}");
         }
     }
 
     fn log_closed(&self, connection: &Connection) {
         if let Some(suppressed) = self.context.quiet.admit() {
-            tracing::info!(peer = self.target, purpose = ?self.purpose, suppressed,
+            tracing::info!(peer = %self.target, purpose = ?self.purpose, suppressed,
                 reason = %connection.closer().reason(), "connection to peer ended; connecting again");
         }
     }

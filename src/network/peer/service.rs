@@ -31,6 +31,7 @@ use super::wire::{
     SnapshotChunk, TransferRequest, VoteRequest,
 };
 use crate::codec::DecodeError;
+use crate::handoff::PageRequest;
 
 /// One greeted connection.
 pub(in crate::network) struct Session {
@@ -45,7 +46,7 @@ pub(in crate::network) struct Session {
 pub(in crate::network) async fn serve(
     session: Session,
     handler: Arc<dyn PeerHandler>,
-    settings: &PeerSettings,
+    settings: Arc<PeerSettings>,
     tracker: TaskTracker,
     shutdown: CancellationToken,
 ) {
@@ -54,13 +55,13 @@ pub(in crate::network) async fn serve(
     let admission = Admission::new(calls_max, settings.bytes_in_flight_max());
     let codec = PeerCodec::new(
         stream.into_split(),
-        settings.frame_limits(Some(budget)),
+        settings.request_limits(hello.purpose, budget),
         Some(admission),
         closer.clone(),
         &tracker,
     );
     let lane = Lane::new(Arc::clone(&handler), closer.clone(), tracker.clone(), calls_max);
-    let peer = Arc::new(PeerService { hello, handler, lane, closer, tracker, shutdown });
+    let peer = Arc::new(PeerService { hello, handler, settings, lane, closer, tracker, shutdown });
     let server = Server::builder().register(peer).build();
     // Toy-RPC returns nothing but `Ok` here.
     let _ = server.serve_codec(codec).await;
@@ -70,6 +71,7 @@ pub(in crate::network) async fn serve(
 struct PeerService {
     hello: Hello,
     handler: Arc<dyn PeerHandler>,
+    settings: Arc<PeerSettings>,
     lane: Lane,
     closer: Closer,
     tracker: TaskTracker,
@@ -85,6 +87,8 @@ enum Breach {
     Lane(#[from] LaneError),
     #[error("a procedure that this connection is not for")]
     Purpose,
+    #[error("a page of a handoff between other clusters")]
+    Handoff,
 }
 
 impl PeerService {
@@ -108,6 +112,17 @@ impl PeerService {
         W: Future<Output = Result<T::Reply, Failure>> + Send + 'static,
     {
         let (sequence, message) = self.open::<T>(request)?;
+        Ok(self.run(sequence, message, start).await)
+    }
+
+    /// Does the work of a call that was taken apart.
+    async fn run<T, F, W>(&self, sequence: u64, message: T, start: F) -> Vec<u8>
+    where
+        T: Call,
+        T::Reply: Send + 'static,
+        F: FnOnce(Arc<dyn PeerHandler>, T) -> W,
+        W: Future<Output = Result<T::Reply, Failure>> + Send + 'static,
+    {
         let work = start(Arc::clone(&self.handler), message);
         let shutdown = self.shutdown.clone();
         let task = self.tracker.spawn(async move {
@@ -117,7 +132,19 @@ impl PeerService {
             }
         });
         let outcome = task.await.unwrap_or_else(|error| Err(Failure::refused(error)));
-        Ok(seal_reply(sequence, &outcome))
+        seal_reply(sequence, &outcome)
+    }
+
+    /// The sender may ask for what comes to its own cluster from this node's, and for no more at a time
+    /// than is good for both.
+    async fn page(self: Arc<Self>, request: Bytes) -> Result<Vec<u8>, Breach> {
+        let (sequence, mut request) = self.open::<PageRequest>(request)?;
+        let (from, to) = (&self.hello.target.cluster, &self.hello.sender.cluster);
+        if request.handoff.from != *from || request.handoff.to != *to {
+            return Err(Breach::Handoff);
+        }
+        request.bytes_max = self.settings.page_bytes(request.bytes_max);
+        Ok(self.run(sequence, request, |h, m| async move { h.page(m).await }).await)
     }
 
     /// A leader asks with every round of reads: no task, no turn in Raft's queue.
@@ -208,6 +235,7 @@ impl RegisterService for PeerService {
                 |s, r| s.work(r, |h, m: FinishSnapshot| async move { h.finish_snapshot(m).await })
             ),
         );
+        handlers.insert("page", handler!(|s, r| s.page(r)));
         handlers
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Purpose;
 use super::frame::{FrameBudget, FrameLimits};
-use crate::config::Config;
+use crate::config::{Config, ENTRY_BYTES_MAX};
 
 /// Calls in flight on a control connection. One heartbeat, one vote and one read index are usual;
 /// the rest is room for calls that their callers gave up on and that were not answered yet.
@@ -13,6 +13,23 @@ const CONTROL_CALLS_MAX: usize = 64;
 /// Calls in flight on a snapshot connection. A transfer makes one at a time; the second is room for
 /// one that its caller gave up on.
 const SNAPSHOT_CALLS_MAX: usize = 2;
+
+/// Calls in flight on a connection for handoffs: a destination asks for one page at a time, and the
+/// second is room for one that it gave up on.
+const HANDOFF_CALLS_MAX: usize = 2;
+
+/// The longest request for a page: two ids of clusters, and a cursor, which is at most a key (21 KiB)
+/// with the name of a client.
+const PAGE_REQUEST_BYTES_MAX: usize = 64 << 10;
+
+/// The largest page that is asked for and given, in bytes of records and answers; a single larger
+/// record still goes. A destination makes an entry of it, and this is the size of an entry that holds up
+/// nobody.
+pub(in crate::network) const PAGE_BYTES_MAX: usize = ENTRY_BYTES_MAX;
+
+/// How long a replica of a source may take to answer with a page before another one is asked: much
+/// longer than reading one takes, short enough for a handoff that is frozen.
+const PAGE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The shortest wait for a reply: below it, one slow fsync of a follower would cut connections.
 const REPLY_TIMEOUT_MIN: Duration = Duration::from_secs(2);
@@ -49,6 +66,8 @@ pub(in crate::network) struct PeerSettings {
     pub(in crate::network) chunk_timeout: Duration,
     /// How long the end of a snapshot may take.
     pub(in crate::network) install_timeout: Duration,
+    /// How long a page of a handoff may take.
+    pub(in crate::network) page_timeout: Duration,
     /// Appends in flight to one peer.
     pub(in crate::network) append_pipeline_max: usize,
     /// The size of a snapshot's chunk.
@@ -67,6 +86,7 @@ impl PeerSettings {
             reply_timeout: REPLY_TIMEOUT_MIN.max(2 * election_timeout_max),
             chunk_timeout: CHUNK_TIMEOUT,
             install_timeout: INSTALL_TIMEOUT,
+            page_timeout: PAGE_TIMEOUT,
             append_pipeline_max: config.raft.append_pipeline_max,
             snapshot_chunk_bytes: config.raft.snapshot_chunk_bytes,
         }
@@ -78,12 +98,32 @@ impl PeerSettings {
             Purpose::Append => self.append_pipeline_max,
             Purpose::Control => CONTROL_CALLS_MAX,
             Purpose::Snapshot => SNAPSHOT_CALLS_MAX,
+            Purpose::Handoff => HANDOFF_CALLS_MAX,
         }
     }
 
-    /// What a reader of frames keeps to.
-    pub(in crate::network) fn frame_limits(&self, budget: Option<FrameBudget>) -> FrameLimits {
-        FrameLimits { bytes_max: self.frame_bytes_max, timeout: self.frame_timeout, budget }
+    /// What the acceptor's reader of frames keeps to: who comes for a handoff sends nothing large.
+    pub(in crate::network) fn request_limits(
+        &self,
+        purpose: Purpose,
+        budget: FrameBudget,
+    ) -> FrameLimits {
+        let bytes_max = match purpose {
+            Purpose::Handoff => self.frame_bytes_max.min(PAGE_REQUEST_BYTES_MAX),
+            Purpose::Append | Purpose::Control | Purpose::Snapshot => self.frame_bytes_max,
+        };
+        FrameLimits { bytes_max, timeout: self.frame_timeout, budget: Some(budget) }
+    }
+
+    /// What the connector's reader of frames keeps to.
+    pub(in crate::network) fn reply_limits(&self) -> FrameLimits {
+        FrameLimits { bytes_max: self.frame_bytes_max, timeout: self.frame_timeout, budget: None }
+    }
+
+    /// How large a page may be that is asked for as one of `bytes_max`.
+    pub(in crate::network) fn page_bytes(&self, bytes_max: u32) -> u32 {
+        let limit = PAGE_BYTES_MAX.min(self.frame_bytes_max / 4);
+        bytes_max.clamp(1, u32::try_from(limit).unwrap_or(u32::MAX))
     }
 
     /// Bytes of members' frames that are being read at once: four of the largest, because a node has

@@ -15,6 +15,8 @@
 //! chunk          = vote, id:u64, seq:u64, length:u32, bytes
 //! step           = 0, next seq:u64, complete:u8 (0|1), length:u32, cursor | 1, higher:vote
 //! installed      = vote
+//! page           = page request, see crate::handoff
+//! page reply     = 0, page, see crate::handoff | 1, refusal:text, JSON
 //! failure        = 0 | 1 | 2, leader:u64? | 3 | 4, text
 //! ```
 //! The version of all of them is in the envelope around each ([`super::envelope`]).
@@ -22,6 +24,7 @@
 //! Decoding checks more than the layout where Raft would panic or corrupt its log: entries follow
 //! each other and `prev` without a gap.
 
+mod handoff;
 mod methods;
 mod raft;
 mod snapshot;
@@ -30,6 +33,7 @@ mod tests;
 
 use bytes::BufMut;
 
+pub(in crate::network) use handoff::PageReply;
 pub(in crate::network) use methods::{Call, Method};
 pub(in crate::network) use raft::{
     Append, Confirm, EncodedAppend, EntryTooLarge, Heartbeat, PreVote, ReadIndex, encode_appends,

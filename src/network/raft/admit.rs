@@ -14,6 +14,8 @@ use crate::network::peer::Purpose;
 use crate::network::peer::closer::{CloseReason, Closer};
 use crate::types::NodeId;
 
+use super::visitors::Visit;
+
 /// Greeted connections of nodes that are not in the membership. A new node is reached by one leader with
 /// three connections; the rest is room for leaders that follow one another and for strangers.
 const STRANGERS_MAX: usize = 16;
@@ -73,8 +75,31 @@ pub(super) struct Greeted {
 
 type Places = HashMap<(NodeId, Purpose), (u64, Closer)>;
 
+/// The place of a connection that has greeted. Given back when dropped.
+pub(super) enum Place<'a> {
+    /// Of a node that says it is of this node's cluster.
+    Peer(PeerPlace<'a>),
+    /// Of another cluster's.
+    Visitor(Visit<'a>),
+}
+
+impl Place<'_> {
+    /// Closes this connection.
+    pub(super) fn closer(&self) -> &Closer {
+        match self {
+            Self::Peer(place) => &place.closer,
+            Self::Visitor(visit) => visit.closer(),
+        }
+    }
+
+    /// Whether it was a member's when it was taken.
+    pub(super) fn is_member(&self) -> bool {
+        matches!(self, Self::Peer(PeerPlace { member: true, .. }))
+    }
+}
+
 /// The place of one of them. Given back when dropped.
-pub(super) struct Place<'a> {
+pub(super) struct PeerPlace<'a> {
     all: &'a Greeted,
     key: (NodeId, Purpose),
     id: u64,
@@ -97,7 +122,7 @@ impl Greeted {
         key: (NodeId, Purpose),
         closer: Closer,
         members: &HashSet<NodeId>,
-    ) -> Option<Place<'_>> {
+    ) -> Option<PeerPlace<'_>> {
         let id = self.ids.next();
         let member = members.contains(&key.0);
         let mut places = lock(&self.places);
@@ -112,7 +137,7 @@ impl Greeted {
             return None;
         }
         places.insert(key, (id, closer.clone()));
-        Some(Place { all: self, key, id, closer, member })
+        Some(PeerPlace { all: self, key, id, closer, member })
     }
 }
 
@@ -132,19 +157,7 @@ fn evict_strangers(places: &mut Places, members: &HashSet<NodeId>) {
     }
 }
 
-impl Place<'_> {
-    /// Closes this connection.
-    pub(super) fn closer(&self) -> &Closer {
-        &self.closer
-    }
-
-    /// Whether it was a member's when it was taken.
-    pub(super) fn is_member(&self) -> bool {
-        self.member
-    }
-}
-
-impl Drop for Place<'_> {
+impl Drop for PeerPlace<'_> {
     fn drop(&mut self) {
         self.closer.close(CloseReason::Local);
         let mut places = lock(&self.all.places);
@@ -155,15 +168,15 @@ impl Drop for Place<'_> {
 }
 
 #[derive(Default)]
-struct Ids(std::sync::atomic::AtomicU64);
+pub(super) struct Ids(std::sync::atomic::AtomicU64);
 
 impl Ids {
-    fn next(&self) -> u64 {
+    pub(super) fn next(&self) -> u64 {
         self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -195,8 +208,8 @@ mod tests {
         let other = enter((1, Purpose::Control)).unwrap();
         assert!(enter((2, Purpose::Append)).is_none());
         let new = enter((1, Purpose::Append)).unwrap();
-        assert_eq!(old.closer().reason(), CloseReason::Superseded);
-        assert!(!other.closer().is_closed());
+        assert_eq!(old.closer.reason(), CloseReason::Superseded);
+        assert!(!other.closer.is_closed());
         // The older one leaves late, and must not take the newer one's place with it.
         drop(old);
         assert!(enter((2, Purpose::Append)).is_none());
@@ -212,12 +225,12 @@ mod tests {
         let strangers: Vec<_> = (100..400)
             .map(|id| greeted.enter((id, Purpose::Append), closer(), &members).unwrap())
             .collect();
-        assert!(member.is_member() && !strangers[0].is_member());
+        assert!(member.member && !strangers[0].member);
         assert!(greeted.enter((2, Purpose::Control), closer(), &members).is_some());
-        let open = |place: &&Place<'_>| !place.closer().is_closed();
+        let open = |place: &&PeerPlace<'_>| !place.closer.is_closed();
         assert_eq!(strangers.iter().filter(open).count(), STRANGERS_MAX);
         assert!(open(&&member) && open(&&strangers[299]), "the oldest strangers go");
-        assert_eq!(strangers[0].closer().reason(), CloseReason::Evicted);
+        assert_eq!(strangers[0].closer.reason(), CloseReason::Evicted);
         // Who has become a member since does not have to go any more.
         let grown = HashSet::from([1, 2, 399]);
         let late: Vec<_> = (500..600)
@@ -226,6 +239,6 @@ mod tests {
         assert!(open(&&strangers[299]) && !open(&&strangers[298]));
         drop(late);
         // Without a membership everyone is a stranger.
-        assert!(!greeted.enter((2, Purpose::Append), closer(), &nobody).unwrap().is_member());
+        assert!(!greeted.enter((2, Purpose::Append), closer(), &nobody).unwrap().member);
     }
 }

@@ -84,11 +84,8 @@ impl TestNode {
 
 fn put(n: u64, bytes: usize) -> Command {
     let value = Bytes::from(vec![n as u8; bytes]);
-    Command::Write(vec![Write::Put {
-        key: n.to_string().into(),
-        value,
-        condition: Condition::Always,
-    }])
+    let writes = vec![Write::put(n.to_string().into(), value, Condition::Always)];
+    Command::Write { at_ms: 0, writes }
 }
 
 async fn leader(nodes: &[TestNode]) -> usize {

@@ -1,7 +1,8 @@
-//! Peer messages into openraft and the snapshot stager.
+//! Peer messages into openraft, the snapshot stager and, for pages of handoffs, the store.
 
 use std::collections::HashSet;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,19 +11,26 @@ use futures_util::stream::BoxStream;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::storage::RaftStateMachine;
 use openraft::{Raft, Snapshot};
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
+use crate::handoff::PageRequest;
+use crate::network::peer::PeerIdentity;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::quiet::Quiet;
 use crate::network::peer::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
-    SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
+    PageReply, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
 use crate::read_gate::{ReadGate, ReadIndexFailure};
-use crate::store::Promise;
 use crate::store::snapshot::{SnapshotData, SnapshotStager};
-use crate::types::{LeaderId, LogId, NodeId, TypeConfig, Vote};
+use crate::store::{Promise, StateReader, Store};
+use crate::types::{ClusterId, LeaderId, LogId, NodeId, TypeConfig, Vote};
+
+/// Pages that are read at once, whoever asks. Each takes a thread and the disk, and what is read must
+/// be sent, too: more at a time would hold up clients and bring no page sooner.
+const PAGE_READS_MAX: usize = 2;
 
 /// The [`PeerHandler`] of a node.
 pub(super) struct RaftHandler<SM>
@@ -30,6 +38,9 @@ where
     SM: RaftStateMachine<TypeConfig>,
 {
     raft: Raft<TypeConfig, SM>,
+    cluster: ClusterId,
+    reader: StateReader,
+    page_reads: Arc<Semaphore>,
     stager: SnapshotStager,
     promise: Promise,
     gate: ReadGate,
@@ -42,13 +53,23 @@ where
     SM: RaftStateMachine<TypeConfig, SnapshotData = SnapshotData>,
 {
     pub(super) fn new(
+        identity: &PeerIdentity,
         raft: Raft<TypeConfig, SM>,
-        stager: SnapshotStager,
-        promise: Promise,
+        store: &Store,
         gate: ReadGate,
         read_index_timeout: Duration,
     ) -> Self {
-        Self { raft, stager, promise, gate, read_index_timeout, quiet: Quiet::default() }
+        Self {
+            raft,
+            cluster: identity.cluster.clone(),
+            reader: store.reader(),
+            page_reads: Arc::new(Semaphore::new(PAGE_READS_MAX)),
+            stager: store.stager(),
+            promise: store.promise(),
+            gate,
+            read_index_timeout,
+            quiet: Quiet::default(),
+        }
     }
 
     /// This node's vote, if it is higher: then the sender does not lead any more, and must not
@@ -159,5 +180,32 @@ where
         let snapshot = self.stage(move |stager| stager.finish(id)).await?;
         let installed = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot });
         installed.await.map_err(stopped)
+    }
+
+    fn gives_to(&self, cluster: &ClusterId) -> bool {
+        let state = self.reader.ring_state();
+        *cluster != self.cluster
+            && state.change.is_some_and(|change| change.outgoing.contains_key(cluster))
+    }
+
+    async fn page(&self, request: PageRequest) -> Result<PageReply, Failure> {
+        let turn = Arc::clone(&self.page_reads).acquire_owned().await;
+        let turn = turn.expect("the semaphore is never closed");
+        let reader = self.reader.clone();
+        // The turn goes along: a read whose asker has gone is still a read.
+        let read = spawn_blocking(move || {
+            let page = reader.page(&request);
+            drop(turn);
+            page
+        });
+        let error = match read.await {
+            Ok(Ok(reply)) => return Ok(reply),
+            Ok(Err(error)) => error,
+            Err(panicked) => io::Error::other(panicked),
+        };
+        if let Some(suppressed) = self.quiet.admit() {
+            tracing::warn!(suppressed, %error, "reading a page of a handoff failed");
+        }
+        Err(Failure::refused(error))
     }
 }

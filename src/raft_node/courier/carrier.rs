@@ -93,7 +93,11 @@ impl Carrier {
     async fn carry(&self, load: Vec<(Number, Waiting)>) {
         let count = load.len();
         let under_way = UnderWay { lane: &self.lane, count };
-        let body = batch::encode_operations(load.iter().map(|(_, waiting)| &*waiting.operation));
+        let operations = load.iter().map(|(_, waiting)| &*waiting.operation);
+        // The floor is said once for all of them.
+        let lowest = operations.clone().filter_map(Operation::seq).min();
+        let client = lowest.map(|lowest| self.lane.sequence.client_floor(lowest));
+        let body = batch::encode_request(client.as_ref(), operations);
         let sent_bytes = body.len();
         let last = load.iter().map(|(_, waiting)| waiting.deadline).max();
         let deadline = last.expect("nothing is carried for nobody");

@@ -198,7 +198,8 @@ mod tests {
     fn waiting(value_bytes: usize, deadline: Instant) -> (Waiting, Answer) {
         let (reply, answer) = oneshot::channel();
         let (key, value) = (Bytes::from_static(b"k"), Bytes::from(vec![0; value_bytes]));
-        let operation = Arc::new(Operation::Put { key, value, condition: Default::default() });
+        let operation =
+            Arc::new(Operation::Put { key, value, condition: Default::default(), seq: None });
         (Waiting { operation, deadline, reply }, answer)
     }
 

@@ -46,7 +46,7 @@ async fn room_is_free_again_when_the_permit_is_dropped() {
     let courier = Courier::default();
     let now = Instant::now();
     let value = Bytes::from(vec![0; ROOM_BYTES]);
-    let huge = Operation::Put { key: "k".into(), value, condition: Default::default() };
+    let huge = Operation::Put { key: "k".into(), value, condition: Default::default(), seq: None };
     let all = courier.room_for(&huge, now).await.unwrap();
     assert!(courier.room_for(&get("k"), now).await.is_none(), "{courier:?}");
     drop(all);

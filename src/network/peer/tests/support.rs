@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
+use crate::handoff::{Cursor, Page, PageRequest};
 use crate::network::peer::greeting::Hello;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::link::{Link, LinkContext};
@@ -27,14 +28,19 @@ use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft::PeerServer;
 use crate::store::formation::Formation;
 use crate::store::snapshot::StagingPosition;
-use crate::types::{Command, Condition, Entry, LeaderId, LogId, NodeId, Vote, Write};
+use crate::types::{ClusterId, Command, Condition, Entry, LeaderId, LogId, NodeId, Vote, Write};
 
 /// What all nodes of these tests belong to.
 pub(super) const FORMATION: u64 = 5;
 
 pub(super) fn hello(purpose: Purpose, sender: NodeId) -> Hello {
     let formation = NonZeroU64::new(FORMATION);
-    Hello { purpose, sender: identity(sender), target: 1, formation }
+    Hello { purpose, sender: identity(sender), target: identity(1), formation }
+}
+
+/// A node of a cluster that the fakes' cluster, c1, may give keys to: c2 is one.
+pub(super) fn foreign(cluster: &str, node_id: NodeId) -> PeerIdentity {
+    PeerIdentity { cluster: cluster.parse().unwrap(), node_id }
 }
 
 pub(super) fn identity(node_id: NodeId) -> PeerIdentity {
@@ -53,8 +59,8 @@ pub(super) fn vote(term: u64) -> Vote {
 pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendRequest {
     let entry = |index| {
         let value = Bytes::from(vec![7; value_bytes]);
-        let put = Write::Put { key: "k".into(), value, condition: Condition::Always };
-        let command = Command::Write(vec![put]);
+        let put = Write::put("k".into(), value, Condition::Always);
+        let command = Command::Write { at_ms: 0, writes: vec![put] };
         Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
     };
     AppendRequest {
@@ -96,6 +102,8 @@ pub(super) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T 
 /// An append that reached the fake: the index before it and its number of entries.
 type Appended = (Option<u64>, usize);
 
+type OnPage = Box<dyn FnMut(&PageRequest) -> Result<PageReply, Failure> + Send>;
+
 type OnChunk = Box<dyn FnMut(u64) + Send>;
 
 /// A stand-in for Raft.
@@ -111,6 +119,12 @@ pub(super) struct Fake {
     /// Appends after this index conflict.
     pub(super) conflict_after: Arc<AtomicU64>,
     pub(super) staging: Mutex<Staging>,
+    /// A page takes one of these.
+    pub(super) pages: Semaphore,
+    /// Every request for a page, as it came.
+    pub(super) page_requests: Mutex<Vec<PageRequest>>,
+    /// What is answered.
+    pub(super) on_page: Mutex<OnPage>,
     /// Called before a chunk is answered, with its sequence.
     pub(super) on_chunk: Mutex<Option<OnChunk>>,
 }
@@ -146,6 +160,9 @@ impl Fake {
             appended: Arc::default(),
             conflict_after: Arc::new(AtomicU64::new(u64::MAX)),
             staging: Mutex::default(),
+            pages: Semaphore::new(Semaphore::MAX_PERMITS),
+            page_requests: Mutex::default(),
+            on_page: Mutex::new(Box::new(|request| Ok(Ok(page_after(request))))),
             on_chunk: Mutex::default(),
         }
     }
@@ -254,6 +271,32 @@ impl PeerHandler for Fake {
     async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure> {
         Ok(Installed::new(finish.vote))
     }
+
+    fn gives_to(&self, cluster: &ClusterId) -> bool {
+        cluster.as_str() == "c2"
+    }
+
+    async fn page(&self, request: PageRequest) -> Result<PageReply, Failure> {
+        self.begin();
+        self.page_requests.lock().unwrap().push(request.clone());
+        self.pages.acquire().await.unwrap().forget();
+        (self.on_page.lock().unwrap())(&request)
+    }
+}
+
+/// A page with one record, which ends behind the request's cursor.
+pub(super) fn page_after(request: &PageRequest) -> Page {
+    let position = match request.cursor {
+        Cursor::Changes { position } => position + 1,
+        _ => 1,
+    };
+    let record = (Bytes::from_static(b"k"), Some(Bytes::from_static(b"v")));
+    Page {
+        to: Cursor::Changes { position },
+        end: position,
+        records: vec![record],
+        answers: Vec::new(),
+    }
 }
 
 /// A listening node.
@@ -275,8 +318,14 @@ impl FakeNode {
         let (fake, shutdown) = (Arc::new(Fake::new()), CancellationToken::new());
         let handler: Arc<dyn PeerHandler> = fake.clone();
         let (formation, token) = (Formation::of(FORMATION), shutdown.clone());
-        let server =
-            PeerServer::serve_handler(listener, identity(1), formation, handler, settings, token);
+        let server = PeerServer::serve_handler(
+            listener,
+            identity(1),
+            formation,
+            handler,
+            settings.into(),
+            token,
+        );
         Self { addr, fake, server, shutdown }
     }
 
@@ -305,7 +354,7 @@ pub(super) fn link_with(
         tracker: TaskTracker::new(),
         quiet: Arc::default(),
     };
-    Arc::new(Link::new(context, 1, addr.to_owned(), purpose))
+    Arc::new(Link::new(context, identity(1), addr.to_owned(), purpose))
 }
 
 pub(super) fn link(addr: &str, purpose: Purpose) -> Arc<Link> {

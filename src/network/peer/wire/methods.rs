@@ -2,9 +2,10 @@
 
 use super::{
     Append, AppendReply, BeginSnapshot, Confirm, FinishSnapshot, Heartbeat, HeartbeatReply,
-    Installed, PreVote, ReadIndex, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest,
-    VoteReply, VoteRequest, Wire,
+    Installed, PageReply, PreVote, ReadIndex, SnapshotChunk, SnapshotStep, TransferReply,
+    TransferRequest, VoteReply, VoteRequest, Wire,
 };
+use crate::handoff::PageRequest;
 use crate::network::peer::Purpose;
 use crate::types::LogId;
 
@@ -21,10 +22,11 @@ pub(in crate::network) enum Method {
     SnapshotChunk,
     FinishSnapshot,
     Confirm,
+    Page,
 }
 
 impl Method {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Append,
         Self::Heartbeat,
         Self::Vote,
@@ -35,6 +37,7 @@ impl Method {
         Self::SnapshotChunk,
         Self::FinishSnapshot,
         Self::Confirm,
+        Self::Page,
     ];
 
     /// Its number in a frame; 0 is not one.
@@ -59,6 +62,7 @@ impl Method {
             Self::SnapshotChunk => "peer.snapshot_chunk",
             Self::FinishSnapshot => "peer.finish_snapshot",
             Self::Confirm => "peer.confirm",
+            Self::Page => "peer.page",
         }
     }
 
@@ -77,6 +81,7 @@ impl Method {
             | Self::ReadIndex
             | Self::Confirm => Purpose::Control,
             Self::BeginSnapshot | Self::SnapshotChunk | Self::FinishSnapshot => Purpose::Snapshot,
+            Self::Page => Purpose::Handoff,
         }
     }
 }
@@ -107,6 +112,7 @@ calls! {
     BeginSnapshot => BeginSnapshot -> SnapshotStep;
     SnapshotChunk => SnapshotChunk -> SnapshotStep;
     FinishSnapshot => FinishSnapshot -> Installed;
+    PageRequest => Page -> PageReply;
 }
 
 #[cfg(test)]

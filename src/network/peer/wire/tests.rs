@@ -35,8 +35,8 @@ fn any_append() -> impl Strategy<Value = AppendRequest> {
             let first = prev.map_or(0, |prev| prev + 1);
             let entry = |(index, value): (u64, Vec<u8>)| {
                 let value = Bytes::from(value);
-                let put = Write::Put { key: "k".into(), value, condition: Condition::Always };
-                let command = Command::Write(vec![put]);
+                let put = Write::put("k".into(), value, Condition::Always);
+                let command = Command::Write { at_ms: 0, writes: vec![put] };
                 Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
             };
             AppendRequest {

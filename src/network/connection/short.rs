@@ -1,0 +1,172 @@
+//! The short way: plain requests are answered without hyper and axum.
+//!
+//! A request on a key is a read from the socket, a parsed head, the work, and one write. hyper and axum
+//! do much more for it, and with many clients that was the largest part of a node's own time. So a
+//! connection begins here: as long as requests are plain ([`PlainRequest`]) and whole, the handlers of
+//! [`super::super::api`] answer them directly, with the same calls and the same answers. The first
+//! request that is not, or whose body lets itself be waited for, goes to hyper together with the rest
+//! of the connection. Nothing of it was consumed until then.
+//!
+//! [`PlainRequest`]: super::super::head::PlainRequest
+
+use std::cell::RefCell;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::response::Response;
+use bytes::Buf;
+use http::response::Parts;
+use tokio::io::AsyncWriteExt;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::super::api::{self, ApiState};
+use super::super::head::Whole;
+use super::socket::Watched;
+use super::{Activity, Serving};
+
+/// How long a body may follow its head: it is often the next packet. Slower ones are hyper's, where the
+/// clocks for bodies are.
+const BODY_WAIT_MAX: Duration = Duration::from_millis(100);
+
+/// Bodies up to this size are copied behind their head, so that both leave as one piece of memory.
+const COPIED_BYTES_MAX: usize = 16 << 10;
+
+/// How the short way ends.
+#[derive(Debug)]
+pub(super) enum End {
+    /// With the connection.
+    Closed,
+    /// Something came that hyper has to look at.
+    Hyper,
+}
+
+/// Serves a connection as long as it can. Nothing is lost when it ends for hyper; dropping it loses what
+/// is being answered.
+pub(super) async fn serve(
+    socket: &mut Watched,
+    keys: &ApiState,
+    router: &Router,
+    activity: &Arc<Activity>,
+    header_timeout: Duration,
+    shutdown: &CancellationToken,
+) -> io::Result<End> {
+    let mut out = Vec::new();
+    let mut body_until = None;
+    while !shutdown.is_cancelled() {
+        let request = match socket.gate().whole() {
+            Whole::Request(request) => *request,
+            Whole::Other => return Ok(End::Hyper),
+            Whole::More => {
+                let received = if socket.gate().lacks_body() {
+                    let wait = BODY_WAIT_MAX.min(header_timeout / 2);
+                    let until = *body_until.get_or_insert_with(|| Instant::now() + wait);
+                    match timeout_at(until, socket.receive()).await {
+                        Ok(received) => received?,
+                        Err(_) => return Ok(End::Hyper),
+                    }
+                } else {
+                    socket.receive().await?
+                };
+                if received == 0 {
+                    let end = if socket.gate().is_empty() { End::Closed } else { End::Hyper };
+                    return Ok(end);
+                }
+                continue;
+            }
+        };
+        body_until = None;
+        let serving = Serving::begin(activity.clone());
+        let response = api::answer_plain(keys, router, request).await;
+        drop(serving);
+        write(socket, response, shutdown.is_cancelled(), &mut out).await?;
+    }
+    socket.shutdown().await?;
+    Ok(End::Closed)
+}
+
+async fn write(
+    socket: &mut Watched,
+    response: Response,
+    last: bool,
+    out: &mut Vec<u8>,
+) -> io::Result<()> {
+    let (head, body) = response.into_parts();
+    // It is in memory already: handlers make no other bodies.
+    let body = axum::body::to_bytes(body, usize::MAX).await.map_err(io::Error::other)?;
+    out.clear();
+    encode_head(&head, body.len(), last, out)?;
+    if body.len() <= COPIED_BYTES_MAX {
+        out.extend_from_slice(&body);
+        return socket.write_all(out).await;
+    }
+    socket.write_all_buf(&mut (&out[..]).chain(body)).await
+}
+
+/// The fields that handlers set, and those that are the server's: how long the body is, when it was sent,
+/// and whether the connection ends.
+fn encode_head(head: &Parts, body_bytes: usize, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
+    use io::Write;
+    let reason = head.status.canonical_reason().unwrap_or_default();
+    write!(out, "HTTP/1.1 {} {reason}\r\ncontent-length: {body_bytes}\r\n", head.status.as_u16())?;
+    for (name, value) in &head.headers {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            out.extend_from_slice(part);
+        }
+    }
+    if last {
+        out.extend_from_slice(b"connection: close\r\n");
+    }
+    out.extend_from_slice(b"date: ");
+    write_date(out);
+    out.extend_from_slice(b"\r\n\r\n");
+    Ok(())
+}
+
+thread_local! {
+    /// A second since the epoch, and how it is written.
+    static DATE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
+}
+
+/// The date, which is made once a second.
+fn write_date(out: &mut Vec<u8>) {
+    let now = SystemTime::now();
+    // Before the epoch, a clock is so wrong that any date will do.
+    let second = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    DATE.with_borrow_mut(|(at, text)| {
+        if *at != second || text.is_empty() {
+            *at = second;
+            *text = httpdate::fmt_http_date(now);
+        }
+        out.extend_from_slice(text.as_bytes());
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_head_says_what_the_handler_and_the_server_say() {
+        let mut response = Response::new(axum::body::Body::empty());
+        *response.status_mut() = http::StatusCode::PRECONDITION_FAILED;
+        response.headers_mut().insert("etag", HeaderValue::from_static("\"7\""));
+        let (head, _) = response.into_parts();
+        for (last, close) in [(false, ""), (true, "connection: close\r\n")] {
+            let mut out = Vec::new();
+            encode_head(&head, 12, last, &mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            let (fields, date) = text.split_once("date: ").unwrap();
+            let expected = format!(
+                "HTTP/1.1 412 Precondition Failed\r\ncontent-length: 12\r\netag: \"7\"\r\n{close}"
+            );
+            assert_eq!(fields, expected);
+            let date = httpdate::parse_http_date(date.trim_end()).unwrap();
+            assert!(date.elapsed().unwrap() < Duration::from_secs(10));
+        }
+    }
+}

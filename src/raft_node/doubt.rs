@@ -1,0 +1,86 @@
+//! What a call must not forget on its way: that an earlier attempt may have arrived.
+//!
+//! A call is tried again after an attempt whose outcome nobody knows. The next answer may settle the
+//! matter, or only say that *this* attempt did nothing: then the caller still has to be told that it may
+//! have taken effect. A write's way can lead through several clusters, and its doubt goes along.
+
+use crate::client_error::ClientError;
+use crate::network::error::Outcome;
+
+use super::call::Kind;
+
+#[derive(Debug)]
+pub(crate) struct Doubt {
+    kind: Kind,
+    /// What became of the attempt.
+    message: Option<String>,
+}
+
+impl Doubt {
+    pub(super) fn new(kind: Kind) -> Self {
+        Self { kind, message: None }
+    }
+
+    /// An attempt may have arrived, and may take effect.
+    pub(super) fn raise(&mut self, message: &str) {
+        if self.kind.outcome_when_in_doubt() == Outcome::Unknown {
+            self.message = Some(message.to_owned());
+        }
+    }
+
+    /// What the caller is told, when the last thing that was met is `error`.
+    pub(crate) fn settle(self, error: ClientError) -> ClientError {
+        match self.message {
+            Some(message) if !is_last_word(self.kind, &error) => {
+                ClientError::AnswerLost { message }
+            }
+            _ => error,
+        }
+    }
+}
+
+/// Whether an error speaks of all attempts and not only of the last.
+fn is_last_word(kind: Kind, error: &ClientError) -> bool {
+    match error {
+        // The answer to whichever attempt was carried out.
+        ClientError::ConditionFailed { .. } => true,
+        // Saying it twice changes nothing: what a node says about the second is true of the first.
+        ClientError::Server { .. } if kind == Kind::Manage => true,
+        other => other.outcome() == Outcome::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(outcome: Outcome) -> ClientError {
+        let (address, code) = ("a:1".to_owned(), "X".to_owned());
+        ClientError::Server { address, status: 409, code, message: "m".into(), outcome }
+    }
+
+    fn told(kind: Kind, error: ClientError) -> ClientError {
+        let mut doubt = Doubt::new(kind);
+        doubt.raise("lost");
+        doubt.settle(error)
+    }
+
+    #[test]
+    fn only_an_answer_to_all_attempts_ends_a_doubt() {
+        let lost = ClientError::AnswerLost { message: "lost".into() };
+        let unreachable = ClientError::Unreachable { tried: Vec::new() };
+        let failed = ClientError::ConditionFailed { current: Some(1) };
+        let wrong = ClientError::WrongCluster { address: "a:1".into(), owner: None, epoch: 1 };
+        for error in [unreachable.clone(), server(Outcome::NotApplied), wrong] {
+            assert_eq!(told(Kind::Write, error), lost);
+        }
+        for error in [failed, server(Outcome::Unknown)] {
+            assert_eq!(told(Kind::Write, error.clone()), error);
+        }
+        let refused = server(Outcome::NotApplied);
+        assert_eq!(told(Kind::Manage, refused.clone()), refused);
+        assert_eq!(told(Kind::Manage, unreachable.clone()), lost);
+        assert_eq!(told(Kind::LeaderRead, unreachable.clone()), unreachable);
+        assert_eq!(Doubt::new(Kind::Write).settle(unreachable.clone()), unreachable);
+    }
+}

@@ -1,0 +1,419 @@
+//! What to do next, in a change of the ring: the driver's decisions.
+//!
+//! Pure: views in, steps out. Any number of drivers may follow it at once, with views of different
+//! moments: every step is decided when it is applied ([`crate::handoff`]), so the worst that a driver
+//! does with an old view is to propose what is refused. The rules of a handoff are DESIGN's; what this
+//! file adds is their order:
+//!
+//! 1. The sequencer begins first, then every other cluster.
+//! 2. Handoffs prepare and copy side by side, up to a limit. One of them, the **pivot**, which concerns
+//!    the sequencer, freezes first; no other freezes before the pivot is active.
+//! 3. When nothing is left of any handoff, all clusters finish, and the new sequencer settles.
+//!
+//! **Why a pivot.** Going on and calling off are decided in different logs: a cluster may cancel while
+//! elsewhere a handoff is activated, and the change could then neither be finished nor called off. So
+//! both ask the same log first. Calling off begins with `Cancel` at the pivot's cluster, which refuses
+//! once its handoff is frozen; going on freezes that handoff first, which is refused once it has
+//! cancelled. Whoever comes second there learns it before anything else is done.
+//!
+//! **Frozen is short.** Nobody serves what is frozen. When the destination does not get through in time
+//! ([`Hints::overdue`]) it is asked to refuse the attempt, and only its word lets the source thaw.
+
+use std::collections::BTreeSet;
+
+use crate::handoff::{
+    Attempt, Counted, Cursor, Handoff, Incoming, Outgoing, Pair, Receipt, RingState, Sending, Step,
+};
+use crate::ring::Ring;
+use crate::types::{ClusterId, Epoch};
+
+use super::rings::reverted;
+use super::scene::{Scene, Stage, Transition, Views};
+
+/// How many changes may be left to copy when a source freezes: a page or two, which take some
+/// milliseconds to stage.
+pub const FREEZE_LAG_MAX: u64 = 512;
+
+/// How many handoffs send at once, unless set: enough that one that waits for its disk does not hold
+/// up the others, few enough that serving clients stays the clusters' main work.
+pub const HANDOFFS_AT_ONCE: usize = 4;
+
+/// Where a driver wants to get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// Through the change, or out of it if it is cancelled.
+    Forward,
+    /// Out of it.
+    Abort,
+}
+
+/// What the views do not tell.
+#[derive(Debug, Clone)]
+pub struct Hints {
+    /// Where the driver wants to get.
+    pub goal: Goal,
+    /// Attempts that have been frozen for too long, or that can never be activated.
+    pub overdue: BTreeSet<(Handoff, Attempt)>,
+    /// How many handoffs may send at once.
+    pub at_once_max: usize,
+}
+
+impl Hints {
+    /// Nothing is overdue, and the usual number at once.
+    pub fn new(goal: Goal) -> Self {
+        Self { goal, overdue: BTreeSet::new(), at_once_max: HANDOFFS_AT_ONCE }
+    }
+}
+
+/// A step, and the cluster to propose it to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Action {
+    /// Where.
+    pub at: ClusterId,
+    /// What.
+    pub step: Step,
+}
+
+fn action(at: &ClusterId, step: Step) -> Action {
+    Action { at: at.clone(), step }
+}
+
+/// What to do next; nothing when all that is left is to wait, or there is nothing to do.
+pub fn next_actions(views: &Views, hints: &Hints) -> Vec<Action> {
+    match Scene::of(views) {
+        Scene::NoRing => Vec::new(),
+        Scene::Quiet { ring, .. } => settle(views, &ring).into_iter().collect(),
+        Scene::Reverting(ring) => revert_stragglers(views, &ring),
+        Scene::Changing(transition) => change(views, &transition, hints),
+    }
+}
+
+/// The attempts that are frozen and not activated, as far as the views tell: a driver measures how long.
+pub fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
+    let Scene::Changing(transition) = Scene::of(views) else { return Vec::new() };
+    let frozen = |pair: &Pair| {
+        let outgoing = transition.outgoing(views, pair)?;
+        let active = transition.is_finished(views, &pair.to)
+            || transition.incoming(views, pair).is_some_and(is_active);
+        (outgoing.sending == Sending::Frozen && !active)
+            .then(|| (transition.handoff(pair), outgoing.attempt))
+    };
+    transition.plan.iter().filter_map(frozen).collect()
+}
+
+/// Whether something is frozen, or nearly: then milliseconds count.
+pub fn is_hot(views: &Views) -> bool {
+    let Scene::Changing(transition) = Scene::of(views) else { return false };
+    let (_, pivot) = transition.pivot();
+    let committed = is_committed(views, &transition);
+    // Who waits for the pivot to come first may wait for long.
+    transition.plan.iter().filter(|pair| committed || Some(*pair) == pivot).any(|pair| {
+        let outgoing = transition.outgoing(views, pair);
+        let sending = |o: &Outgoing| o.sending == Sending::Sending && o.counted == Counted::All;
+        let caught_up =
+            |i: &Incoming| cursor(i).is_some_and(|c| matches!(c, Cursor::Changes { .. }));
+        outgoing.is_some_and(|o| o.sending == Sending::Frozen)
+            || (outgoing.is_some_and(sending)
+                && transition.incoming(views, pair).is_some_and(caught_up))
+    })
+}
+
+// --- A change as a whole -----------------------------------------------------------------------------
+
+fn settle(views: &Views, ring: &Ring) -> Option<Action> {
+    let sequencer = ring.sequencer.as_ref()?;
+    let view = views.get(sequencer).filter(|view| view.epoch() == ring.epoch)?;
+    let lives_by_it = |id: &ClusterId| {
+        views.get(id).is_some_and(|v| v.epoch() == ring.epoch && v.change.is_none())
+    };
+    let all_there = view.settling.iter().all(|cluster| lives_by_it(&cluster.id));
+    (!view.settling.is_empty() && all_there)
+        .then(|| action(sequencer, Step::Settle { epoch: ring.epoch }))
+}
+
+fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
+    let begin = begin(views, transition);
+    if transition.cancelled || hints.goal == Goal::Abort {
+        let off = call_off(views, transition, hints);
+        return begin.into_iter().chain(off).collect();
+    }
+    if !begin.is_empty() {
+        return begin;
+    }
+    go_on(views, transition, hints)
+}
+
+/// The sequencer first: it decides. A cluster that has not even joined joins.
+fn begin(views: &Views, transition: &Transition) -> Vec<Action> {
+    let Transition { old, next, plan, .. } = transition;
+    let begin = |id: &ClusterId| {
+        let (ring, next) = (Box::new(old.clone()), Box::new(next.clone()));
+        action(id, Step::Begin { ring, next, plan: plan.clone() })
+    };
+    let sequencer =
+        old.sequencer.iter().find(|id| matches!(transition.stage(views, id), Stage::Unbegun));
+    if let Some(sequencer) = sequencer {
+        return vec![begin(sequencer)];
+    }
+    let of_cluster = |id: &ClusterId| match transition.stage(views, id) {
+        Stage::Outside => Some(action(id, Step::Join { ring: Box::new(old.clone()) })),
+        Stage::Unbegun => Some(begin(id)),
+        Stage::Unseen | Stage::Under(_) | Stage::Finished => None,
+    };
+    transition.members().iter().filter_map(of_cluster).collect()
+}
+
+fn go_on(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
+    let (_, pivot) = transition.pivot();
+    let committed = is_committed(views, transition);
+    let sends = |pair: &&Pair| {
+        let outgoing = transition.outgoing(views, pair);
+        outgoing.is_some_and(|o| matches!(o.sending, Sending::Sending | Sending::Frozen))
+    };
+    let mut room = hints.at_once_max.saturating_sub(transition.plan.iter().filter(sends).count());
+    let mut actions = Vec::new();
+    let others = transition.plan.iter().filter(|pair| Some(*pair) != pivot);
+    for pair in pivot.into_iter().chain(others) {
+        let is_pivot = Some(pair) == pivot;
+        let Some(next) = next_of_handoff(views, transition, pair, hints) else { continue };
+        match &next.step {
+            // The pivot must not wait for others that wait for it.
+            Step::Prepare { .. } if !sends(&pair) && !is_pivot => {
+                if room == 0 {
+                    continue;
+                }
+                room -= 1;
+            }
+            Step::Freeze { .. } if !committed && !is_pivot => continue,
+            _ => {}
+        }
+        actions.push(next);
+    }
+    if actions.is_empty() {
+        return finish(views, transition);
+    }
+    actions
+}
+
+/// Whether the pivot's cluster can no longer cancel, for good.
+fn is_committed(views: &Views, transition: &Transition) -> bool {
+    let (cluster, _) = transition.pivot();
+    let mut of_cluster =
+        transition.plan.iter().filter(|pair| pair.from == cluster || pair.to == cluster);
+    let anybody_finished = transition.members().iter().any(|id| transition.is_finished(views, id));
+    anybody_finished
+        || of_cluster.any(|pair| {
+            let moved = |o: &Outgoing| o.sending == Sending::Moved;
+            let frozen = |o: &Outgoing| o.sending == Sending::Frozen;
+            let (from, to) = (transition.outgoing(views, pair), transition.incoming(views, pair));
+            let active = to.is_some_and(is_active);
+            // As a source it stays frozen from the destination's activation to its own release.
+            from.is_some_and(moved) || (active && (pair.to == cluster || from.is_some_and(frozen)))
+        })
+}
+
+/// Every cluster at once, when nothing is left anywhere.
+fn finish(views: &Views, transition: &Transition) -> Vec<Action> {
+    let is_over = |id: &ClusterId| match transition.stage(views, id) {
+        Stage::Finished => true,
+        Stage::Under(change) => {
+            change.outgoing.values().all(Outgoing::is_over)
+                && change.incoming.values().all(Incoming::is_over)
+        }
+        _ => false,
+    };
+    let members = transition.members();
+    if !members.iter().all(is_over) {
+        return Vec::new();
+    }
+    let unfinished = members.iter().filter(|id| !transition.is_finished(views, id));
+    unfinished.map(|id| action(id, Step::Finish { epoch: transition.epoch() })).collect()
+}
+
+// --- One handoff -------------------------------------------------------------------------------------
+
+/// The next step of a handoff, were it alone.
+fn next_of_handoff(
+    views: &Views,
+    transition: &Transition,
+    pair: &Pair,
+    hints: &Hints,
+) -> Option<Action> {
+    let outgoing = transition.outgoing(views, pair)?;
+    let handoff = transition.handoff(pair);
+    let at_source = |step| Some(action(&pair.from, step));
+    if outgoing.sending == Sending::Frozen {
+        return next_of_frozen(views, transition, pair, hints);
+    }
+    let incoming = transition.incoming(views, pair)?;
+    // The view of the source is older than that of the destination: wait for a newer one.
+    if is_active(incoming) || outgoing.sending == Sending::Moved {
+        return None;
+    }
+    let attempt = outgoing.attempt;
+    let dead = incoming.refused >= attempt || incoming.opened > attempt;
+    if outgoing.sending == Sending::Idle || dead {
+        let highest = attempt.max(incoming.opened).max(incoming.refused);
+        // Refused for good: the change is being called off.
+        let attempt = highest.checked_add(1)?;
+        return at_source(Step::Prepare { handoff, attempt });
+    }
+    if incoming.opened < attempt {
+        let start = outgoing.start;
+        return Some(action(&pair.to, Step::Open { handoff, attempt, start }));
+    }
+    let end = views.get(&pair.from)?.position;
+    let close = matches!(cursor(incoming), Some(Cursor::Changes { position })
+        if end.saturating_sub(*position) <= FREEZE_LAG_MAX);
+    if outgoing.counted == Counted::All && close {
+        return at_source(Step::Freeze { handoff, attempt });
+    }
+    None
+}
+
+fn next_of_frozen(
+    views: &Views,
+    transition: &Transition,
+    pair: &Pair,
+    hints: &Hints,
+) -> Option<Action> {
+    let outgoing = transition.outgoing(views, pair)?;
+    let (handoff, attempt) = (transition.handoff(pair), outgoing.attempt);
+    let frozen = outgoing.frozen.as_ref()?;
+    let release = |tally| {
+        Some(action(&pair.from, Step::Release { handoff: handoff.clone(), attempt, tally }))
+    };
+    if transition.is_finished(views, &pair.to) {
+        // It finishes only what it activated, and it activated only what was equal.
+        return release(frozen.tally);
+    }
+    let incoming = transition.incoming(views, pair)?;
+    if is_active(incoming) {
+        return release(incoming.tally);
+    }
+    if incoming.refused >= attempt {
+        let refused = incoming.refused;
+        return Some(action(&pair.from, Step::Thaw { handoff, refused }));
+    }
+    let key = (handoff.clone(), attempt);
+    let lost = incoming.opened != attempt || hints.overdue.contains(&key);
+    if lost || transition.cancelled {
+        return Some(action(&pair.to, Step::Refuse { handoff, attempt }));
+    }
+    let there = cursor(incoming).is_some_and(|cursor| cursor.covers(frozen.position));
+    there.then(|| {
+        let frozen = Box::new(frozen.clone());
+        action(&pair.to, Step::Activate { handoff, attempt, frozen })
+    })
+}
+
+fn is_active(incoming: &Incoming) -> bool {
+    incoming.receipt == Receipt::Active
+}
+
+fn cursor(incoming: &Incoming) -> Option<&Cursor> {
+    match &incoming.receipt {
+        Receipt::Receiving { cursor, .. } => Some(cursor),
+        Receipt::Waiting | Receipt::Active => None,
+    }
+}
+
+// --- Calling off -------------------------------------------------------------------------------------
+
+/// The pivot's cluster cancels first, then all others; then every destination refuses for good and
+/// discards what was staged; then the old ring goes on as a new epoch, at the sequencer first.
+fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
+    let epoch = transition.epoch();
+    let (pivot, _) = transition.pivot();
+    let stage = |id: &ClusterId| transition.stage(views, id);
+    let cancel = |id: &ClusterId| action(id, Step::Cancel { epoch });
+    match stage(&pivot) {
+        Stage::Under(change) if !change.cancelled => {
+            let frozen = transition.plan.iter().filter(|pair| pair.from == pivot);
+            let undo = frozen.filter_map(|pair| unfreeze(views, transition, pair, hints));
+            let undo: Vec<Action> = undo.collect();
+            return if undo.is_empty() { vec![cancel(&pivot)] } else { undo };
+        }
+        Stage::Under(_) => {}
+        _ => return Vec::new(),
+    }
+    let members = transition.members();
+    let open = members.iter().filter(|id| matches!(stage(id), Stage::Under(c) if !c.cancelled));
+    let mut actions: Vec<Action> = Vec::new();
+    for id in open {
+        let of_cluster = transition.plan.iter().filter(|pair| pair.from == *id);
+        let undo: Vec<Action> =
+            of_cluster.filter_map(|pair| unfreeze(views, transition, pair, hints)).collect();
+        actions.extend(if undo.is_empty() { vec![cancel(id)] } else { undo });
+    }
+    let all_cancelled =
+        members.iter().all(|id| matches!(stage(id), Stage::Under(change) if change.cancelled));
+    if !all_cancelled {
+        return actions;
+    }
+    let changes = members.iter().filter_map(|id| match stage(id) {
+        Stage::Under(change) => Some((id, &change.incoming)),
+        _ => None,
+    });
+    let mut clean = true;
+    for (to, from, incoming) in
+        changes.flat_map(|(to, all)| all.iter().map(move |(from, incoming)| (to, from, incoming)))
+    {
+        clean &= is_clean(incoming);
+        actions.extend(refuse_for_good(epoch, from, to, incoming));
+    }
+    if clean && let Some(sequencer) = &transition.old.sequencer {
+        let ring = Box::new(reverted(&transition.old));
+        actions.push(action(sequencer, Step::Revert { ring }));
+    }
+    actions
+}
+
+/// Takes a frozen handoff of a cancelled change back. When the operator only wishes to call off, a
+/// frozen handoff is not touched: the cancellation is refused, and told.
+fn unfreeze(views: &Views, transition: &Transition, pair: &Pair, hints: &Hints) -> Option<Action> {
+    let outgoing = transition.outgoing(views, pair)?;
+    let is_frozen = transition.cancelled && outgoing.sending == Sending::Frozen;
+    is_frozen.then(|| next_of_frozen(views, transition, pair, hints)).flatten()
+}
+
+fn is_clean(incoming: &Incoming) -> bool {
+    incoming.receipt == Receipt::Waiting
+        && incoming.garbage == 0
+        && incoming.refused == Attempt::MAX
+}
+
+fn refuse_for_good(
+    epoch: Epoch,
+    from: &ClusterId,
+    to: &ClusterId,
+    incoming: &Incoming,
+) -> Option<Action> {
+    let handoff = Handoff { epoch, from: from.clone(), to: to.clone() };
+    (incoming.refused < Attempt::MAX)
+        .then(|| action(to, Step::Refuse { handoff, attempt: Attempt::MAX }))
+}
+
+/// The sequencer has reverted, so every source has cancelled: the others follow.
+fn revert_stragglers(views: &Views, ring: &Ring) -> Vec<Action> {
+    let mut actions = Vec::new();
+    let follows =
+        |view: &RingState| view.epoch() + 2 == ring.epoch && reverted(view.ring.ring()) == *ring;
+    for (id, view) in views.iter().filter(|(_, view)| follows(view)) {
+        let revert = || action(id, Step::Revert { ring: Box::new(ring.clone()) });
+        let Some(change) = &view.change else {
+            actions.push(revert());
+            continue;
+        };
+        let epoch = change.next.ring().epoch;
+        if !change.cancelled {
+            actions.push(action(id, Step::Cancel { epoch }));
+        } else if change.incoming.values().all(is_clean) {
+            actions.push(revert());
+        } else {
+            let incoming = change.incoming.iter();
+            actions.extend(incoming.filter_map(|(from, i)| refuse_for_good(epoch, from, id, i)));
+        }
+    }
+    actions
+}

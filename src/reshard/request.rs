@@ -1,0 +1,423 @@
+//! What somebody who wants the ring changed does: look, check, begin, watch.
+//!
+//! Everything that can be found wrong is found before the first step, so that a refusal leaves all
+//! clusters as they were. The order of a beginning: the new cluster is formed if its nodes are blank,
+//! joins the ring in force, which it refuses unless it is empty, and then the sequencer begins. Its word
+//! decides; from then on the change goes on by itself ([`super::service`]), and whoever asked for it
+//! only watches, and helps out where nobody else drives.
+
+mod survey;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::{Instant, sleep};
+
+use crate::client_error::ClientError;
+use crate::cluster_manager::{self, InstallError, ManagerError};
+use crate::handoff::{Refused, Step, pairs};
+use crate::metrics::{NodeMetrics, NodeState, Sizes};
+use crate::network::error::Outcome;
+use crate::ring::{Ring, RingCluster, RingError, RingNode};
+use crate::types::{ClusterId, Epoch};
+
+use super::driver::Goal;
+use super::plan::{Holdings, Plan};
+use super::progress::Progress;
+use super::rings::{Request, RequestError, check_weight, next_ring};
+use super::run::{Clusters, Drive, DriveError, HttpClusters, Role};
+use super::scene::{Scene, Views};
+
+use survey::SURVEY_TIMEOUT;
+pub use survey::{Survey, survey};
+
+/// How long to wait for the last change, or the first ring, to be recorded as finished: its sequencer
+/// does that by itself within a second.
+const SETTLE_WAIT: Duration = Duration::from_secs(10);
+
+/// Between two looks while waiting for that.
+const SETTLE_LOOK: Duration = Duration::from_millis(100);
+
+/// When nothing has moved for so long, whoever watches is told what is in the way, and let go. Longer
+/// than elections, restarts and a failed attempt take.
+const STALLED_AFTER: Duration = Duration::from_secs(60);
+
+/// A change of the ring, as it is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// A new cluster, whose nodes run.
+    Add {
+        /// Its id, which its nodes were started with.
+        id: ClusterId,
+        /// The HTTP and peer addresses of all its nodes.
+        nodes: Vec<(String, String)>,
+        /// Its share relative to the others.
+        weight: f32,
+    },
+    /// A cluster leaves.
+    Remove(ClusterId),
+    /// A cluster gets another share.
+    Weight(ClusterId, f32),
+}
+
+/// Why a change was not begun, or did not come to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// Nobody knows of a ring.
+    #[error("no cluster can be asked: {0}")]
+    Nobody(String),
+    /// There is no such ring.
+    #[error("{0}; nothing was changed")]
+    Request(#[from] RequestError),
+    /// One at a time.
+    #[error(
+        "a change to the ring of epoch {epoch} is under way; nothing was changed. `admin migration status` shows it"
+    )]
+    UnderWay {
+        /// The epoch that is being changed to.
+        epoch: Epoch,
+    },
+    /// There is nothing to resume or to call off.
+    #[error("no change of the ring is under way")]
+    NothingUnderWay,
+    /// The sequencer has not recorded the last one.
+    #[error(
+        "the ring of epoch {epoch} is not known to be in force everywhere ({trouble}); nothing was changed, try again shortly"
+    )]
+    Unsettled {
+        /// The epoch in force.
+        epoch: Epoch,
+        /// Who does not answer, as far as it is known.
+        trouble: String,
+    },
+    /// A cluster of the ring does not answer, so the change would come to a halt.
+    #[error("cluster {cluster} cannot be asked: {message}; nothing was changed")]
+    Unreachable {
+        /// The cluster.
+        cluster: ClusterId,
+        /// What happened.
+        message: String,
+    },
+    /// A node of the new cluster does not answer.
+    #[error("{0}; all nodes of a new cluster must answer; nothing was changed")]
+    NodeUnreachable(String),
+    /// A node is not what it was said to be.
+    #[error("the node at {http} {message}; nothing was changed")]
+    WrongNode {
+        /// Where it was asked.
+        http: String,
+        /// What it is.
+        message: String,
+    },
+    /// The new cluster could not be formed.
+    #[error("cluster {cluster} could not be formed: {source}; the ring was not changed")]
+    Form {
+        /// The cluster.
+        cluster: ClusterId,
+        /// Why.
+        source: ManagerError,
+    },
+    /// The new cluster is not fit.
+    #[error(transparent)]
+    Members(#[from] InstallError),
+    /// The new cluster has data, or a ring of its own.
+    #[error(
+        "cluster {0} holds keys or lives by a ring: only an empty cluster can be added; nothing was changed"
+    )]
+    NotEmpty(ClusterId),
+    /// A cluster refused to begin.
+    #[error("cluster {cluster} refuses: {refused}; nothing was changed")]
+    Refused {
+        /// The cluster.
+        cluster: ClusterId,
+        /// Why.
+        refused: Box<Refused>,
+    },
+    /// Whether it was begun is not known.
+    #[error(
+        "cluster {cluster}: {error}; `admin migration status` shows whether the change has begun"
+    )]
+    Doubt {
+        /// The cluster.
+        cluster: ClusterId,
+        /// What happened.
+        error: ClientError,
+    },
+    /// The change is still under way.
+    #[error(transparent)]
+    Drive(#[from] DriveError),
+    /// Somebody called the change off.
+    #[error("the change was called off: the old ring goes on as epoch {epoch}")]
+    CalledOff {
+        /// The epoch in force.
+        epoch: Epoch,
+    },
+    /// The ring breaks a rule.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+}
+
+/// What a change would move.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outlook {
+    /// The ring after it.
+    pub next: Ring,
+    /// Its handoffs; none when nothing would move.
+    pub plan: Plan,
+    /// What the sources hold now.
+    pub holdings: BTreeMap<ClusterId, Holdings>,
+}
+
+/// What a change would move; changes nothing.
+pub async fn outlook(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    request: &Request,
+) -> Result<Outlook, ChangeError> {
+    let seen = survey(http, addresses).await?;
+    let scene = Scene::of(&seen.views);
+    let ring = scene.ring().ok_or(RequestError::NoRing)?;
+    let next = match next_ring(ring, request) {
+        Err(RequestError::NothingToDo) => Ring { epoch: ring.epoch + 1, ..ring.clone() },
+        other => other?,
+    };
+    let plan = Plan::new(ring, &next)?;
+    let gives = |cluster: &&RingCluster| {
+        plan.handoffs.iter().any(|handoff| handoff.pair.from == cluster.id)
+    };
+    let mut holdings = BTreeMap::new();
+    for (cluster, answer) in ask_sizes(http, ring.clusters.iter().filter(gives)).await {
+        let held = answer.map_err(|error| unreachable(&cluster, &error))?;
+        holdings.insert(cluster, held);
+    }
+    Ok(Outlook { next, plan, holdings })
+}
+
+/// What the clusters hold that answer.
+pub async fn holdings(http: &HttpClusters, seen: &Survey) -> BTreeMap<ClusterId, Holdings> {
+    let answers = ask_sizes(http, seen.clusters.values()).await;
+    answers.into_iter().filter_map(|(id, answer)| Some((id, answer.ok()?))).collect()
+}
+
+async fn ask_sizes(
+    http: &HttpClusters,
+    clusters: impl Iterator<Item = &RingCluster>,
+) -> Vec<(ClusterId, Result<Holdings, ClientError>)> {
+    let ask = |cluster: &RingCluster| {
+        let (id, client) = (cluster.id.clone(), http.client(cluster).with_timeout(SURVEY_TIMEOUT));
+        async move {
+            let view = client.handoffs(Sizes::Counted).await;
+            let held = view.map(|view| Holdings {
+                keys: view.keys.unwrap_or(0),
+                bytes: view.disk_bytes.unwrap_or(0),
+            });
+            (id, held)
+        }
+    };
+    join_all(clusters.map(ask)).await
+}
+
+/// Begins a change: returns the ring that is being changed to. Refused, nothing has changed.
+///
+/// Cancelled in its middle, the change may have begun: it then goes on by itself.
+pub async fn begin(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    change: &Change,
+) -> Result<Ring, ChangeError> {
+    let seen = settled(http, addresses).await?;
+    let scene = Scene::of(&seen.views);
+    let ring = scene.ring().ok_or(RequestError::NoRing)?;
+    let silent = ring.clusters.iter().find(|cluster| !seen.views.contains_key(&cluster.id));
+    if let Some(cluster) = silent {
+        let (cluster, message) = (cluster.id.clone(), seen.trouble());
+        return Err(ChangeError::Unreachable { cluster, message });
+    }
+    let next = match change {
+        Change::Remove(id) => next_ring(ring, &Request::Remove(id.clone()))?,
+        Change::Weight(id, weight) => next_ring(ring, &Request::Weight(id.clone(), *weight))?,
+        Change::Add { id, nodes, weight } => {
+            let added = new_cluster(id, nodes, *weight, ring).await?;
+            let next = next_ring(ring, &Request::Add(added.clone()))?;
+            form_if_blank(&added).await?;
+            join(http, &added, ring).await?;
+            next
+        }
+    };
+    let sequencer = ring.sequencer.as_ref().and_then(|id| ring.cluster(id));
+    let sequencer = sequencer.ok_or(RingError::Sequencer)?;
+    let (plan, ring) = (pairs(ring, &next), Box::new(ring.clone()));
+    let begin = Step::Begin { ring, next: Box::new(next.clone()), plan };
+    propose(http, sequencer, &begin).await?;
+    Ok(next)
+}
+
+/// Watches the change under way to its end; as a [`Role::Helper`] it also does what nobody else does.
+/// Returns the ring in force then. `epoch`: that of the ring which is expected, if one is. Safe to
+/// cancel: the change goes on.
+pub async fn follow(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    role: Role,
+    epoch: Option<Epoch>,
+    watch: impl FnMut(Option<&Progress>, &Views),
+) -> Result<Ring, ChangeError> {
+    let ring = drive(http, addresses, role, Goal::Forward, watch).await?;
+    match epoch {
+        Some(expected) if ring.epoch == expected + 1 => {
+            Err(ChangeError::CalledOff { epoch: ring.epoch })
+        }
+        _ => Ok(ring),
+    }
+}
+
+/// Calls the change under way off: the old ring goes on as a new epoch. Refused once keys are frozen or
+/// have moved. Safe to cancel: what has begun goes on.
+pub async fn abort(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    watch: impl FnMut(Option<&Progress>, &Views),
+) -> Result<Ring, ChangeError> {
+    let seen = survey(http, addresses).await?;
+    match Scene::of(&seen.views) {
+        Scene::Changing(transition) => {
+            let finished = |id: &ClusterId| transition.is_finished(&seen.views, id);
+            if transition.members().iter().any(finished) {
+                return Err(DriveError::TooLate(Refused::TooLate).into());
+            }
+        }
+        Scene::Reverting(_) => {}
+        Scene::NoRing | Scene::Quiet { .. } => return Err(ChangeError::NothingUnderWay),
+    }
+    drive(http, addresses, Role::Helper, Goal::Abort, watch).await
+}
+
+async fn drive(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    role: Role,
+    goal: Goal,
+    watch: impl FnMut(Option<&Progress>, &Views),
+) -> Result<Ring, ChangeError> {
+    let seen = survey(http, addresses).await?;
+    let drive = Drive::new(http, seen.clusters.into_values(), role, goal);
+    let scene = drive.stalled_after(STALLED_AFTER).run(watch).await?;
+    Ok(scene.ring().cloned().unwrap_or_else(Ring::none))
+}
+
+/// The clusters, once the last change is recorded as finished.
+async fn settled(http: &HttpClusters, addresses: &[Vec<String>]) -> Result<Survey, ChangeError> {
+    let deadline = Instant::now() + SETTLE_WAIT;
+    loop {
+        let seen = survey(http, addresses).await?;
+        match Scene::of(&seen.views) {
+            Scene::NoRing => return Err(RequestError::NoRing.into()),
+            Scene::Quiet { settled: Some(true), .. } => return Ok(seen),
+            Scene::Changing(transition) => {
+                return Err(ChangeError::UnderWay { epoch: transition.epoch() });
+            }
+            Scene::Reverting(ring) => return Err(ChangeError::UnderWay { epoch: ring.epoch }),
+            Scene::Quiet { ring, settled } if settled.is_none() || Instant::now() >= deadline => {
+                let (epoch, trouble) = (ring.epoch, seen.trouble());
+                return Err(ChangeError::Unsettled { epoch, trouble });
+            }
+            Scene::Quiet { .. } => sleep(SETTLE_LOOK).await,
+        }
+    }
+}
+
+async fn propose(
+    http: &HttpClusters,
+    cluster: &RingCluster,
+    step: &Step,
+) -> Result<(), ChangeError> {
+    let error = match http.step(cluster, step).await {
+        Ok(_) => return Ok(()),
+        Err(error) => error,
+    };
+    let cluster = cluster.id.clone();
+    Err(match error {
+        ClientError::StepRefused(refused) => match *refused {
+            Refused::ChangeUnderWay { epoch } => ChangeError::UnderWay { epoch },
+            _ => ChangeError::Refused { cluster, refused },
+        },
+        error if error.outcome() == Outcome::NotApplied => unreachable(&cluster, &error),
+        error => ChangeError::Doubt { cluster, error },
+    })
+}
+
+fn unreachable(cluster: &ClusterId, error: &ClientError) -> ChangeError {
+    ChangeError::Unreachable { cluster: cluster.clone(), message: error.to_string() }
+}
+
+// --- A new cluster -----------------------------------------------------------------------------------
+
+/// The new cluster as its nodes describe themselves. Changes nothing.
+async fn new_cluster(
+    id: &ClusterId,
+    nodes: &[(String, String)],
+    weight: f32,
+    ring: &Ring,
+) -> Result<RingCluster, ChangeError> {
+    // What needs no answer from anybody comes first.
+    check_weight(id, weight)?;
+    if ring.cluster(id).is_some() {
+        return Err(RequestError::IdTaken(id.clone()).into());
+    }
+    let addresses: Vec<String> = nodes.iter().map(|(http, _)| http.clone()).collect();
+    let mut members = Vec::new();
+    for ((http, rpc), answer) in nodes.iter().zip(cluster_manager::ask_all(&addresses).await) {
+        let metrics = answer.map_err(ChangeError::NodeUnreachable)?;
+        if let Some(message) = mismatch(id, rpc, &metrics) {
+            return Err(ChangeError::WrongNode { http: http.clone(), message });
+        }
+        if metrics.keys.is_some_and(|keys| keys > 0) {
+            return Err(ChangeError::NotEmpty(id.clone()));
+        }
+        members.push(RingNode { id: metrics.id, http: metrics.http, rpc: metrics.rpc });
+    }
+    members.sort_by_key(|node| node.id);
+    Ok(RingCluster { id: id.clone(), weight, nodes: members })
+}
+
+/// What is wrong with a node, if something is.
+fn mismatch(id: &ClusterId, rpc: &str, metrics: &NodeMetrics) -> Option<String> {
+    if metrics.cluster != *id {
+        return Some(format!("belongs to cluster {}, not to {id}", metrics.cluster));
+    }
+    if metrics.rpc != rpc {
+        return Some(format!("serves its peers at {}, not at {rpc}", metrics.rpc));
+    }
+    metrics.failed.as_ref().map(|failure| format!("has failed: {failure}"))
+}
+
+/// Blank nodes become a cluster; a cluster that exists must consist of exactly these nodes.
+async fn form_if_blank(cluster: &RingCluster) -> Result<(), ChangeError> {
+    let addresses: Vec<String> = cluster.nodes.iter().map(|node| node.http.clone()).collect();
+    let seen = cluster_manager::ask_all(&addresses).await;
+    let is_whole = |node: &NodeMetrics| {
+        node.state != NodeState::Uninitialized
+            && !node.joint
+            && cluster.nodes.iter().all(|member| node.voters.contains(&member.id))
+    };
+    if !seen.iter().flatten().all(is_whole) {
+        let formed = cluster_manager::form(&cluster.id, &cluster.nodes).await;
+        formed.map_err(|source| ChangeError::Form { cluster: cluster.id.clone(), source })?;
+    }
+    let survey = cluster_manager::survey(&addresses).await?;
+    if survey.keys > 0 || survey.ring.cluster(&cluster.id).is_some() {
+        return Err(ChangeError::NotEmpty(cluster.id.clone()));
+    }
+    Ok(())
+}
+
+async fn join(http: &HttpClusters, added: &RingCluster, ring: &Ring) -> Result<(), ChangeError> {
+    let join = Step::Join { ring: Box::new(ring.clone()) };
+    match propose(http, added, &join).await {
+        Err(ChangeError::Refused { refused, .. }) if matches!(*refused, Refused::NotEmpty(_)) => {
+            Err(ChangeError::NotEmpty(added.id.clone()))
+        }
+        done => done,
+    }
+}

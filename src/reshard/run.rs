@@ -1,0 +1,497 @@
+//! The driver at work: looks at the clusters, decides, proposes, and looks again.
+//!
+//! One task, no locks: each cluster is asked by itself, so that one that is slow or away holds up
+//! nobody else, and every answer is followed by a decision ([`super::driver`]). What is remembered
+//! from one decision to the next may be lost at any moment: views, clocks of what is frozen, pauses.
+//!
+//! **Who acts.** Several drivers see the same and would all propose the same step: each repeat is an
+//! entry in a log. So a driver acts at once only on what is its own ([`Role`]), and on the rest once it
+//! has been left undone for [`PATIENCE`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, sleep_until};
+
+use crate::client_error::ClientError;
+use crate::handoff::{Attempt, Done, Handoff, Refused, RingState, Step};
+use crate::metrics::Sizes;
+use crate::raft_node::{Courier, RaftNode};
+use crate::ring::RingCluster;
+use crate::types::ClusterId;
+
+use super::driver::{Action, Goal, Hints, frozen, is_hot, next_actions};
+use super::progress::Progress;
+use super::scene::{Scene, Views, mentioned};
+
+/// How long a step that is somebody else's may be left undone: well above what its owner takes, well
+/// below what a client waits.
+pub const PATIENCE: Duration = Duration::from_millis(700);
+
+/// How long an attempt may be frozen before the destination is asked to refuse it. Clients wait for as
+/// long; a healthy destination takes some ten milliseconds.
+pub const FROZEN_MAX: Duration = Duration::from_secs(2);
+
+/// Between two looks at a cluster when something is frozen or nearly: a look takes about as long.
+const LOOK_HOT: Duration = Duration::from_millis(3);
+
+/// Between two looks while keys are copied, counted or deleted, which takes seconds.
+const LOOK_WARM: Duration = Duration::from_millis(100);
+
+/// After a look or a step that failed, doubled up to [`PAUSE_MAX`].
+const PAUSE_FIRST: Duration = Duration::from_millis(50);
+
+/// The longest pause: a cluster that comes back is noticed within a second.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How long one look may take: longer than an election, because the client waits one out.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long one step may take, with elections and repeats.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The way to the clusters.
+pub trait Clusters: Sync {
+    /// What a cluster knows, and all that it answered before.
+    fn view(
+        &self,
+        cluster: &RingCluster,
+    ) -> impl Future<Output = Result<RingState, ClientError>> + Send;
+    /// Proposes a step to a cluster.
+    fn step(
+        &self,
+        cluster: &RingCluster,
+        step: &Step,
+    ) -> impl Future<Output = Result<Done, ClientError>> + Send;
+}
+
+/// The clusters as they are reached over HTTP. Remembers who leads them.
+#[derive(Debug, Default)]
+pub struct HttpClusters {
+    courier: Courier,
+    known: Mutex<BTreeMap<ClusterId, RaftNode>>,
+}
+
+impl HttpClusters {
+    /// The client of a cluster.
+    pub fn client(&self, cluster: &RingCluster) -> RaftNode {
+        let addresses: Vec<String> = cluster.nodes.iter().map(|node| node.http.clone()).collect();
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        match known.get(&cluster.id) {
+            // It may have learned of more nodes than were given.
+            Some(client) if addresses.iter().all(|address| client.nodes().contains(address)) => {
+                client.clone()
+            }
+            _ => {
+                let client = RaftNode::with_courier(addresses, self.courier.clone());
+                known.insert(cluster.id.clone(), client.clone());
+                client
+            }
+        }
+    }
+}
+
+impl Clusters for HttpClusters {
+    async fn view(&self, cluster: &RingCluster) -> Result<RingState, ClientError> {
+        let client = self.client(cluster).with_timeout(LOOK_TIMEOUT);
+        let view = client.handoffs(Sizes::Omitted).await?;
+        if view.cluster != cluster.id {
+            let message = format!("it belongs to cluster {}, not to {}", view.cluster, cluster.id);
+            return Err(ClientError::Endpoints(message));
+        }
+        Ok(view.state)
+    }
+
+    async fn step(&self, cluster: &RingCluster, step: &Step) -> Result<Done, ClientError> {
+        self.client(cluster).with_timeout(STEP_TIMEOUT).step(step).await
+    }
+}
+
+/// Which steps are a driver's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// The leader of a cluster: the handoffs of which its cluster is the source, and nothing else.
+    Source(ClusterId),
+    /// The same for the sequencer's cluster: also all that is not a handoff's, and, when nobody else
+    /// does it, the handoffs of others.
+    Sequencer(ClusterId),
+    /// Somebody who started or resumed a change: everything, when nobody else does it.
+    Helper,
+    /// Everything, at once: where there is nobody else.
+    Alone,
+    /// Nothing: somebody who only watches.
+    Onlooker,
+}
+
+impl Role {
+    /// How long the action may be left to others; `None`: for ever.
+    fn patience(&self, action: &Action) -> Option<Duration> {
+        let from = action.step.handoff().map(|handoff| &handoff.from);
+        match (self, from) {
+            (Self::Alone, _) | (Self::Sequencer(_), None) => Some(Duration::ZERO),
+            (Self::Source(own) | Self::Sequencer(own), Some(from)) if own == from => {
+                Some(Duration::ZERO)
+            }
+            (Self::Source(_) | Self::Onlooker, _) => None,
+            (Self::Sequencer(_) | Self::Helper, _) => Some(PATIENCE),
+        }
+    }
+}
+
+/// Why a driver stopped before the change did.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum DriveError {
+    /// It was to be called off.
+    #[error("the change cannot be called off: {0}; from here it only goes forward")]
+    TooLate(Refused),
+    /// Nothing happened for too long. The change goes on when what is in the way is gone.
+    #[error("nothing has moved for {} s: {trouble}", .after.as_secs())]
+    Stalled {
+        /// For how long.
+        after: Duration,
+        /// What is in the way, as far as it is known.
+        trouble: String,
+    },
+}
+
+/// What came of something that was under way.
+enum Event {
+    Looked(ClusterId, u64, Result<RingState, ClientError>),
+    Stepped(Action, Result<Done, ClientError>),
+}
+
+type Pending<'a> = FuturesUnordered<Pin<Box<dyn Future<Output = Event> + Send + 'a>>>;
+
+/// What is known of one cluster.
+struct Contact {
+    cluster: RingCluster,
+    look_at: Instant,
+    looking: bool,
+    /// Counts the steps that it took: a look that began before the last one is out of date.
+    steps: u64,
+    /// Whether its view is newer than its last step.
+    fresh: bool,
+    pause: Duration,
+    trouble: Option<String>,
+}
+
+/// A driver. Dropping it loses nothing.
+pub struct Drive<'a, C> {
+    clusters: &'a C,
+    role: Role,
+    hints: Hints,
+    /// Give up when nothing has moved for so long.
+    stalled_after: Option<Duration>,
+    contacts: BTreeMap<ClusterId, Contact>,
+    views: Views,
+    moved_at: Instant,
+    /// The last step that was refused since anything moved.
+    refusal: Option<String>,
+    frozen_since: BTreeMap<(Handoff, Attempt), Instant>,
+    wanted_since: Vec<(Action, Instant)>,
+    under_way: Vec<Action>,
+    pending: Pending<'a>,
+}
+
+impl<'a, C: Clusters> Drive<'a, C> {
+    /// A driver that knows of these clusters, and learns of others from them.
+    pub fn new(
+        clusters: &'a C,
+        known: impl IntoIterator<Item = RingCluster>,
+        role: Role,
+        goal: Goal,
+    ) -> Self {
+        let mut drive = Self {
+            clusters,
+            role,
+            hints: Hints::new(goal),
+            stalled_after: None,
+            contacts: BTreeMap::new(),
+            views: Views::new(),
+            moved_at: Instant::now(),
+            refusal: None,
+            frozen_since: BTreeMap::new(),
+            wanted_since: Vec::new(),
+            under_way: Vec::new(),
+            pending: FuturesUnordered::new(),
+        };
+        known.into_iter().for_each(|cluster| drive.meet(cluster));
+        drive
+    }
+
+    /// Gives up with [`DriveError::Stalled`] when nothing has moved for so long. Never, unless set.
+    #[must_use]
+    pub fn stalled_after(mut self, after: Duration) -> Self {
+        self.stalled_after = Some(after);
+        self
+    }
+
+    /// What the clusters said last.
+    pub fn views(&self) -> &Views {
+        &self.views
+    }
+
+    /// Drives until no change is under way and the sequencer has recorded that; returns the scene then.
+    /// Tells `watch` after everything that happened. Safe to cancel.
+    pub async fn run(
+        &mut self,
+        mut watch: impl FnMut(Option<&Progress>, &Views),
+    ) -> Result<Scene, DriveError> {
+        loop {
+            self.look();
+            self.act();
+            if let Some(scene) = self.end() {
+                return Ok(scene);
+            }
+            watch(Progress::of(&self.views).as_ref(), &self.views);
+            let wake_at = self.wake_at()?;
+            tokio::select! {
+                Some(event) = self.pending.next() => self.take(event)?,
+                () = sleep_until(wake_at) => {}
+            }
+        }
+    }
+
+    fn meet(&mut self, cluster: RingCluster) {
+        match self.contacts.get_mut(&cluster.id) {
+            Some(contact) => contact.cluster = cluster,
+            None => {
+                let contact = Contact {
+                    cluster: cluster.clone(),
+                    look_at: Instant::now(),
+                    looking: false,
+                    steps: 0,
+                    fresh: false,
+                    pause: PAUSE_FIRST,
+                    trouble: None,
+                };
+                self.contacts.insert(cluster.id, contact);
+            }
+        }
+    }
+
+    // --- Looking ---------------------------------------------------------------------------------
+
+    fn look(&mut self) {
+        let now = Instant::now();
+        for (id, contact) in &mut self.contacts {
+            if contact.looking || contact.look_at > now {
+                continue;
+            }
+            contact.looking = true;
+            let (clusters, id) = (self.clusters, id.clone());
+            let (cluster, steps) = (contact.cluster.clone(), contact.steps);
+            self.pending.push(Box::pin(async move {
+                let view = clusters.view(&cluster).await;
+                Event::Looked(id, steps, view)
+            }));
+        }
+    }
+
+    fn take(&mut self, event: Event) -> Result<(), DriveError> {
+        match event {
+            Event::Looked(id, steps, Ok(view)) => self.seen(id, steps, view),
+            Event::Looked(id, _, Err(error)) => {
+                self.contact(&id).looking = false;
+                self.trouble(&id, &error);
+            }
+            Event::Stepped(action, result) => return self.stepped(action, result),
+        }
+        Ok(())
+    }
+
+    fn seen(&mut self, id: ClusterId, steps: u64, view: RingState) {
+        let look_in = self.interval();
+        let contact = self.contact(&id);
+        contact.looking = false;
+        if contact.steps != steps {
+            return;
+        }
+        contact.look_at = Instant::now() + look_in;
+        contact.fresh = true;
+        contact.trouble = None;
+        if self.views.get(&id) != Some(&view) {
+            self.contact(&id).pause = PAUSE_FIRST;
+            self.moved_at = Instant::now();
+            self.refusal = None;
+            self.views.insert(id, view);
+            for cluster in mentioned(&self.views).into_values() {
+                if self.concerns(&cluster.id) {
+                    self.meet(cluster);
+                }
+            }
+        }
+    }
+
+    /// A source's leader looks only at those that its handoffs concern, or with many clusters all
+    /// would look at all.
+    fn concerns(&self, id: &ClusterId) -> bool {
+        let Role::Source(own) = &self.role else { return true };
+        let Scene::Changing(transition) = Scene::of(&self.views) else { return true };
+        let (pivot, pair) = transition.pivot();
+        let ours = transition.plan.iter().filter(|pair| pair.from == *own);
+        let mut concerned = ours.chain(pair).flat_map(|pair| [&pair.from, &pair.to]);
+        *id == pivot || id == own || concerned.any(|concerned| concerned == id)
+    }
+
+    fn interval(&self) -> Duration {
+        let leads = !matches!(self.role, Role::Helper | Role::Onlooker);
+        if leads && is_hot(&self.views) { LOOK_HOT } else { LOOK_WARM }
+    }
+
+    fn contact(&mut self, id: &ClusterId) -> &mut Contact {
+        self.contacts.get_mut(id).expect("only known clusters are asked, and none is forgotten")
+    }
+
+    fn trouble(&mut self, id: &ClusterId, error: &ClientError) {
+        tracing::debug!(cluster = %id, %error, "a cluster could not be asked");
+        let contact = self.contact(id);
+        contact.fresh = false;
+        contact.trouble = Some(format!("cluster {id}: {error}"));
+        contact.look_at = Instant::now() + contact.pause;
+        contact.pause = PAUSE_MAX.min(contact.pause * 2);
+    }
+
+    // --- Acting ----------------------------------------------------------------------------------
+
+    fn act(&mut self) {
+        let now = Instant::now();
+        self.time_frozen(now);
+        let actions = next_actions(&self.views, &self.hints);
+        self.wanted_since.retain(|(wanted, _)| actions.contains(wanted));
+        for action in actions {
+            let Some(patience) = self.patience(&action) else { continue };
+            let known = self.wanted_since.iter().find(|(wanted, _)| *wanted == action);
+            let since = known.map_or(now, |(_, since)| *since);
+            if known.is_none() {
+                self.wanted_since.push((action.clone(), now));
+            }
+            let ready = self.contacts.get(&action.at).is_some_and(|contact| contact.fresh);
+            if ready && since + patience <= now && !self.under_way.contains(&action) {
+                self.propose(action);
+            }
+        }
+    }
+
+    /// Who calls a change off begins with that at once; the rest is anybody's.
+    fn patience(&self, action: &Action) -> Option<Duration> {
+        match action.step {
+            Step::Cancel { .. } if self.hints.goal == Goal::Abort => Some(Duration::ZERO),
+            _ => self.role.patience(action),
+        }
+    }
+
+    fn time_frozen(&mut self, now: Instant) {
+        let frozen: BTreeSet<_> = frozen(&self.views).into_iter().collect();
+        self.frozen_since.retain(|key, _| frozen.contains(key));
+        self.hints.overdue.retain(|key| frozen.contains(key));
+        for key in frozen {
+            let since = *self.frozen_since.entry(key.clone()).or_insert(now);
+            if now - since > FROZEN_MAX && self.hints.overdue.insert(key.clone()) {
+                let (handoff, attempt) = key;
+                tracing::warn!(%handoff, attempt, "frozen for too long; taking the attempt back");
+            }
+        }
+    }
+
+    fn propose(&mut self, action: Action) {
+        tracing::debug!(cluster = %action.at, step = action.step.name(), "proposing");
+        self.under_way.push(action.clone());
+        let clusters = self.clusters;
+        let cluster = self.contact(&action.at).cluster.clone();
+        self.pending.push(Box::pin(async move {
+            let result = clusters.step(&cluster, &action.step).await;
+            Event::Stepped(action, result)
+        }));
+    }
+
+    fn stepped(
+        &mut self,
+        action: Action,
+        result: Result<Done, ClientError>,
+    ) -> Result<(), DriveError> {
+        self.under_way.retain(|under_way| *under_way != action);
+        self.wanted_since.retain(|(wanted, _)| *wanted != action);
+        let contact = self.contact(&action.at);
+        contact.steps += 1;
+        contact.fresh = false;
+        // Even one that is away for the driver's looks is asked at once: it has just answered.
+        contact.look_at = Instant::now();
+        match result {
+            Ok(_) => self.moved_at = Instant::now(),
+            Err(ClientError::StepRefused(refused)) => return self.refused(&action, *refused),
+            Err(error) => self.trouble(&action.at, &error),
+        }
+        Ok(())
+    }
+
+    /// Usually somebody else was faster, and the next look shows it.
+    fn refused(&mut self, action: &Action, refused: Refused) -> Result<(), DriveError> {
+        let at = &action.at;
+        tracing::debug!(cluster = %at, step = action.step.name(), %refused, "refused");
+        match (&action.step, &refused) {
+            (Step::Activate { handoff, attempt, .. }, Refused::Differs { .. }) => {
+                tracing::error!(%handoff, attempt, %refused, "the copy is not the original; copying again");
+                self.hints.overdue.insert((handoff.clone(), *attempt));
+            }
+            (Step::Cancel { .. }, Refused::TooLate) if self.hints.goal == Goal::Abort => {
+                return Err(DriveError::TooLate(refused));
+            }
+            _ => {}
+        }
+        self.refusal = Some(format!("cluster {at} refuses to {}: {refused}", action.step.name()));
+        let contact = self.contact(at);
+        contact.look_at = Instant::now() + contact.pause;
+        contact.pause = PAUSE_MAX.min(contact.pause * 2);
+        Ok(())
+    }
+
+    // --- Ending ----------------------------------------------------------------------------------
+
+    fn end(&self) -> Option<Scene> {
+        if !self.under_way.is_empty() {
+            return None;
+        }
+        let scene = Scene::of(&self.views);
+        let settled = matches!(scene, Scene::Quiet { settled: Some(true), .. });
+        let seen = || self.contacts.values().all(|contact| contact.fresh);
+        (settled || (scene == Scene::NoRing && seen())).then_some(scene)
+    }
+
+    fn wake_at(&self) -> Result<Instant, DriveError> {
+        let now = Instant::now();
+        // With nothing due, at the next look of a cluster that is being looked at.
+        let mut wake_at = now + PAUSE_MAX;
+        let waiting = self.contacts.values().filter(|contact| !contact.looking);
+        for contact in waiting {
+            wake_at = wake_at.min(contact.look_at.max(now));
+        }
+        for (action, since) in &self.wanted_since {
+            if let Some(patience) = self.patience(action)
+                && *since + patience > now
+            {
+                wake_at = wake_at.min(*since + patience);
+            }
+        }
+        if let Some(after) = self.stalled_after
+            && self.moved_at + after <= now
+        {
+            return Err(DriveError::Stalled { after, trouble: self.trouble_text() });
+        }
+        Ok(wake_at)
+    }
+
+    fn trouble_text(&self) -> String {
+        let troubles = self.contacts.values().filter_map(|contact| contact.trouble.as_deref());
+        let known: Vec<&str> = troubles.chain(self.refusal.as_deref()).collect();
+        if known.is_empty() {
+            return "the clusters neither copy nor delete keys".to_owned();
+        }
+        known.join("; ")
+    }
+}

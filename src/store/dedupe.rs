@@ -1,0 +1,298 @@
+//! What is remembered of writes that happen at most once: the answers, for clients that ask again.
+//!
+//! A pure table, part of the state machine's state: it sees the writes in log order and a *log time*,
+//! and nothing else, so it is the same on every replica, to the byte ([`encoding`]). Log time is the
+//! highest clock that any entry has brought. It never goes back, and means nothing between replicas
+//! but what the log says.
+//!
+//! Its rows are not those of the memtables: a second row for each write would cost as much as the
+//! write. The table stands here in memory, whole, and goes to disk with every flush, encoded
+//! ([`super::flush`]). With clients that tell their floor it holds little more than what is in flight.
+//!
+//! **Forgetting.** A client's floor only rises, and what lies below it is gone: such a write is never
+//! carried out, because nobody knows any more whether it was. The floor rises
+//! 1. as the client tells with each write;
+//! 2. above an answer that is [`ANSWER_AGE_MAX_MS`] old;
+//! 3. above the oldest answer, in log order, while there are more than [`ANSWERS_MAX`] of them or their
+//!    keys take more than [`KEY_BYTES_MAX`].
+//!
+//! A client is forgotten, floor and all, only when there is no room for a new one and it has not
+//! written for [`CLIENT_IDLE_MIN_MS`]; if there is no such client, the new one is refused.
+//!
+//! While keys are handed over to another cluster, answers to writes of these keys are *pinned*: where one
+//! would fall it stays, for the other cluster to get, and only its write is not carried out again
+//! ([`moving`]).
+//!
+//! All bounds are part of the format and not of the configuration: replicas that forgot differently
+//! would carry out different writes.
+//!
+//! Invariants:
+//! - an answer's sequence is not below its client's floor, unless it is pinned, and then it is;
+//! - `order` has exactly the answers there are but for the pinned ones, by their position, which ascends
+//!   in log order, and log time with it: so the front is the oldest in both meanings;
+//! - `idle` lists every client once, under a time not later than that of its last write.
+//!
+//! No step takes longer with more clients or answers, but for the depth of the trees: what falls is
+//! taken from the front of `order`, and each answer falls once.
+
+mod encoding;
+mod moving;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::once::{ClientName, Once};
+use crate::types::{Action, Write, Written};
+
+pub(super) use encoding::Decoder;
+pub(super) use moving::{Travelling, hash as answer_hash, key_of as answered_key, place};
+
+/// How long an answer is kept at least, if there is room: far longer than any client of this store
+/// tries (10 s unless set), and long enough for a person or a job that is started again.
+pub(super) const ANSWER_AGE_MAX_MS: u64 = 15 * 60 * 1000;
+
+/// How many answers there are at most. Of clients that tell their floor, this is ten seconds and more
+/// of a fast cluster's writes, all unanswered; of others, the last minutes. About 60 MB of memory.
+const ANSWERS_MAX: usize = 262_144;
+
+/// How many bytes the keys of all answers take at most. Keys of up to 256 bytes reach
+/// [`ANSWERS_MAX`] first; without this, keys of 4 KiB would take 1 GiB.
+const KEY_BYTES_MAX: usize = 64 << 20;
+
+/// How many clients are remembered. Each costs up to some hundred bytes, and there are as many as
+/// processes that write within an hour, not as many as requests.
+const CLIENTS_MAX: usize = 65_536;
+
+/// How long a client must not have written before its floor may be forgotten. A write that it repeats
+/// after that happens again: nobody waits an hour for an answer.
+const CLIENT_IDLE_MIN_MS: u64 = 60 * 60 * 1000;
+
+/// The table's bounds, so that tests reach them with less.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    answers_max: usize,
+    key_bytes_max: usize,
+    clients_max: usize,
+}
+
+const BOUNDS: Bounds =
+    Bounds { answers_max: ANSWERS_MAX, key_bytes_max: KEY_BYTES_MAX, clients_max: CLIENTS_MAX };
+
+/// What the table says about a write before it is carried out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Carry it out, and [`Dedupe::record`] the answer.
+    New,
+    /// Do not: this is its answer.
+    Answered(Written),
+}
+
+/// A write's kind, as far as a repeat must have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Put,
+    Delete,
+}
+
+impl Kind {
+    fn of(write: &Write) -> Self {
+        match write.action {
+            Action::Put(_) => Self::Put,
+            Action::Delete => Self::Delete,
+        }
+    }
+}
+
+/// Which keys' answers must stay.
+pub(super) type Pins<'a> = &'a dyn Fn(&[u8]) -> bool;
+
+/// The table. See the module.
+#[derive(Debug)]
+pub(super) struct Dedupe {
+    log_time_ms: u64,
+    clients: BTreeMap<ClientName, Client>,
+    /// Whose answer has which position.
+    order: BTreeMap<u64, (ClientName, u64)>,
+    /// The position of the next answer.
+    next_position: u64,
+    /// Bytes of the keys of the answers in `order`.
+    key_bytes: usize,
+    /// Answers that would have fallen.
+    pinned: BTreeSet<(ClientName, u64)>,
+    /// Clients by the log time of a write of theirs, at or before the last one's: so that those that
+    /// have been idle for long are at the front, without a change for each write.
+    idle: BTreeSet<(u64, ClientName)>,
+    bounds: Bounds,
+}
+
+#[derive(Debug, Default)]
+struct Client {
+    floor: u64,
+    /// The log time of its last write.
+    last_ms: u64,
+    answers: BTreeMap<u64, Answer>,
+}
+
+#[derive(Debug)]
+struct Answer {
+    key: Box<[u8]>,
+    kind: Kind,
+    /// A put, a delete or a failed condition: what says that the write was looked at.
+    written: Written,
+    /// The log time when it was given.
+    at_ms: u64,
+    position: u64,
+}
+
+impl Default for Dedupe {
+    fn default() -> Self {
+        Self::with_bounds(BOUNDS)
+    }
+}
+
+impl Dedupe {
+    fn with_bounds(bounds: Bounds) -> Self {
+        Self {
+            log_time_ms: 0,
+            clients: BTreeMap::new(),
+            order: BTreeMap::new(),
+            next_position: 0,
+            key_bytes: 0,
+            pinned: BTreeSet::new(),
+            idle: BTreeSet::new(),
+            bounds,
+        }
+    }
+
+    /// An entry brought this clock: forgets what is too old by now.
+    pub(super) fn advance(&mut self, at_ms: u64, pins: Pins<'_>) {
+        self.log_time_ms = self.log_time_ms.max(at_ms);
+        while let Some(at_ms) = self.oldest_at_ms()
+            && self.log_time_ms - at_ms >= ANSWER_AGE_MAX_MS
+        {
+            self.forget_oldest(pins);
+        }
+    }
+
+    /// What to do with a write that its key's owner is about to carry out. Takes over the floor that
+    /// it tells.
+    pub(super) fn check(&mut self, once: &Once, write: &Write, pins: Pins<'_>) -> Verdict {
+        if !self.clients.contains_key(once.client()) && !self.admit(once.client()) {
+            return Verdict::Answered(Written::TooManyClients);
+        }
+        self.raise_floor(once.client(), once.floor(), pins);
+        let now = self.log_time_ms;
+        let client = self.clients.get_mut(once.client()).expect("it was admitted");
+        client.last_ms = now;
+        if once.seq() < client.floor {
+            return Verdict::Answered(Written::OnceForgotten);
+        }
+        match client.answers.get(&once.seq()) {
+            None => Verdict::New,
+            Some(answer) if *answer.key != *write.key || answer.kind != Kind::of(write) => {
+                Verdict::Answered(Written::OnceReused)
+            }
+            Some(answer) => Verdict::Answered(answer.written.clone()),
+        }
+    }
+
+    /// Remembers the answer to a write that was [`Verdict::New`]: what it wrote or deleted, or that
+    /// its condition failed.
+    pub(super) fn record(&mut self, once: &Once, write: &Write, written: &Written, pins: Pins<'_>) {
+        let position = self.next_position;
+        self.next_position += 1;
+        let (key, kind, at_ms) = (write.key.as_ref().into(), Kind::of(write), self.log_time_ms);
+        let answer = Answer { key, kind, written: written.clone(), at_ms, position };
+        self.insert(once.client(), once.seq(), answer);
+        self.forget_surplus(pins);
+    }
+
+    fn forget_surplus(&mut self, pins: Pins<'_>) {
+        while self.order.len() > self.bounds.answers_max
+            || self.key_bytes > self.bounds.key_bytes_max
+        {
+            self.forget_oldest(pins);
+        }
+    }
+
+    /// The keys of all answers.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &[u8]> {
+        self.clients.values().flat_map(|client| client.answers.values().map(|answer| &*answer.key))
+    }
+
+    fn insert(&mut self, name: &ClientName, seq: u64, answer: Answer) {
+        let client = self.clients.get_mut(name).expect("answers are for clients that were checked");
+        self.key_bytes += answer.key.len();
+        self.order.insert(answer.position, (name.clone(), seq));
+        let replaced = client.answers.insert(seq, answer);
+        assert!(replaced.is_none(), "the write {name}/{seq} was carried out twice");
+    }
+
+    /// Makes room for a new client and takes it in; false when there is none.
+    fn admit(&mut self, name: &ClientName) -> bool {
+        if self.clients.len() >= self.bounds.clients_max && !self.forget_idle_client() {
+            return false;
+        }
+        let now = self.log_time_ms;
+        self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
+        self.idle.insert((now, name.clone()));
+        true
+    }
+
+    /// Forgets the client that has not written for the longest time, if it is long enough.
+    fn forget_idle_client(&mut self) -> bool {
+        loop {
+            let Some((listed_ms, _)) = self.idle.first() else { return false };
+            // Whoever is listed later wrote later.
+            if self.log_time_ms - listed_ms < CLIENT_IDLE_MIN_MS {
+                return false;
+            }
+            let (listed_ms, name) = self.idle.pop_first().expect("it was just looked at");
+            let client = self.clients.get(&name).expect("only clients are listed");
+            if client.last_ms == listed_ms {
+                // Its answers are gone already, being older still, unless they are pinned.
+                if !client.answers.is_empty() {
+                    self.idle.insert((listed_ms, name));
+                    return false;
+                }
+                self.clients.remove(&name);
+                return true;
+            }
+            // It wrote since it was listed: that write pays for this.
+            self.idle.insert((client.last_ms, name));
+        }
+    }
+
+    fn oldest_at_ms(&self) -> Option<u64> {
+        let (_, (name, seq)) = self.order.first_key_value()?;
+        Some(self.clients[name].answers[seq].at_ms)
+    }
+
+    /// Forgets the oldest answer, so that its write is not carried out again.
+    fn forget_oldest(&mut self, pins: Pins<'_>) {
+        let (_, (name, seq)) = self.order.first_key_value().expect("there is an oldest one");
+        let (name, floor) = (name.clone(), seq + 1);
+        self.raise_floor(&name, floor, pins);
+    }
+
+    fn raise_floor(&mut self, name: &ClientName, floor: u64, pins: Pins<'_>) {
+        let client = self.clients.get_mut(name).expect("floors are those of known clients");
+        if floor <= client.floor {
+            return;
+        }
+        let before = std::mem::replace(&mut client.floor, floor);
+        // What lies below the floor that was is pinned already.
+        let mut from = before;
+        while let Some((&seq, answer)) = client.answers.range(from..floor).next() {
+            from = seq + 1;
+            self.order.remove(&answer.position);
+            self.key_bytes -= answer.key.len();
+            if pins(&answer.key) {
+                self.pinned.insert((name.clone(), seq));
+            } else {
+                client.answers.remove(&seq);
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Answers on their way to another cluster, with the keys that they are about.
+//!
+//! An answer travels as it would be given again, under its *place*: the client's name, a zero byte and
+//! the sequence. Places ascend as clients and sequences do. When it arrives it is remembered as if it had
+//! been given just now: log times of two clusters have nothing to do with each other.
+
+use std::collections::BTreeMap;
+
+use bytes::{BufMut, Bytes};
+
+use super::encoding::{get_written, put_written};
+use super::{Answer, Client, Dedupe, Pins};
+use crate::codec::{DecodeError, Reader};
+use crate::handoff::Tally;
+use crate::once::{ClientName, SEQ_MAX};
+
+/// Answers by their place, as they travel.
+pub(in crate::store) type Travelling = BTreeMap<Bytes, Bytes>;
+
+impl Dedupe {
+    /// The highest clock that any entry has brought.
+    pub(in crate::store) fn log_time_ms(&self) -> u64 {
+        self.log_time_ms
+    }
+
+    /// How many answers stay only because they are pinned.
+    pub(in crate::store) fn pinned(&self) -> usize {
+        self.pinned.len()
+    }
+
+    /// Lets go of what is only there because it was pinned.
+    pub(in crate::store) fn unpin(&mut self) {
+        for (name, seq) in std::mem::take(&mut self.pinned) {
+            if let Some(client) = self.clients.get_mut(&name) {
+                client.answers.remove(&seq);
+            }
+        }
+    }
+
+    /// The answers to writes of keys that move, in one number.
+    pub(in crate::store) fn tally(&self, moves: Pins<'_>) -> Tally {
+        let mut tally = Tally::default();
+        for (name, client) in &self.clients {
+            for (seq, answer) in client.answers.iter().filter(|(_, answer)| moves(&answer.key)) {
+                tally.add_answer(hash(&place(name, *seq), &travelling(answer)));
+            }
+        }
+        tally
+    }
+
+    /// The floors of all clients.
+    pub(in crate::store) fn floors(&self) -> Vec<(String, u64)> {
+        self.clients.iter().map(|(name, client)| (name.to_string(), client.floor)).collect()
+    }
+
+    /// The answer at this place as it travels, if there is one.
+    pub(in crate::store) fn at(&self, place: &[u8]) -> Option<Bytes> {
+        let (name, seq) = parse_place(place)?;
+        Some(travelling(self.clients.get(&name)?.answers.get(&seq)?))
+    }
+
+    /// Answers to writes of moving keys after this place, of about `bytes_max`, looking at no more than
+    /// `looks_max`; and the place up to which it looked, `None` at the end.
+    pub(in crate::store) fn page(
+        &self,
+        after: &[u8],
+        moves: Pins<'_>,
+        bytes_max: usize,
+        looks_max: usize,
+    ) -> (Vec<(Bytes, Option<Bytes>)>, Option<Bytes>) {
+        let (mut found, mut bytes, mut looks) = (Vec::new(), 0, 0);
+        let start = parse_place(after);
+        let clients = match &start {
+            Some((name, _)) => self.clients.range(name.clone()..),
+            None => self.clients.range::<ClientName, _>(..),
+        };
+        for (name, client) in clients {
+            let first = match &start {
+                Some((begun, seq)) if begun == name => seq + 1,
+                _ => 0,
+            };
+            for (seq, answer) in client.answers.range(first..) {
+                let place = place(name, *seq);
+                looks += 1;
+                if moves(&answer.key) {
+                    let stored = travelling(answer);
+                    bytes += place.len() + stored.len();
+                    found.push((place.clone(), Some(stored)));
+                }
+                if bytes >= bytes_max || looks >= looks_max {
+                    return (found, Some(place));
+                }
+            }
+        }
+        (found, None)
+    }
+
+    /// Forgets the answers to writes of keys that have moved away: their new owner has them.
+    pub(in crate::store) fn forget(&mut self, moves: Pins<'_>) {
+        for (name, client) in &mut self.clients {
+            client.answers.retain(|seq, answer| {
+                let stays = !moves(&answer.key);
+                if !stays && !self.pinned.remove(&(name.clone(), *seq)) {
+                    self.order.remove(&answer.position);
+                    self.key_bytes -= answer.key.len();
+                }
+                stays
+            });
+        }
+    }
+
+    /// Takes over from another cluster: its log time and floors where they are higher, and answers.
+    ///
+    /// Clients are taken in beyond the usual bound, because one that is left out could have a write
+    /// carried out twice. Answers that do not decode are those of no source: they are left out.
+    pub(in crate::store) fn take_over(
+        &mut self,
+        log_time_ms: u64,
+        floors: &[(String, u64)],
+        answers: Travelling,
+        pins: Pins<'_>,
+    ) {
+        self.advance(log_time_ms, pins);
+        for (name, floor) in floors {
+            let Ok(name) = name.parse::<ClientName>() else { continue };
+            self.take_in(&name);
+            self.raise_floor(&name, *floor, pins);
+        }
+        for (place, stored) in answers {
+            let Some((name, seq)) = parse_place(&place) else { continue };
+            let Ok((kind, written, key)) = decode(stored) else { continue };
+            self.take_in(&name);
+            let client = &self.clients[&name];
+            if seq < client.floor || client.answers.contains_key(&seq) {
+                continue;
+            }
+            let (at_ms, position) = (self.log_time_ms, self.next_position);
+            self.next_position += 1;
+            self.insert(&name, seq, Answer { key, kind, written, at_ms, position });
+        }
+        self.forget_surplus(pins);
+    }
+
+    fn take_in(&mut self, name: &ClientName) {
+        if !self.clients.contains_key(name) {
+            let now = self.log_time_ms;
+            self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
+            self.idle.insert((now, name.clone()));
+        }
+    }
+}
+
+fn decode(stored: Bytes) -> Result<(super::Kind, crate::types::Written, Box<[u8]>), DecodeError> {
+    let mut reader = Reader::new(stored);
+    let written = get_written(&mut reader)?;
+    reader.end()?;
+    Ok(written)
+}
+
+fn travelling(answer: &Answer) -> Bytes {
+    let mut stored = Vec::with_capacity(16 + answer.key.len());
+    put_written(answer, &mut stored);
+    stored.into()
+}
+
+/// The key that a travelling answer is about; `None` when it is no answer.
+pub(in crate::store) fn key_of(stored: &Bytes) -> Option<Box<[u8]>> {
+    decode(stored.clone()).ok().map(|(_, _, key)| key)
+}
+
+/// Where the answer to a client's write lies.
+pub(in crate::store) fn place(name: &ClientName, seq: u64) -> Bytes {
+    let mut place = Vec::with_capacity(name.as_str().len() + 9);
+    place.put_slice(name.as_str().as_bytes());
+    place.put_u8(0);
+    place.put_u64(seq);
+    place.into()
+}
+
+fn parse_place(place: &[u8]) -> Option<(ClientName, u64)> {
+    let (rest, seq) = place.split_last_chunk::<8>()?;
+    let (zero, name) = rest.split_last()?;
+    let name = std::str::from_utf8(name).ok()?.parse().ok()?;
+    let seq = u64::from_be_bytes(*seq);
+    (*zero == 0 && seq <= SEQ_MAX).then_some((name, seq))
+}
+
+/// What an answer adds to a tally.
+pub(in crate::store) fn hash(place: &[u8], stored: &[u8]) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3Default::new();
+    hash.update(&(place.len() as u64).to_be_bytes());
+    hash.update(place);
+    hash.update(stored);
+    hash.digest()
+}

@@ -1,0 +1,336 @@
+//! What steps of a change of the ring do to the data: the state machine's side of handoffs.
+//!
+//! [`crate::handoff::RingState::decide`] says whether a step is taken; here its consequences are carried out, in the same
+//! round. Rows of a handoff lie at their keys' own place, at the source and at the destination. What is
+//! staged carries the attempt's tag, and counts only once that attempt has been activated: so taking over
+//! any number of records is one change of state. Staged answers stand apart, in the machine.
+//!
+//! While a source sends, each change of a moving key goes into the change log, and into the tally that
+//! the destination's must equal. What did not change is counted stretch by stretch ([`Facts::records`]).
+
+use std::io;
+
+use bytes::Bytes;
+use rocksdb::{Direction, IteratorMode, ReadOptions};
+
+use crate::handoff::{
+    Clean, Done, Facts, Handoff, Import, Receipt, Refused, Sending, Step, Tag, Tally,
+};
+use crate::types::{ClusterId, Revision, Write, Written};
+
+use super::dedupe::{answer_hash, answered_key, place};
+use super::engine::to_io;
+use super::machine::Machine;
+use super::meta;
+use super::round::{Round, pins};
+
+/// An attempt that has logged this many changes is given up, and the next one begins anew: its log would
+/// only grow if the destination is slower than the writers. On disk this is about 100 MB.
+const CHANGES_MAX: u64 = 1 << 20;
+
+/// So many answers may be pinned by handoffs; beyond, their attempts are given up. About 60 MB of memory.
+const PINNED_MAX: usize = 262_144;
+
+impl Round<'_> {
+    /// A write to a key that is being copied to another cluster.
+    pub(super) fn write_moving(&mut self, write: &Write) -> io::Result<Written> {
+        let key = &write.key;
+        let before = self.live_row(key)?;
+        let (written, recorded) = self.write_once(write)?;
+        let after = self.live_row(key)?;
+        if before == after && !recorded {
+            return Ok(written);
+        }
+        let counted = |row: &Option<Bytes>| -> io::Result<Option<(Revision, u64)>> {
+            let Some(row) = row else { return Ok(None) };
+            Ok(Some((meta::decode_row(row)?.0, meta::record_hash(key, row)?)))
+        };
+        let (old, new) = (counted(&before)?, counted(&after)?);
+        let answer = write.once.as_ref().filter(|_| recorded);
+        let answer = answer.map(|once| place(once.client(), once.seq()));
+        let Machine { dedupe, ring, .. } = &mut *self.machine;
+        let Some(outgoing) = ring.sending(&self.shared.cluster, key) else { return Ok(written) };
+        if before != after {
+            outgoing.count_change(key, old, new.map(|(_, hash)| hash));
+        }
+        if let Some(place) = &answer
+            && let Some(stored) = dedupe.at(place)
+        {
+            outgoing.tally.add_answer(answer_hash(place, &stored));
+        }
+        let position = ring.log_change(CHANGES_MAX);
+        self.changes.push((position, meta::encode_change(key, answer.as_deref())));
+        self.give_up_what_grew();
+        Ok(written)
+    }
+
+    fn give_up_what_grew(&mut self) {
+        let Machine { dedupe, ring, .. } = &mut *self.machine;
+        if dedupe.pinned() > PINNED_MAX {
+            ring.give_up_sending();
+            self.ring_changed = true;
+        }
+        if !ring.is_logging() {
+            dedupe.unpin();
+            self.ring_changed = true;
+        }
+    }
+
+    /// Takes a step, with all that follows from it.
+    pub(super) fn take_step(
+        &mut self,
+        step: &Step,
+        index: u64,
+    ) -> io::Result<Result<Done, Refused>> {
+        let mut ring = std::mem::take(&mut self.machine.ring);
+        let decided = ring.decide(step, &RoundFacts { round: self, index });
+        self.machine.ring = ring;
+        let decision = match decided? {
+            Ok(decision) => decision,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if decision.changed {
+            self.follow(step);
+            self.ring_changed = true;
+        }
+        Ok(Ok(decision.done))
+    }
+
+    fn follow(&mut self, step: &Step) {
+        let own = &self.shared.cluster;
+        let Machine { dedupe, ring, staged } = &mut *self.machine;
+        match step {
+            Step::Open { handoff, .. } | Step::Refuse { handoff, .. } => {
+                let receiving = ring
+                    .incoming(handoff)
+                    .is_some_and(|incoming| matches!(incoming.receipt, Receipt::Receiving { .. }));
+                // A refusal of attempts before the open one discards nothing.
+                if matches!(step, Step::Open { .. }) || !receiving {
+                    staged.remove(handoff);
+                }
+            }
+            Step::Activate { handoff, frozen, .. } => {
+                self.progress.revision = self.progress.revision.max(frozen.revision);
+                let answers = staged.remove(handoff).unwrap_or_default();
+                dedupe.take_over(frozen.log_time_ms, &frozen.floors, answers, &pins(ring, own));
+            }
+            Step::Release { handoff, .. } => {
+                let ring = &*ring;
+                dedupe.forget(&|key| ring.way_out(own, key) == Some(&handoff.to));
+            }
+            _ => {}
+        }
+        if !ring.is_logging() {
+            dedupe.unpin();
+        }
+    }
+
+    /// Stages a page.
+    pub(super) fn import(&mut self, import: &Import) -> io::Result<Result<Done, Refused>> {
+        let Import { handoff, attempt, from, page } = import;
+        let own = self.shared.cluster.clone();
+        let ring = &self.machine.ring;
+        if let Err(refused) = ring.check_import(handoff, *attempt, from, &page.to, &own) {
+            return Ok(Err(refused));
+        }
+        let moves = |key: &[u8]| ring.way_in(&own, key) == Some(&handoff.from);
+        let answered = |(_, stored): &(Bytes, Option<Bytes>)| {
+            stored.as_ref().is_none_or(|stored| answered_key(stored).is_some_and(|key| moves(&key)))
+        };
+        let sound = |record: &(Bytes, Option<Bytes>)| {
+            moves(&record.0) && record.1.as_deref().is_none_or(|r| meta::decode_row(r).is_ok())
+        };
+        if !page.records.iter().all(sound) || !page.answers.iter().all(answered) {
+            return Ok(Err(Refused::ForeignRecord));
+        }
+        let mut tally = ring.incoming(handoff).map_or(Tally::default(), |i| i.tally);
+        let tag = Tag { epoch: handoff.epoch, attempt: *attempt };
+        let Some(garbage) = self.stage_records(&page.records, tag, &mut tally)? else {
+            return Ok(Err(Refused::ForeignRecord));
+        };
+        let staged = self.machine.staged.entry(handoff.clone()).or_default();
+        for (place, stored) in &page.answers {
+            if let Some(old) = staged.remove(place) {
+                tally.remove_answer(answer_hash(place, &old));
+            }
+            if let Some(stored) = stored {
+                tally.add_answer(answer_hash(place, stored));
+                // Copied: a slice would keep the whole entry alive.
+                let copy = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+                staged.insert(copy(place), copy(stored));
+            }
+        }
+        self.machine.ring.end_import(handoff, &page.to, tally, garbage);
+        Ok(Ok(Done::Receiving { cursor: page.to.clone() }))
+    }
+
+    /// Writes the rows of a page; how many rows of dead attempts they replaced. `None`, with nothing
+    /// written, when a row of another origin is in the way.
+    fn stage_records(
+        &mut self,
+        records: &[(Bytes, Option<Bytes>)],
+        tag: Tag,
+        tally: &mut Tally,
+    ) -> io::Result<Option<u64>> {
+        let (mut rows, mut garbage) = (Vec::new(), 0);
+        let mut counted = *tally;
+        let mut seen = std::collections::HashSet::new();
+        for (key, record) in records {
+            // A source names a key once in a page; what does not is none.
+            if !seen.insert(key) {
+                return Ok(None);
+            }
+            let old = self.row(key)?;
+            if let Some(old) = &old {
+                match meta::decode_row(old)?.1 {
+                    Some(found) if found == tag => {
+                        counted.remove_record(meta::record_hash(key, old)?);
+                    }
+                    Some(found) if found.epoch == tag.epoch => garbage += 1,
+                    _ => return Ok(None),
+                }
+            }
+            if let Some(record) = record {
+                counted.add_record(meta::record_hash(key, record)?);
+                rows.push((key.clone(), Some(meta::retag(record, Some(tag))?)));
+            } else if old.is_some() {
+                rows.push((key.clone(), None));
+            }
+        }
+        *tally = counted;
+        self.rows.extend(rows);
+        Ok(Some(garbage))
+    }
+
+    /// Deletes rows that a handoff has made useless; leaves all others alone.
+    pub(super) fn clean(&mut self, clean: &Clean) -> io::Result<Result<Done, Refused>> {
+        let Clean { handoff, keys } = clean;
+        let own = self.shared.cluster.clone();
+        let ring = &self.machine.ring;
+        let moved = ring.outgoing(handoff).filter(|_| handoff.from == own);
+        if moved.is_some_and(|outgoing| outgoing.sending == Sending::Moved) {
+            for key in keys {
+                if self.machine.ring.way_out(&own, key) == Some(&handoff.to)
+                    && let Some(row) = self.row(key)?
+                {
+                    let hash = meta::record_hash(key, &row)?;
+                    if let Some(outgoing) = self.machine.ring.outgoing_slot(handoff) {
+                        outgoing.tally.remove_record(hash);
+                    }
+                    self.rows.insert(key.clone(), None);
+                }
+            }
+        } else if ring.incoming(handoff).is_some() && handoff.to == own {
+            for key in keys {
+                if self.is_dead(handoff, key)? {
+                    if let Some(incoming) = self.machine.ring.incoming_slot(handoff) {
+                        incoming.garbage = incoming.garbage.saturating_sub(1);
+                    }
+                    self.rows.insert(key.clone(), None);
+                }
+            }
+        } else {
+            let cluster = own;
+            return Ok(Err(Refused::UnknownHandoff { cluster, handoff: handoff.clone() }));
+        }
+        Ok(Ok(Done::Ok))
+    }
+
+    /// Whether a key's row was staged by an attempt of this handoff that came to nothing.
+    fn is_dead(&self, handoff: &Handoff, key: &[u8]) -> io::Result<bool> {
+        let ring = &self.machine.ring;
+        if ring.way_in(&self.shared.cluster, key) != Some(&handoff.from) {
+            return Ok(false);
+        }
+        let Some(row) = self.row(key)? else { return Ok(false) };
+        let tag = meta::decode_row(&row)?.1;
+        Ok(tag.is_some_and(|tag| ring.is_dead(handoff, tag)))
+    }
+}
+
+/// What a round knows, for [`crate::handoff::RingState::decide`]. The ring state itself is in the decider's hands.
+struct RoundFacts<'a, 'b> {
+    round: &'a Round<'b>,
+    index: u64,
+}
+
+impl Facts for RoundFacts<'_, '_> {
+    fn own(&self) -> &ClusterId {
+        &self.round.shared.cluster
+    }
+
+    fn index(&self) -> u64 {
+        self.index
+    }
+
+    fn revision(&self) -> Revision {
+        self.round.progress.revision
+    }
+
+    fn log_time_ms(&self) -> u64 {
+        self.round.machine.dedupe.log_time_ms()
+    }
+
+    fn floors(&self) -> Vec<(String, u64)> {
+        self.round.machine.dedupe.floors()
+    }
+
+    fn is_empty(&self) -> io::Result<bool> {
+        let machine = &*self.round.machine;
+        let remembers = machine.dedupe.keys().next().is_some() || !machine.staged.is_empty();
+        Ok(!remembers && !self.round.holds_key(&|_| true)?)
+    }
+
+    fn answers(&self, moves: &dyn Fn(&[u8]) -> bool) -> Tally {
+        self.round.machine.dedupe.tally(moves)
+    }
+
+    /// Rows in memory are looked at whatever their key, because they are in no order: a few
+    /// milliseconds. Those on disk, only in the stretch.
+    fn records(
+        &self,
+        moves: &dyn Fn(&[u8]) -> bool,
+        from: &[u8],
+        to: Option<&[u8]>,
+        revision_max: Revision,
+    ) -> io::Result<Tally> {
+        let mut tally = Tally::default();
+        let inside = |key: &[u8]| key > from && to.is_none_or(|to| key <= to);
+        let mut count = |key: &[u8], row: &[u8]| -> io::Result<()> {
+            if inside(key) && meta::decode_row(row)?.0 <= revision_max && moves(key) {
+                tally.add_record(meta::record_hash(key, row)?);
+            }
+            Ok(())
+        };
+        let round = self.round;
+        for (key, row) in &round.rows {
+            row.as_ref().map_or(Ok(()), |row| count(key, row))?;
+        }
+        let newer = round.shared.memtables.read();
+        for (key, row) in newer.unflushed_rows() {
+            if let Some(row) = row
+                && !round.rows.contains_key(key)
+            {
+                count(key, row)?;
+            }
+        }
+        let engine = &round.shared.engine;
+        let family = engine.family(&round.view.data)?;
+        let mut start = Vec::new();
+        meta::record_key(from, &mut start);
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        let mode = IteratorMode::From(&start, Direction::Forward);
+        for item in engine.db().iterator_cf_opt(&family, options, mode) {
+            let (stored, row) = item.map_err(to_io)?;
+            let key = meta::key_of(&stored)?;
+            if to.is_some_and(|to| key > to) {
+                break;
+            }
+            if !round.rows.contains_key(key) && newer.unflushed(key).is_none() {
+                count(key, &row)?;
+            }
+        }
+        Ok(tally)
+    }
+}

@@ -1,0 +1,356 @@
+//! Two stores hand keys over, entry by entry: what arrives is what was there, through restarts, given-up
+//! attempts and writes in between.
+
+use std::collections::BTreeMap;
+
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+
+use super::super::round::Round;
+use super::*;
+use crate::handoff::{
+    Clean, Counted, Cursor, Done, Frozen, Handoff, Import, Page, PageRequest, Pair, Refused, Step,
+    pairs,
+};
+use crate::once::{ClientFloor, Once};
+use crate::ring::RingTable;
+
+/// A cluster of one store, whose log is what it is told.
+struct Site {
+    dir: tempfile::TempDir,
+    cluster: ClusterId,
+    store: Option<Store>,
+    index: u64,
+}
+
+impl Site {
+    fn new(cluster: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut site = Self { dir, cluster: cluster.parse().unwrap(), store: None, index: 0 };
+        site.open();
+        site
+    }
+
+    fn open(&mut self) {
+        let mut options = options(self.dir.path());
+        options.cluster = self.cluster.clone();
+        self.store = Some(Store::open(&options).unwrap());
+    }
+
+    /// Stops and starts again: everything comes from the disk now.
+    fn reopen(&mut self) {
+        self.store.take().unwrap().close().unwrap();
+        self.open();
+    }
+
+    fn reader(&self) -> StateReader {
+        self.store.as_ref().unwrap().reader()
+    }
+
+    fn run(&mut self, command: Command) -> Applied {
+        self.index += 1;
+        let shared = self.reader().shared;
+        let mut machine = shared.machine();
+        let mut round = Round::new(&shared, &mut machine);
+        let answer = round.step(command_entry(self.index, command)).unwrap();
+        round.finish().unwrap();
+        answer
+    }
+
+    fn step(&mut self, step: Step) -> Result<Done, Refused> {
+        self.decided(Command::Step(Box::new(step)))
+    }
+
+    fn decided(&mut self, command: Command) -> Result<Done, Refused> {
+        match self.run(command) {
+            Applied::Step(decided) => *decided,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn write(&mut self, write: Write) -> Written {
+        match self.run(Command::Write { at_ms: self.index, writes: vec![write] }) {
+            Applied::Written(mut written) => written.remove(0),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn get(&self, key: &str) -> Option<(Revision, Bytes)> {
+        match self.reader().get(key.as_bytes()).unwrap() {
+            Lookup::Found(record) => Some((record.revision, record.value)),
+            Lookup::Absent => None,
+            Lookup::NotHere(_) => panic!("{key} is not served by {}", self.cluster),
+        }
+    }
+
+    fn serves(&self, key: &str) -> bool {
+        !matches!(self.reader().get(key.as_bytes()).unwrap(), Lookup::NotHere(_))
+    }
+}
+
+fn ring(epoch: u64, clusters: &[&str]) -> Ring {
+    let cluster = |id: &&str| RingCluster {
+        id: id.parse().unwrap(),
+        weight: 1.0,
+        nodes: vec![RingNode { id: 1, http: "h:1".into(), rpc: "r:1".into() }],
+    };
+    let sequencer = Some(clusters[0].parse().unwrap());
+    Ring { epoch, sequencer, clusters: clusters.iter().map(cluster).collect(), ..Ring::none() }
+}
+
+/// A source with data, a destination that has joined, and the change from one to two clusters.
+struct Move {
+    source: Site,
+    target: Site,
+    handoff: Handoff,
+    old: Ring,
+    new: Ring,
+    plan: Vec<Pair>,
+    table: RingTable,
+    /// What the keys should hold.
+    model: BTreeMap<String, (Revision, Bytes)>,
+    rng: StdRng,
+    seq: u64,
+    /// Writes whose answers are known, for repeats.
+    done: Vec<(Write, Written)>,
+    attempt: u64,
+}
+
+impl Move {
+    fn new(seed: u64) -> Self {
+        let (old, new) = (ring(1, &["c1"]), ring(2, &["c1", "c2"]));
+        let plan = pairs(&old, &new);
+        let handoff = Handoff { epoch: 2, from: "c1".parse().unwrap(), to: "c2".parse().unwrap() };
+        let table = RingTable::new(new.clone()).unwrap();
+        let (source, target) = (Site::new("c1"), Site::new("c2"));
+        let (model, rng) = (BTreeMap::new(), StdRng::seed_from_u64(seed));
+        let (seq, done, attempt) = (0, Vec::new(), 0);
+        Self { source, target, handoff, old, new, plan, table, model, rng, seq, done, attempt }
+    }
+
+    fn begin(&mut self) {
+        let installed = self.source.run(Command::InstallRing(Box::new(self.old.clone())));
+        assert_eq!(installed, Applied::RingInstalled { epoch: 1 });
+        for _ in 0..200 {
+            self.write();
+        }
+        let ring = || Box::new(self.old.clone());
+        self.target.step(Step::Join { ring: ring() }).unwrap();
+        let (next, plan) = (Box::new(self.new.clone()), self.plan.clone());
+        let begin = Step::Begin { ring: ring(), next, plan };
+        self.source.step(begin.clone()).unwrap();
+        self.target.step(begin).unwrap();
+    }
+
+    fn moves(&self, key: &str) -> bool {
+        self.table.owner(key.as_bytes()).unwrap().id.as_str() == "c2"
+    }
+
+    /// A random write at the source, mostly with an idempotency key.
+    fn write(&mut self) {
+        self.seq += 1;
+        let key = format!("key{}", self.rng.random_range(0..120));
+        let write = if self.rng.random_bool(0.8) {
+            let mut value = vec![0; self.rng.random_range(0..50)];
+            self.rng.fill_bytes(&mut value);
+            let absent = self.rng.random_bool(0.2);
+            let condition = if absent { Condition::Absent } else { Condition::Always };
+            Write::put(key.clone().into(), value.into(), condition)
+        } else {
+            Write::delete(key.clone().into(), Condition::Always)
+        };
+        let floor = self.seq.saturating_sub(30);
+        let client = ClientFloor { client: "me".parse().unwrap(), floor };
+        let once = Once::new(client, self.seq).unwrap();
+        let write = write.once(self.rng.random_bool(0.9).then_some(once));
+        let written = self.source.write(write.clone());
+        match (&written, &write.action) {
+            (Written::Put { revision }, Action::Put(value)) => {
+                self.model.insert(key, (*revision, value.clone()));
+            }
+            (Written::Deleted { .. }, _) => drop(self.model.remove(&key)),
+            (Written::ConditionFailed { .. }, _) => {}
+            other => panic!("{other:?}"),
+        }
+        if write.once.is_some() {
+            self.done.push((write, written));
+        }
+    }
+
+    fn maybe_reopen(&mut self) {
+        match self.rng.random_range(0..12) {
+            0 => self.source.reopen(),
+            1 => self.target.reopen(),
+            _ => {}
+        }
+    }
+
+    /// Prepares and opens the next attempt.
+    fn attempt(&mut self) {
+        self.attempt += 1;
+        let (handoff, attempt) = (self.handoff.clone(), self.attempt);
+        let prepared = self.source.step(Step::Prepare { handoff: handoff.clone(), attempt });
+        let Ok(Done::Prepared { start }) = prepared else { panic!("{prepared:?}") };
+        self.target.step(Step::Open { handoff, attempt, start }).unwrap();
+    }
+
+    fn page(&mut self, from: &Cursor) -> Page {
+        let request = PageRequest {
+            handoff: self.handoff.clone(),
+            attempt: self.attempt,
+            cursor: from.clone(),
+            bytes_max: 200,
+        };
+        self.source.reader().page(&request).unwrap().unwrap()
+    }
+
+    /// Copies one page; true when there was nothing left at that moment.
+    fn pull(&mut self) -> bool {
+        let from = self.cursor();
+        let page = self.page(&from);
+        let caught_up = page.to.covers(page.end);
+        let import = Import { handoff: self.handoff.clone(), attempt: self.attempt, from, page };
+        self.target.decided(Command::Import(Box::new(import.clone()))).unwrap();
+        if import.page.to != import.from {
+            // Once more: a repeat changes nothing.
+            let before = self.target.reader().ring_state();
+            let again = self.target.decided(Command::Import(Box::new(import)));
+            assert_eq!(again, Err(Refused::WrongCursor));
+            assert_eq!(self.target.reader().ring_state(), before);
+        }
+        caught_up
+    }
+
+    fn cursor(&self) -> Cursor {
+        let state = self.target.reader().ring_state();
+        match &state.incoming(&self.handoff).unwrap().receipt {
+            crate::handoff::Receipt::Receiving { cursor, .. } => cursor.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Counts one stretch; true when all are counted.
+    fn count(&mut self) -> bool {
+        let state = self.source.reader().ring_state();
+        let outgoing = state.outgoing(&self.handoff).unwrap();
+        let Counted::UpTo(from) = outgoing.counted.clone() else { return true };
+        let to = self.source.reader().stretch(&from, 7).unwrap();
+        let (handoff, attempt) = (self.handoff.clone(), self.attempt);
+        self.source.step(Step::Count { handoff, attempt, from, to }).unwrap();
+        false
+    }
+
+    fn copy(&mut self) {
+        loop {
+            let (copied, counted) = (self.pull(), self.count());
+            if copied && counted {
+                return;
+            }
+            if self.rng.random_bool(0.5) {
+                self.write();
+            }
+            self.maybe_reopen();
+        }
+    }
+
+    fn freeze(&mut self) -> Box<Frozen> {
+        let (handoff, attempt) = (self.handoff.clone(), self.attempt);
+        let frozen = self.source.step(Step::Freeze { handoff, attempt });
+        let Ok(Done::Frozen(frozen)) = frozen else { panic!("{frozen:?}") };
+        frozen
+    }
+
+    fn clean(&mut self) {
+        for target in [false, true] {
+            loop {
+                let handoff = self.handoff.clone();
+                let site = if target { &mut self.target } else { &mut self.source };
+                let keys = site.reader().leftovers(&handoff, b"", 5).unwrap();
+                if keys.is_empty() {
+                    break;
+                }
+                let clean = Clean { handoff, keys };
+                site.decided(Command::Clean(Box::new(clean))).unwrap();
+                self.maybe_reopen();
+            }
+        }
+    }
+
+    /// Every key is served where the ring says, with what it should hold.
+    fn check(&self) {
+        for number in 0..120 {
+            let key = format!("key{number}");
+            let (site, other) = match self.moves(&key) {
+                true => (&self.target, &self.source),
+                false => (&self.source, &self.target),
+            };
+            assert_eq!(site.get(&key), self.model.get(&key).cloned(), "{key}");
+            assert!(!other.serves(&key), "{key}");
+        }
+    }
+
+    /// A repeat gets the first answer, or none; it is never carried out again.
+    fn check_repeats(&mut self) {
+        for (write, written) in std::mem::take(&mut self.done) {
+            let key = String::from_utf8(write.key.to_vec()).unwrap();
+            let moved = self.moves(&key);
+            let site = if moved { &mut self.target } else { &mut self.source };
+            let again = site.write(write);
+            assert!(again == written || again == Written::OnceForgotten, "{again:?}");
+        }
+        self.check();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_and_answers_arrive_whole() {
+    for seed in 0..6 {
+        let mut mv = Move::new(seed);
+        mv.begin();
+        // The first attempts come to nothing, at different points.
+        for round in 0..3 {
+            mv.attempt();
+            if round > 0 {
+                mv.copy();
+            }
+            if round == 2 {
+                mv.freeze();
+            }
+            let (handoff, refused) = (mv.handoff.clone(), mv.attempt);
+            let refuse = Step::Refuse { handoff: handoff.clone(), attempt: refused };
+            mv.target.step(refuse).unwrap();
+            mv.source.step(Step::Thaw { handoff, refused }).unwrap();
+            mv.write();
+        }
+        mv.attempt();
+        mv.copy();
+        mv.write();
+        mv.write();
+        let frozen = mv.freeze();
+        let (handoff, attempt) = (mv.handoff.clone(), mv.attempt);
+        let activate = Step::Activate { handoff: handoff.clone(), attempt, frozen };
+        if !mv.cursor().covers(mv.source.reader().ring_state().position) {
+            assert_eq!(mv.target.step(activate.clone()), Err(Refused::WrongCursor));
+        }
+        while !mv.pull() {
+            mv.maybe_reopen();
+        }
+        let activated = mv.target.step(activate.clone()).unwrap();
+        let Done::Active { tally, .. } = activated else { panic!("{activated:?}") };
+        mv.maybe_reopen();
+        assert_eq!(mv.target.step(activate), Ok(activated));
+        mv.source.step(Step::Release { handoff, attempt, tally }).unwrap();
+        mv.check();
+        assert!(mv.source.step(Step::Finish { epoch: 2 }).is_err(), "rows are left");
+        mv.clean();
+        for site in [&mut mv.source, &mut mv.target] {
+            site.step(Step::Finish { epoch: 2 }).unwrap();
+            site.reopen();
+        }
+        mv.check();
+        mv.check_repeats();
+        let moved = mv.model.keys().filter(|key| mv.moves(key)).count() as u64;
+        assert_eq!(mv.target.reader().key_count().unwrap(), moved);
+        assert_eq!(mv.source.reader().key_count().unwrap(), mv.model.len() as u64 - moved);
+    }
+}

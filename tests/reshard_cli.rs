@@ -1,0 +1,214 @@
+//! The verbs of `admin` that change the ring: what they refuse, in one clear line, and without a step
+//! being proposed to anybody.
+
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+
+use distrib_kv_store::handoff::{Change, RingState, pairs};
+use distrib_kv_store::metrics::HandoffView;
+use distrib_kv_store::ring::{Ring, RingCluster, RingNode, RingTable};
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+mod fake_node;
+use fake_node::{FakeNode, Reply, refusing};
+
+async fn admin(dir: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_admin"));
+    command.args(arguments).current_dir(dir).stdin(Stdio::null()).kill_on_drop(true);
+    command.output().await.unwrap()
+}
+
+/// Fails with `code`, and one line that contains `words`.
+fn expect(output: &Output, code: i32, words: &str) {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert_eq!(text.matches('\n').count(), 1, "{text}");
+    assert!(text.starts_with("admin: ") && text.contains(words), "{text}");
+}
+
+fn cluster(id: &str, http: &str) -> RingCluster {
+    let node = RingNode { id: 1, http: http.to_owned(), rpc: format!("{id}:9") };
+    RingCluster { id: id.parse().unwrap(), weight: 1.0, nodes: vec![node] }
+}
+
+fn ring_of(clusters: Vec<RingCluster>) -> Ring {
+    Ring { epoch: 1, sequencer: Some(clusters[0].id.clone()), clusters, ..Ring::none() }
+}
+
+/// The leaders of the clusters `c1`, `c2`, ..., each in the state that `change` makes of it.
+fn leaders(count: usize, change: impl Fn(&mut RingState, &Ring)) -> Vec<FakeNode> {
+    let bound: Vec<_> = (0..count).map(|_| fake_node::bind()).collect();
+    let clusters =
+        bound.iter().enumerate().map(|(n, b)| cluster(&format!("c{}", n + 1), &b.address));
+    let ring = ring_of(clusters.collect());
+    let mut state = RingState::with_ring(RingTable::new(ring.clone()).unwrap());
+    change(&mut state, &ring);
+    let nodes = bound.into_iter().enumerate().map(|(place, bound)| {
+        let view = HandoffView {
+            cluster: ring.clusters[place].id.clone(),
+            node: 1,
+            leader: true,
+            state: state.clone(),
+            keys: Some(1000),
+            disk_bytes: Some(1_000_000),
+        };
+        let view = serde_json::to_value(view).unwrap();
+        bound.serve(move |seen| match seen.path.split('?').next() {
+            Some("/cluster/handoffs") => Reply::Json(200, view.clone()),
+            _ => Reply::Text(404, "no such path"),
+        })
+    });
+    nodes.collect()
+}
+
+fn endpoints(nodes: &[FakeNode]) -> String {
+    nodes.iter().map(|node| node.address.as_str()).collect::<Vec<_>>().join(",")
+}
+
+/// What is listed is what is asked: a nodes file, because `--endpoints` asks for more than these nodes
+/// answer.
+fn directory(nodes: &[FakeNode]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let listed: Vec<[&String; 1]> = nodes.iter().map(|node| [&node.address]).collect();
+    std::fs::write(dir.path().join("all_nodes.json"), json!(listed).to_string()).unwrap();
+    dir
+}
+
+fn nothing_was_proposed(nodes: &[FakeNode]) {
+    assert!(nodes.iter().all(|node| node.seen("/cluster/step").is_empty()));
+}
+
+#[tokio::test]
+async fn a_ring_that_cannot_be_is_refused_by_name() {
+    let nodes = leaders(2, |_, _| {});
+    let dir = directory(&nodes);
+    for (arguments, words) in [
+        (&["cluster", "remove", "c9"][..], "cluster c9 is not in the ring"),
+        (&["cluster", "weight", "c9", "2"], "cluster c9 is not in the ring"),
+        (&["cluster", "weight", "c1", "1"], "nothing would change"),
+        (&["cluster", "add", "c1", "--nodes", "a:1/a:2"], "cluster c1 is in the ring already"),
+        (&["rebalance", "--dry-run", "--add", "c2:1"], "cluster c2 is in the ring already"),
+        (&["migration", "abort"], "no change of the ring is under way"),
+    ] {
+        expect(&admin(dir.path(), arguments).await, 1, words);
+    }
+    nothing_was_proposed(&nodes);
+}
+
+#[tokio::test]
+async fn the_last_cluster_stays() {
+    let nodes = leaders(1, |_, _| {});
+    let dir = directory(&nodes);
+    expect(&admin(dir.path(), &["cluster", "remove", "c1"]).await, 1, "is the last one");
+    nothing_was_proposed(&nodes);
+}
+
+#[tokio::test]
+async fn one_change_at_a_time() {
+    let nodes = leaders(2, |state, ring| {
+        let next = Ring { epoch: 2, ..ring_of(ring.clusters[..1].to_vec()) };
+        state.change = Some(Change {
+            plan: pairs(ring, &next),
+            next: Arc::new(RingTable::new(next).unwrap()),
+            cancelled: false,
+            decided: false,
+            outgoing: Default::default(),
+            incoming: Default::default(),
+        });
+    });
+    let dir = directory(&nodes);
+    let output = admin(dir.path(), &["cluster", "weight", "c1", "2"]).await;
+    expect(&output, 1, "a change to the ring of epoch 2 is under way; nothing was changed");
+    let output = admin(dir.path(), &["migration", "status"]).await;
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.starts_with("changing from epoch 1 to 2"), "{text}");
+    let output = admin(dir.path(), &["migration", "status", "--json"]).await;
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&told["epoch"], &told["change"]["to_epoch"]), (&json!(1), &json!(2)), "{told}");
+    nothing_was_proposed(&nodes);
+}
+
+#[tokio::test]
+async fn a_cluster_without_a_ring_has_nothing_to_change() {
+    let nodes = leaders(1, |state, _| *state = RingState::default());
+    let dir = directory(&nodes);
+    expect(&admin(dir.path(), &["cluster", "remove", "c1"]).await, 1, "have no ring yet");
+    expect(&admin(dir.path(), &["rebalance", "--dry-run"]).await, 1, "have no ring yet");
+}
+
+#[tokio::test]
+async fn nobody_there_is_said_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let dead = refusing();
+    std::fs::write(dir.path().join("all_nodes.json"), json!([[dead]]).to_string()).unwrap();
+    for verb in
+        [&["migration", "status"][..], &["cluster", "remove", "c1"], &["migration", "resume"]]
+    {
+        expect(&admin(dir.path(), verb).await, 1, &dead);
+    }
+}
+
+/// Nodes of a new cluster: each is asked who it is before anything else happens.
+#[tokio::test]
+async fn a_new_clusters_nodes_must_be_what_they_are_said_to_be() {
+    let nodes = leaders(1, |_, _| {});
+    let dir = directory(&nodes);
+    let bound = fake_node::bind();
+    let address = bound.address.clone();
+    let stranger = bound.serve(move |_| fake_node::metrics("c7", &address));
+    let add = |id: &str, http: &str, rpc: &str| {
+        let node = format!("{http}/{rpc}");
+        ["cluster", "add", id, "--nodes", &node].map(str::to_owned)
+    };
+    let dead = refusing();
+    for (arguments, words) in [
+        (add("c4", &stranger.address, "a:2"), "belongs to cluster c7, not to c4"),
+        (add("c7", &stranger.address, "a:2"), "serves its peers at"),
+        (add("c4", &dead, "a:2"), "all nodes of a new cluster must answer"),
+    ] {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        expect(&admin(dir.path(), &arguments).await, 1, words);
+    }
+    nothing_was_proposed(&nodes);
+    assert!(stranger.seen("/cluster/init").is_empty());
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_what_would_move() {
+    let nodes = leaders(3, |_, _| {});
+    let dir = directory(&nodes);
+    let arguments = ["rebalance", "--dry-run", "--add", "c4:1", "--json"];
+    let output = admin(dir.path(), &arguments).await;
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(told["basis"], "exact", "{told}");
+    assert!((told["share"].as_f64().unwrap() - 0.25).abs() < 1e-9, "{told}");
+    assert_eq!((&told["keys"], &told["bytes"]), (&json!(750), &json!(750_000)), "{told}");
+    assert_eq!(told["handoffs"].as_array().unwrap().len(), 3, "{told}");
+    let output = admin(dir.path(), &["rebalance", "--dry-run"]).await;
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "nothing would move\n");
+    nothing_was_proposed(&nodes);
+}
+
+/// Wrong usage is told as such, before anybody is asked.
+#[tokio::test]
+async fn wrong_usage_is_2() {
+    let nodes = leaders(1, |_, _| {});
+    let dir = directory(&nodes);
+    let list = endpoints(&nodes);
+    for bad in [
+        &["cluster", "weight", "c1", "0"][..],
+        &["cluster", "weight", "c1", "-2"],
+        &["cluster", "weight", "c1", "NaN"],
+        &["cluster", "add", "c 4", "--nodes", "a:1/a:2"],
+        &["cluster", "add", "c4", "--nodes", "a:1"],
+        &["rebalance"],
+        &["rebalance", "--dry-run", "--add", "c4"],
+        &["cluster", "remove", "c1", "--endpoints", &list, "--nodes-file", "all_nodes.json"],
+    ] {
+        let output = admin(dir.path(), bad).await;
+        assert_eq!(output.status.code(), Some(2), "{bad:?}: {output:?}");
+    }
+    assert!(nodes[0].seen("/").is_empty());
+}
