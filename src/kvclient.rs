@@ -37,8 +37,10 @@ use refresh::Rings;
 use routes::Target;
 
 /// How often one operation follows clusters that name another owner. A change of the ring moves a
-/// key once, and its two clusters may disagree for moments only; more means that something is wrong.
-const REDIRECTS_MAX: u32 = 8;
+/// key once, but its two clusters may disagree for as long as a node of the new owner that was
+/// restarted, or has just been elected, takes to apply what its log holds: it knows of the old owner
+/// until then. With the pauses between them about seven seconds; more means that something is wrong.
+const REDIRECTS_MAX: u32 = 24;
 
 /// How many of them are followed at once: an old ring's, and that of a ring changed meanwhile.
 const REDIRECTS_AT_ONCE: u32 = 2;
@@ -139,6 +141,15 @@ impl KVClient {
         loop {
             let (address, owner, epoch) = match target.client.execute(call, budget, doubt).await {
                 Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
+                Err(error @ ClientError::Unreachable { .. }) => {
+                    let pause = backoff.pause();
+                    if budget.left() <= pause {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(pause).await;
+                    target = self.target_after_silence(key, target, budget).await;
+                    continue;
+                }
                 other => return other,
             };
             redirects += 1;
@@ -152,6 +163,15 @@ impl KVClient {
             self.rings.refresh_to(epoch, &address, budget).await;
             target = self.next_target(key, &target, owner.as_deref(), epoch);
         }
+    }
+
+    /// Where to go after no node of `silent` could be reached. They are being restarted, or the cluster
+    /// has left the ring and is gone: then the others know who owns the key.
+    async fn target_after_silence(&self, key: &[u8], silent: Target, budget: Budget) -> Target {
+        let epoch = self.rings.routes().epoch();
+        self.rings.confirm(budget).await;
+        let routes = self.rings.routes();
+        if routes.epoch() > epoch { routes.target(key) } else { silent }
     }
 
     /// Where to go after `refused` said, by its ring of `epoch`, that `named` owns the key.

@@ -18,8 +18,8 @@ impl App {
     /// The ring that this node's cluster lives by, with the one that it is changing to, if it is, as far
     /// as this node knows. A change that was cancelled leads nowhere, so nothing is told of it.
     pub fn ring_with_next(&self) -> Ring {
-        let state = self.inner.reader.ring_state();
-        let change = state.change.filter(|change| !change.cancelled);
+        let state = self.inner.reader.ring_view();
+        let change = state.change.as_ref().filter(|change| !change.cancelled);
         let next = change.map(|change| Box::new(change.next.ring().clone()));
         Ring { next, ..state.ring.ring().clone() }
     }

@@ -246,13 +246,12 @@ impl RingState {
                 }
             }
         }
-        if ring.sequencer.as_ref() == Some(own) {
-            let change = self.change.as_ref();
-            self.settling = match change {
-                Some(change) => members_of_both(ring, change.next.ring()),
-                None => ring.clusters.clone(),
-            };
-        }
+        // Not those that were to join: they own nothing by either ring, cannot take part in another
+        // change before they have left this one, and may have died.
+        self.settling = match ring.sequencer.as_ref() == Some(own) {
+            true => ring.clusters.clone(),
+            false => Vec::new(),
+        };
         self.ring = std::sync::Arc::new(table);
         self.change = None;
         first(Done::Ok)

@@ -5,9 +5,10 @@
 //! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
 //! servers check ownership again and name the owner, so an old ring costs a detour at most.
 //!
-//! There are two reasons to refresh. A call that was told of a newer ring needs it, and waits. A ring
-//! whose time is over only wants confirming: that happens in the background, and the call that found
-//! it so goes on with the ring in hand.
+//! There are three reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
+//! one that could not reach its cluster, which may have left the ring. A ring whose time is over only
+//! wants confirming: that happens in the background, and the call that found it so goes on with the
+//! ring in hand.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -134,6 +135,14 @@ impl Rings {
         }
         if let Some(flight) = self.core.join_flight(epoch, Some(address.to_owned())) {
             // Out of time is the caller's own concern: its next attempt finds that out.
+            let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
+        }
+    }
+
+    /// Asks whether the ring in hand is still in force.
+    pub(super) async fn confirm(&self, budget: Budget) {
+        if let Some(flight) = self.core.join_flight(self.routes().epoch(), None) {
+            // As above.
             let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
         }
     }

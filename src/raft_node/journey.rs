@@ -23,8 +23,8 @@ const REDIRECTS_MAX: u32 = 12;
 const REDIRECTS_AT_ONCE: u32 = 2;
 
 /// How many rounds of refused connections to all nodes mean that the cluster is not there. With the
-/// pauses between them about a second: enough for a node that is being restarted, short enough for
-/// who has a wrong address.
+/// pauses between them about half a second: short for who has a wrong address. A node that is being
+/// restarted may take longer; who knows that there must be one, as `KVClient` does, asks again.
 const ROUNDS_REFUSED_MAX: u32 = 6;
 
 #[derive(Debug)]

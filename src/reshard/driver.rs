@@ -133,6 +133,9 @@ fn settle(views: &Views, ring: &Ring) -> Option<Action> {
 
 fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
     let begin = begin(views, transition);
+    if transition.cancelled && is_decided(views, transition) {
+        return resume(views, transition);
+    }
     if transition.cancelled || hints.goal == Goal::Abort {
         let off = call_off(views, transition, hints);
         return begin.into_iter().chain(off).collect();
@@ -141,6 +144,25 @@ fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> 
         return begin;
     }
     go_on(views, transition, hints)
+}
+
+/// Whether some handoff has been activated: from there the change can only go forward.
+fn is_decided(views: &Views, transition: &Transition) -> bool {
+    let moved = |pair: &Pair| {
+        transition.outgoing(views, pair).is_some_and(|o| o.sending == Sending::Moved)
+            || transition.incoming(views, pair).is_some_and(is_active)
+    };
+    transition.plan.iter().any(moved)
+        || transition.members().iter().any(|id| transition.is_finished(views, id))
+}
+
+/// Steps that were sent by hand, or by a driver that looked long ago, have cancelled the change at some
+/// clusters while another activated a handoff. They go on.
+fn resume(views: &Views, transition: &Transition) -> Vec<Action> {
+    let epoch = transition.next.epoch;
+    let cancelled = |id: &&ClusterId| matches!(transition.stage(views, id), Stage::Under(change) if change.cancelled);
+    let members = transition.members();
+    members.iter().filter(cancelled).map(|id| action(id, Step::Resume { epoch })).collect()
 }
 
 /// The sequencer first: it decides. A cluster that has not even joined joins.

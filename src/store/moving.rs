@@ -236,6 +236,23 @@ impl Round<'_> {
         Ok(Ok(Done::Ok))
     }
 
+    /// A write is about to take a key's place. If a row is there that an attempt staged in vain, it need
+    /// not be deleted any more.
+    pub(super) fn replaces_dead_row(&mut self, key: &[u8]) -> io::Result<()> {
+        let own = &self.shared.cluster;
+        let Some(change) = &self.machine.ring.change else { return Ok(()) };
+        let Some(from) = self.machine.ring.way_in(own, key).cloned() else { return Ok(()) };
+        let handoff = Handoff { epoch: change.next.ring().epoch, from, to: own.clone() };
+        let garbage = self.machine.ring.incoming(&handoff).map_or(0, |incoming| incoming.garbage);
+        if garbage > 0
+            && self.is_dead(&handoff, key)?
+            && let Some(incoming) = self.machine.ring.incoming_slot(&handoff)
+        {
+            incoming.garbage -= 1;
+        }
+        Ok(())
+    }
+
     /// Whether a key's row was staged by an attempt of this handoff that came to nothing.
     fn is_dead(&self, handoff: &Handoff, key: &[u8]) -> io::Result<bool> {
         let ring = &self.machine.ring;

@@ -138,6 +138,7 @@ impl<'a> Round<'a> {
             Action::Put(value) => {
                 self.progress.revision += 1;
                 let revision = self.progress.revision;
+                self.replaces_dead_row(key)?;
                 let record = meta::encode_record(revision, value);
                 self.rows.insert(key.clone(), Some(record.into()));
                 Ok(Written::Put { revision })

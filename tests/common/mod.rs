@@ -8,9 +8,11 @@
 
 pub mod alone;
 pub mod cluster;
+pub mod clusters;
 pub mod line;
 pub mod load;
 pub mod proxy;
+pub mod ring_load;
 pub mod watch;
 
 use std::fs::{self, File};

@@ -1,4 +1,5 @@
-//! A TCP proxy that can stop in the middle of what it carries, or lose what comes back.
+//! A TCP proxy that can stop in the middle of what it carries, lose what comes back, or cut off who
+//! sends something that is not let through.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -24,6 +25,8 @@ struct Shared {
     loses_every: AtomicU64,
     came_back: AtomicU64,
     lost: AtomicU64,
+    /// What a piece must not begin with.
+    barred: Mutex<Option<&'static [u8]>>,
     stop: AtomicBool,
 }
 
@@ -39,6 +42,7 @@ impl Proxy {
             loses_every: AtomicU64::new(0),
             came_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            barred: Mutex::new(None),
             stop: AtomicBool::new(false),
         });
         let accepting = Arc::clone(&shared);
@@ -78,6 +82,12 @@ impl Proxy {
         self.shared.lost.load(Ordering::SeqCst)
     }
 
+    /// From now on a connection ends on which a piece comes that begins so, such as a request for this
+    /// path; the piece is not carried.
+    pub fn bar(&self, beginning: &'static [u8]) {
+        *self.shared.barred.lock().unwrap() = Some(beginning);
+    }
+
     /// Carries everything again.
     pub fn release(&self) {
         self.shared.limit.store(NO_LIMIT, Ordering::SeqCst);
@@ -93,6 +103,10 @@ impl Drop for Proxy {
 }
 
 impl Shared {
+    fn bars(&self, piece: &[u8]) -> bool {
+        self.barred.lock().unwrap().is_some_and(|beginning| piece.starts_with(beginning))
+    }
+
     fn loses(&self) -> bool {
         let every = self.loses_every.load(Ordering::SeqCst);
         let loses =
@@ -131,6 +145,7 @@ fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, counted: bool)
         match from.read(&mut chunk) {
             Ok(0) => break,
             Ok(_) if !counted && shared.loses() => break,
+            Ok(count) if counted && shared.bars(&chunk[..count]) => break,
             Ok(count) => {
                 if to.write_all(&chunk[..count]).is_err() {
                     break;

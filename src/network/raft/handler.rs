@@ -183,9 +183,9 @@ where
     }
 
     fn gives_to(&self, cluster: &ClusterId) -> bool {
-        let state = self.reader.ring_state();
-        *cluster != self.cluster
-            && state.change.is_some_and(|change| change.outgoing.contains_key(cluster))
+        let state = self.reader.ring_view();
+        let change = state.change.as_ref();
+        *cluster != self.cluster && change.is_some_and(|c| c.outgoing.contains_key(cluster))
     }
 
     async fn page(&self, request: PageRequest) -> Result<PageReply, Failure> {

@@ -177,6 +177,18 @@ impl Move {
         }
     }
 
+    /// Writes every key that has moved: also those of which a dead attempt has left a row.
+    fn write_at_target(&mut self) {
+        let keys = (0..120).map(|number| format!("key{number}"));
+        for key in keys.filter(|key| self.moves(key)).collect::<Vec<_>>() {
+            let value = Bytes::from_static(b"at the target");
+            let write = Write::put(key.clone().into(), value.clone(), Condition::Always);
+            let Written::Put { revision } = self.target.write(write) else { panic!("{key}") };
+            let before = self.model.insert(key.clone(), (revision, value));
+            assert!(before.is_none_or(|(older, _)| older < revision), "{key} goes back");
+        }
+    }
+
     fn maybe_reopen(&mut self) {
         match self.rng.random_range(0..12) {
             0 => self.source.reopen(),
@@ -341,6 +353,7 @@ async fn keys_and_answers_arrive_whole() {
         assert_eq!(mv.target.step(activate), Ok(activated));
         mv.source.step(Step::Release { handoff, attempt, tally }).unwrap();
         mv.check();
+        mv.write_at_target();
         assert!(mv.source.step(Step::Finish { epoch: 2 }).is_err(), "rows are left");
         mv.clean();
         for site in [&mut mv.source, &mut mv.target] {

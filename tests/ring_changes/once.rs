@@ -1,0 +1,94 @@
+//! A write whose answer is lost, and whose key has moved before the client hears anything.
+
+use std::time::Duration;
+
+use distrib_kv_store::handoff::{Step, pairs};
+use distrib_kv_store::kvclient::KVClient;
+use distrib_kv_store::reshard::{Request, Scene, next_ring};
+use distrib_kv_store::ring::RingTable;
+use distrib_kv_store::types::{Condition, Consistency};
+
+use crate::common::clusters::{Clusters, id};
+use crate::common::{eventually, get};
+use crate::{ONE_AT_A_TIME, SMALL_PAGES};
+
+/// Keys of each kind of write.
+const KEYS: usize = 4;
+
+/// As long as answers are lost the client tries again and again.
+const CALLER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A conditional write, a creation, a deletion and one whose condition fails are done at the source, and
+/// every answer is lost. Then the keys move, and the clients' repeats reach the destination: each gets
+/// the first answer there, which it could not if it were done again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_whose_key_moves_before_its_answer_comes_is_done_once() {
+    let _turn = ONE_AT_A_TIME.lock().await;
+    let clusters = Clusters::gated(2, 2, SMALL_PAGES);
+    let old = clusters.ring();
+    let next = next_ring(&old, &Request::Weight(id(1), 3.0)).unwrap();
+    let tables = [&old, &next].map(|ring| RingTable::new(ring.clone()).unwrap());
+    let owner = |n: usize, key: &String| tables[n].owner(key.as_bytes()).unwrap().id.clone();
+    let moves = |key: &String| owner(0, key) == id(0) && owner(1, key) == id(1);
+    let keys: Vec<String> = (0..).map(|n| format!("k{n}")).filter(moves).take(4 * KEYS).collect();
+    let client = KVClient::from_endpoints(clusters.endpoints()).await.unwrap();
+    let client = client.with_timeout(CALLER_TIMEOUT);
+
+    let mut revisions = Vec::new();
+    for (n, key) in keys.iter().enumerate() {
+        // Those of the second kind are to be created.
+        let written = client.write(key, "before").await.unwrap();
+        if n % 4 == 1 {
+            client.delete(key).await.unwrap();
+        }
+        revisions.push(written);
+    }
+    clusters.gate(0).lose_every(1);
+    let writes = keys.iter().cloned().enumerate().map(|(n, key)| {
+        let (client, revision) = (client.clone(), revisions[n]);
+        tokio::spawn(async move {
+            match n % 4 {
+                0 => client.write_if(&key, "after", Condition::Revision(revision)).await.map(drop),
+                1 => client.write_if(&key, "after", Condition::Absent).await.map(drop),
+                2 => client.delete(&key).await.map(|done| assert!(done.deleted, "{key}")),
+                _ => {
+                    let failed = client.write_if(&key, "no", Condition::Absent).await;
+                    assert!(failed.is_err_and(|error| error.to_string().contains("condition")));
+                    Ok(())
+                }
+            }
+        })
+    });
+    let writes: Vec<_> = writes.collect();
+    let clusters = tokio::task::block_in_place(|| {
+        for (n, key) in keys.iter().enumerate() {
+            eventually("each write is done, unheard", || {
+                let answer = get(clusters.at(0).http(1), &format!("/v1/kv/{key}"));
+                let done = match n % 4 {
+                    0 | 1 => answer.body == b"after",
+                    2 => answer.status == 404,
+                    _ => answer.status == 200,
+                };
+                done.then_some(())
+            });
+        }
+        let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
+        let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
+        clusters.step(&id(0), &begin).expect("it answers").expect("it begins");
+        clusters.drive_until(|views| {
+            matches!(Scene::of(views), Scene::Quiet { settled: Some(true), .. })
+        });
+        clusters
+    });
+    assert!(writes.iter().all(|write| !write.is_finished()), "nobody has heard anything");
+    clusters.gate(0).lose_every(0);
+    for (n, write) in writes.into_iter().enumerate() {
+        let done = write.await.unwrap();
+        assert!(done.is_ok(), "{} of kind {}: {done:?}", keys[n], n % 4);
+    }
+    for (n, key) in keys.iter().enumerate() {
+        let found = client.get(key, Consistency::Linearizable).await.unwrap();
+        let expected = [Some("after"), Some("after"), None, Some("before")][n % 4];
+        assert_eq!(found.as_ref().map(|record| &record.value[..]), expected.map(str::as_bytes));
+    }
+}
