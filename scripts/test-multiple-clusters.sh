@@ -1,7 +1,7 @@
 #!/bin/sh
 # The story of three clusters: the ring spreads the keys, any node takes any key, clients that know
-# the ring go straight to the owner, and everything is still there after a restart. Every answer is
-# checked. See lib.sh.
+# the ring go straight to the owner, a fourth cluster joins and leaves while a client writes, and
+# everything is still there after a restart. Every answer is checked. See lib.sh.
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
@@ -11,6 +11,13 @@ CLUSTERS=3
 NODES=3
 HTTP_BASE=21100
 RPC_BASE=22100
+# How long and how much the client writes at most while the ring changes.
+WRITER_S=120
+WRITES_MAX=20000
+# How long a change of the ring may take.
+CHANGE_S=60
+# The epoch of the ring in force.
+EPOCH=1
 
 # http CLUSTER NODE: an address, both counted from 1.
 http() { printf '%s:%d' "$HOST" $((HTTP_BASE + 10 * $1 + $2)); }
@@ -51,11 +58,12 @@ check_status() {
     ok "admin status: $FOUND"
 }
 
+# check_rings CLUSTER...: these live by the same ring as c1.
 check_rings() {
     request GET "http://$(http 1 1)/v1/ring"
     ring=$BODY
-    expect_eq 'ring epoch on c1' 1 "$(number epoch)"
-    for cluster in 2 3; do
+    expect_eq 'ring epoch on c1' "$EPOCH" "$(number epoch)"
+    for cluster in "$@"; do
         request GET "http://$(http "$cluster" 3)/v1/ring"
         expect_eq_quietly "the ring on c$cluster" "$ring" "$BODY"
     done
@@ -75,12 +83,91 @@ read_back() {
     ok "$KEYS keys read back, each through a node of another cluster"
 }
 
+# Writes one key after the other through random nodes until it is told to stop, and notes which were
+# acknowledged. Runs in the background with a directory of its own.
+keep_writing() {
+    acknowledged=$WORK/acknowledged
+    WORK=$WORK/writer
+    mkdir "$WORK"
+    end=$(($(date +%s) + WRITER_S))
+    number=1
+    while [ "$number" -le "$WRITES_MAX" ] && [ ! -e "$WORK/stop" ] && [ "$(date +%s)" -lt "$end" ]; do
+        pick 3
+        cluster=$PICKED
+        pick "$NODES"
+        put "http://$(http "$cluster" "$PICKED")/v1/kv/live:$number" "value of live:$number"
+        if [ "$STATUS" = 200 ]; then
+            printf 'live:%d\n' "$number" >>"$acknowledged"
+        else
+            printf 'live:%d %s %s\n' "$number" "$STATUS" "$BODY" >>"$WORK/refused"
+        fi
+        number=$((number + 1))
+    done
+}
+
+acknowledged() { wc -l <"$WORK/acknowledged" | tr -d ' '; }
+
+# Condition for wait_until: so many writes have been acknowledged.
+has_written() {
+    FOUND="$(acknowledged) writes"
+    [ "$(acknowledged)" -ge "$1" ]
+}
+
+# change WHAT ARGUMENT...: runs `admin cluster ARGUMENT...` to its end, and shows how far it was.
+change() {
+    change_what=$1
+    shift
+    change_before=$(acknowledged)
+    : >"$WORK/progress"
+    change_name=change-$1
+    start "$change_name" "$BIN/admin" cluster "$@" --nodes-file "$NODES_FILE"
+    change_pid=$PID
+    change_end=$(($(date +%s) + CHANGE_S))
+    while running "$change_pid"; do
+        if [ "$(date +%s)" -ge "$change_end" ]; then fail "$change_what: expected to end within $CHANGE_S s"; fi
+        "$BIN/admin" migration status --nodes-file "$NODES_FILE" >"$WORK/progress.new" 2>&1 || true
+        # The fullest of all answers is the one to show.
+        if [ "$(wc -l <"$WORK/progress.new")" -gt "$(wc -l <"$WORK/progress")" ]; then
+            mv "$WORK/progress.new" "$WORK/progress"
+        fi
+        sleep 0.2
+    done
+    reap "$change_pid"
+    show "$WORK/progress"
+    show "$WORK/$change_name.err"
+    show "$WORK/$change_name.out"
+    if [ "$EXIT_CODE" -ne 0 ]; then fail "$change_what: expected exit code 0, found $EXIT_CODE"; fi
+    EPOCH=$((EPOCH + 1))
+    change_writes=$(($(acknowledged) - change_before))
+    if [ "$change_writes" -eq 0 ]; then fail "$change_what: expected writes meanwhile, found none"; fi
+    ok "$change_what; $change_writes writes were acknowledged meanwhile"
+}
+
+# count_kept CLUSTERS: reads back every acknowledged write through the nodes of so many clusters in
+# turn, and counts.
+count_kept() {
+    cp "$WORK/acknowledged" "$WORK/to-read"
+    while read -r key; do
+        number=$((${number:-0} + 1))
+        printf 'url = "http://%s/v1/kv/%s"\n' "$(http $((number % $1 + 1)) $((number % NODES + 1)))" "$key"
+    done <"$WORK/to-read" >"$WORK/urls"
+    # One program for all of them; each value is one line.
+    curl -q -sS -g --noproxy '*' --max-time "$CHANGE_S" -K "$WORK/urls" -w '\n' >"$WORK/values" 2>"$WORK/curl-error" ||
+        fail "reading back: expected answers, found $(cat "$WORK/curl-error")"
+    sed 's/^/value of /' "$WORK/to-read" >"$WORK/expected"
+    count=$(wc -l <"$WORK/to-read" | tr -d ' ')
+    kept=$(paste -d '|' "$WORK/expected" "$WORK/values" | awk -F '|' '$1 == $2' | wc -l | tr -d ' ')
+    say "acknowledged  $count"
+    say "read back     $kept"
+    expect_eq 'lost' 0 $((count - kept))
+}
+
 begin
 title 'Three clusters of three nodes, one ring'
 build
 NODES_FILE=$WORK/nodes.json
 ports=''
-for cluster in 1 2 3; do
+for cluster in 1 2 3 4; do
     for node in 1 2 3; do
         offset=$((10 * cluster + node))
         ports="$ports $((HTTP_BASE + offset)) $((RPC_BASE + offset))"
@@ -110,7 +197,7 @@ check_status
 step 'The ring'
 "$BIN/admin" ring show --nodes-file "$NODES_FILE" >"$WORK/ring" || fail 'admin ring show: expected exit code 0'
 show "$WORK/ring"
-check_rings
+check_rings 2 3
 
 RANDOM_STATE=$(awk 'BEGIN { srand(); printf "%d", rand() * 2147483647 }')
 step "Write $KEYS keys through random nodes (seed $RANDOM_STATE)"
@@ -162,7 +249,54 @@ code=0
 "$BIN/admin" ring install --weights 1,2,3 --nodes-file "$NODES_FILE" >"$WORK/out" 2>&1 || code=$?
 expect_eq 'a second, different first ring: exit code' 1 "$code"
 say "$(cat "$WORK/out")"
-check_rings
+check_rings 2 3
+
+step 'A client writes all the time'
+: >"$WORK/acknowledged"
+keep_writing &
+WRITER=$!
+PIDS="$PIDS $WRITER"
+wait_until "$SOON_S" '20 writes' has_written 20
+ok "it has written $(acknowledged) keys so far"
+
+step 'A fourth cluster joins'
+nodes=''
+for node in 1 2 3; do
+    rpc=$HOST:$((RPC_BASE + 40 + node))
+    start "c4-n$node" "$BIN/raft-kv" --id "$node" --cluster c4 --http-addr "$(http 4 "$node")" \
+        --rpc-addr "$rpc" --data-dir "$WORK/data/c4-n$node"
+    wait_ready "c4-n$node" "$PID"
+    eval "FOURTH_$node=$PID"
+    nodes="$nodes${nodes:+,}$(http 4 "$node")/$rpc"
+done
+"$BIN/admin" rebalance --dry-run --add c4:1 --nodes-file "$NODES_FILE" >"$WORK/outlook" ||
+    fail 'admin rebalance --dry-run: expected exit code 0'
+show "$WORK/outlook"
+change 'c4 has joined' add c4 --nodes "$nodes"
+check_rings 2 3 4
+count_kept 4
+
+step 'It leaves again'
+change 'c4 has left' remove c4
+check_rings 2 3
+for node in 1 2 3; do
+    eval "stop \"\$FOURTH_$node\""
+    expect_eq_quietly "exit code of node $node of c4" 0 "$EXIT_CODE"
+done
+ok 'its nodes are stopped'
+
+step 'What the client wrote is still there'
+before=$(acknowledged)
+wait_until "$SOON_S" '20 more writes' has_written $((before + 20))
+: >"$WORK/writer/stop"
+wait_until "$SOON_S" 'the client to stop' gone "$WRITER"
+reap "$WRITER"
+expect_eq 'exit code of the client' 0 "$EXIT_CODE"
+if [ -e "$WORK/writer/refused" ]; then
+    fail "every write: expected to be acknowledged, found $(head -n 1 "$WORK/writer/refused")"
+fi
+count_kept 3
+read_back
 
 step 'Stop everything'
 stop_clusters
@@ -173,7 +307,7 @@ expect_eq 'exit code of admin status with nobody there' 1 "$code"
 step 'Start again on the same data'
 start_clusters
 check_status
-check_rings
+check_rings 2 3
 read_back
 key=$(printf 'user:%04d' "$KEYS")
 put "http://$(http 2 2)/v1/kv/$key" 'a new value'

@@ -160,6 +160,9 @@ impl KVClient {
             if redirects > REDIRECTS_AT_ONCE {
                 tokio::time::sleep(backoff.pause().min(budget.left())).await;
             }
+            if let (Some(refused), Some(owner)) = (&target.id, owner.as_deref()) {
+                self.rings.heard(key, (refused, &address), &owner.id, epoch);
+            }
             self.rings.refresh_to(epoch, &address, budget).await;
             target = self.next_target(key, &target, owner.as_deref(), epoch);
         }

@@ -5,10 +5,10 @@
 //! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
 //! servers check ownership again and name the owner, so an old ring costs a detour at most.
 //!
-//! There are three reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
+//! There are four reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
 //! one that could not reach its cluster, which may have left the ring. A ring whose time is over only
-//! wants confirming: that happens in the background, and the call that found it so goes on with the
-//! ring in hand.
+//! wants confirming, and a ring that turns out to be changing only its successor: both happen in the
+//! background, and the call that found it so goes on with what it knows.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,10 +25,10 @@ use crate::client_error::ClientError;
 use crate::raft_node::pace::Budget;
 use crate::raft_node::{Courier, RaftNode, TIMEOUT_DEFAULT};
 use crate::ring::Ring;
-use crate::types::Epoch;
+use crate::types::{ClusterId, Epoch};
 
 use super::endpoints::Endpoints;
-use super::routes::Routes;
+use super::routes::{Hearsay, Routes};
 
 /// How long one cluster may take to tell its ring: with one node paused, another is asked in time.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -47,6 +47,9 @@ const REFRESH_PAUSE: Duration = Duration::from_millis(100);
 
 /// When to try again after the ring could not be confirmed at the end of its time.
 const CONFIRM_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// How long a ring that is changing is used before it is confirmed: changes take seconds.
+const CHANGING_TTL: Duration = Duration::from_secs(5);
 
 /// The shortest time a ring is used before it is confirmed, whatever the ring says.
 const TTL_MIN: Duration = Duration::from_secs(1);
@@ -119,13 +122,38 @@ impl Rings {
 
     /// Begins to confirm the ring when its time is over. Waits for nothing.
     pub(super) fn refresh_if_due(&self) {
-        if !self.core.is_due() {
-            return;
+        if self.core.is_due() {
+            self.refresh_in_background(None);
         }
-        let Some(flight) = self.core.join_flight(self.routes().epoch(), None) else { return };
+    }
+
+    fn refresh_in_background(&self, address: Option<&str>) {
+        let epoch = self.routes().epoch();
+        let Some(flight) = self.core.join_flight(epoch, address.map(str::to_owned)) else { return };
         let task = AbortOnDropHandle::new(tokio::spawn(flight));
         // One before that still runs waits for the same refresh, and need not any more.
         *self.background.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+    }
+
+    /// Takes note that cluster `refused`, by the ring of `epoch`, named `named` as the owner of `key`: a
+    /// node of it, at `address`, said so. Waits for nothing.
+    pub(super) fn heard(
+        &self,
+        key: &[u8],
+        (refused, address): (&ClusterId, &str),
+        named: &ClusterId,
+        epoch: Epoch,
+    ) {
+        let routes = self.routes();
+        if routes.epoch() != epoch {
+            return;
+        }
+        match routes.hearsay(key, refused, named) {
+            Hearsay::Moved => self.core.set_moved(epoch, refused, named, true),
+            Hearsay::NotMoved => self.core.set_moved(epoch, named, refused, false),
+            Hearsay::Changing => self.refresh_in_background(Some(address)),
+            Hearsay::Nothing => {}
+        }
     }
 
     /// Tries to get a ring of at least this epoch, which the node at `address` lives by.
@@ -227,7 +255,8 @@ impl Core {
         };
         let epoch = ring.epoch;
         let current = self.routes();
-        if epoch > current.epoch() {
+        let to_come = epoch == current.epoch() && ring.next.is_some() && !current.is_changing();
+        if epoch > current.epoch() || to_come {
             match Routes::of_ring(ring, Some(&current), &self.courier) {
                 Ok(routes) => self.replace(Arc::new(routes)),
                 Err(error) => {
@@ -241,13 +270,23 @@ impl Core {
 
     fn replace(&self, routes: Arc<Routes>) {
         self.routes.rcu(|current| {
-            let newer = routes.epoch() > current.epoch();
+            let newer = routes.is_newer_than(current);
             if newer { routes.clone() } else { current.clone() }
         });
     }
 
+    fn set_moved(&self, epoch: Epoch, from: &ClusterId, to: &ClusterId, is_moved: bool) {
+        tracing::debug!(epoch, %from, %to, is_moved, "heard of a handoff");
+        self.routes.rcu(|current| match current.epoch() == epoch {
+            true => Arc::new(current.with_moved(from, to, is_moved)),
+            false => current.clone(),
+        });
+    }
+
     fn renew(&self) {
-        let ttl = Duration::from_secs(self.routes.load().ring().list_ttl_s).max(TTL_MIN);
+        let routes = self.routes.load();
+        let told = Duration::from_secs(routes.ring().list_ttl_s);
+        let ttl = if routes.is_changing() { told.min(CHANGING_TTL) } else { told }.max(TTL_MIN);
         self.due_ms.store(self.clock.in_ms(ttl), Ordering::Relaxed);
     }
 }

@@ -89,10 +89,10 @@ mod tests {
     /// A debt is bounded, and no limit means none.
     #[test]
     fn debts_end() {
-        let (budget, now) = (Budget::new(1), Instant::now());
+        let (budget, free) = (Budget::new(1), Budget::new(0));
+        let now = Instant::now();
         budget.spend_at(1_000_000, now);
         assert_eq!(budget.wait(now), DEBT_MAX);
-        let free = Budget::new(0);
         free.spend_at(usize::MAX, now);
         assert_eq!(free.wait(Instant::now()), Duration::ZERO);
     }

@@ -193,6 +193,8 @@ pub struct Drive<'a, C> {
     /// The last step that was refused since anything moved.
     refusal: Option<String>,
     frozen_since: BTreeMap<(Handoff, Attempt), Instant>,
+    /// What this driver itself has asked to freeze, and when: to tell how long it was.
+    freezing: BTreeMap<Handoff, Instant>,
     wanted_since: Vec<(Action, Instant)>,
     under_way: Vec<Action>,
     pending: Pending<'a>,
@@ -216,6 +218,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
             moved_at: Instant::now(),
             refusal: None,
             frozen_since: BTreeMap::new(),
+            freezing: BTreeMap::new(),
             wanted_since: Vec::new(),
             under_way: Vec::new(),
             pending: FuturesUnordered::new(),
@@ -402,6 +405,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
     fn propose(&mut self, action: Action) {
         tracing::debug!(cluster = %action.at, step = action.step.name(), "proposing");
         self.under_way.push(action.clone());
+        if let Step::Freeze { handoff, .. } = &action.step {
+            self.freezing.insert(handoff.clone(), Instant::now());
+        }
         let clusters = self.clusters;
         let cluster = self.contact(&action.at).cluster.clone();
         self.pending.push(Box::pin(async move {
@@ -423,11 +429,24 @@ impl<'a, C: Clusters> Drive<'a, C> {
         // Even one that is away for the driver's looks is asked at once: it has just answered.
         contact.look_at = Instant::now();
         match result {
-            Ok(_) => self.moved_at = Instant::now(),
+            Ok(_) => {
+                self.moved_at = Instant::now();
+                self.tell_frozen(&action.step);
+            }
             Err(ClientError::StepRefused(refused)) => return self.refused(&action, *refused),
             Err(error) => self.trouble(&action.at, &error),
         }
         Ok(())
+    }
+
+    /// Says how long nobody served what has moved now, a little more than it was in truth: from asking
+    /// the source to the destination's answer.
+    fn tell_frozen(&mut self, step: &Step) {
+        let Step::Activate { handoff, .. } = step else { return };
+        if let Some(since) = self.freezing.remove(handoff) {
+            let frozen_ms = since.elapsed().as_secs_f64() * 1e3;
+            tracing::info!(%handoff, frozen_ms, "the keys have moved");
+        }
     }
 
     /// Usually somebody else was faster, and the next look shows it.

@@ -171,8 +171,12 @@ impl StateReader {
     /// [`crate::handoff::Step::Count`]; `None` when there are no more.
     ///
     /// # Errors
-    /// The data cannot be read.
+    /// The data cannot be read, or not be written to disk before the first stretch.
     pub fn stretch(&self, from: &[u8], keys_max: usize) -> io::Result<Option<Bytes>> {
+        // Counting a stretch looks at every row that is in memory only: there are few, to begin with.
+        if from.is_empty() {
+            self.shared.flush()?;
+        }
         let (mut last, mut bytes) = (None, 0);
         self.scan(from, |looks, key, row| {
             bytes += row.len();
@@ -184,7 +188,8 @@ impl StateReader {
     }
 
     /// Up to `keys_max` keys after `after` whose rows a handoff has made useless: at its source what
-    /// moved, at its destination what dead attempts staged. Empty: there are no more after it.
+    /// moved, at its destination what dead attempts staged. Empty: there are no more after it, but for
+    /// such as came since this was asked from the beginning, with an empty `after`.
     ///
     /// # Errors
     /// The data cannot be read.
@@ -194,8 +199,12 @@ impl StateReader {
         after: &[u8],
         keys_max: usize,
     ) -> io::Result<Vec<Bytes>> {
-        // Rows in memory are in no order; on disk all of them are.
-        self.shared.flush()?;
+        // Rows in memory are in no order; on disk all of them are. Once for each time through: a file for
+        // every batch of keys would cost more than deleting them, and what comes to lie in memory
+        // meanwhile is found the next time.
+        if after.is_empty() {
+            self.shared.flush()?;
+        }
         let ring = self.ring_state();
         let own = &self.shared.cluster;
         let moved = handoff.from == *own
