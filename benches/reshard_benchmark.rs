@@ -19,14 +19,12 @@
 //! than the truth. **Moved** is what the destinations took over; **must move** are the keys whose owners
 //! by the two rings differ, found key by key.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use distrib_kv_store::cluster_manager::ClusterManager;
 use distrib_kv_store::config::Config;
-use distrib_kv_store::handoff::Pair;
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::node::{Node, NodeOptions};
 use distrib_kv_store::reshard::{self, Change, HttpClusters, Plan, Role};
@@ -37,7 +35,7 @@ mod frozen;
 #[path = "reshard/load.rs"]
 mod load;
 
-use frozen::FrozenTimes;
+use frozen::{Handoffs, Moved};
 use load::{Counts, Load, key};
 
 /// The clusters before the first change and after the second.
@@ -80,24 +78,30 @@ struct Outcome {
     counts: Counts,
     took: Duration,
     longest: Duration,
-    moved: u64,
     must_move: u64,
     keys: u32,
     by_formula: f64,
-    frozen: Vec<(String, Duration)>,
+    handoffs: Vec<Moved>,
+}
+
+impl Outcome {
+    /// How many keys have moved.
+    fn moved(&self) -> u64 {
+        self.handoffs.iter().map(|handoff| handoff.keys).sum()
+    }
 }
 
 fn main() -> ExitCode {
-    let frozen = FrozenTimes::install();
+    let handoffs = Handoffs::install();
     let settings = Settings::from_environment();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be made");
-    let outcomes = runtime.block_on(measure(&settings, &frozen));
+    let outcomes = runtime.block_on(measure(&settings, &handoffs));
     print(&settings, &outcomes);
     let clean = outcomes.iter().all(|outcome| outcome.counts.is_clean());
     if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-async fn measure(settings: &Settings, frozen: &FrozenTimes) -> Vec<Outcome> {
+async fn measure(settings: &Settings, handoffs: &Handoffs) -> Vec<Outcome> {
     let folder = tempfile::tempdir().expect("a temporary directory can be made");
     let config = Config {
         num_clusters: CLUSTERS,
@@ -133,12 +137,12 @@ async fn measure(settings: &Settings, frozen: &FrozenTimes) -> Vec<Outcome> {
         weight: 1.0,
     };
     let remove = Change::Remove("c4".parse().expect("it is an id"));
-    let world = World { settings, frozen, client: &client, addresses: manager.nodes(), load: &load };
+    let world = World { settings, handoffs, addresses: manager.nodes(), load: &load };
     let mut outcomes = Vec::new();
-    let mut before = world.rest().await;
+    let (mut ring, mut before) = (client.ring(), world.rest().await);
     for (name, change) in [("3 -> 4", add), ("4 -> 3", remove)] {
-        let outcome = world.change(name, change, before).await;
-        before = outcome.after;
+        let (outcome, next) = world.change(name, change, &ring, before).await;
+        (ring, before) = (next, outcome.after);
         outcomes.push(outcome);
     }
     let begun = Instant::now();
@@ -155,8 +159,7 @@ async fn measure(settings: &Settings, frozen: &FrozenTimes) -> Vec<Outcome> {
 /// What is measured, and with what.
 struct World<'a> {
     settings: &'a Settings,
-    frozen: &'a FrozenTimes,
-    client: &'a KVClient,
+    handoffs: &'a Handoffs,
     addresses: Vec<Vec<String>>,
     load: &'a Load,
 }
@@ -171,20 +174,21 @@ impl World<'_> {
         (self.load.counts().done() - done) as f64 / begun.elapsed().as_secs_f64()
     }
 
-    async fn change(&self, name: &'static str, change: Change, before: f64) -> Outcome {
-        let old = self.client.ring();
+    /// Changes `old`; what that came to, and the ring then.
+    async fn change(
+        &self,
+        name: &'static str,
+        change: Change,
+        old: &Ring,
+        before: f64,
+    ) -> (Outcome, Ring) {
         let http = HttpClusters::default();
         self.load.take_longest();
         let (begun, counts) = (Instant::now(), self.load.counts());
-        let mut copied: BTreeMap<Pair, u64> = BTreeMap::new();
         let next = tokio::time::timeout(CHANGE_TIMEOUT, async {
             let next = reshard::begin(&http, &self.addresses, &change).await?;
-            let watch = |progress: Option<&reshard::Progress>, _: &reshard::Views| {
-                for handoff in progress.iter().flat_map(|progress| &progress.handoffs) {
-                    copied.insert(handoff.pair.clone(), handoff.keys_copied);
-                }
-            };
-            reshard::follow(&http, &self.addresses, Role::Onlooker, Some(next.epoch), watch).await
+            let (role, epoch) = (Role::Onlooker, Some(next.epoch));
+            reshard::follow(&http, &self.addresses, role, epoch, |_, _| {}).await
         });
         let next = next.await.expect("the change ends in time").expect("the change succeeds");
         let took = begun.elapsed();
@@ -192,7 +196,7 @@ impl World<'_> {
         let longest = self.load.take_longest();
         let during = (in_change.done() - counts.done()) as f64 / took.as_secs_f64();
         let after = self.rest().await;
-        Outcome {
+        let outcome = Outcome {
             name,
             before,
             during,
@@ -200,12 +204,12 @@ impl World<'_> {
             counts: self.load.counts().since(&counts),
             took,
             longest,
-            moved: copied.values().sum(),
-            must_move: must_move(&old, &next, self.settings.keys),
+            must_move: must_move(old, &next, self.settings.keys),
             keys: self.settings.keys,
-            by_formula: Plan::new(&old, &next).expect("both are rings").share(),
-            frozen: self.frozen.take(),
-        }
+            by_formula: Plan::new(old, &next).expect("both are rings").share(),
+            handoffs: self.handoffs.take(),
+        };
+        (outcome, next)
     }
 }
 
@@ -222,7 +226,10 @@ fn must_move(old: &Ring, next: &Ring, keys: u32) -> u64 {
 
 fn print(settings: &Settings, outcomes: &[Outcome]) {
     let Settings { keys, tasks, nodes, .. } = settings;
-    println!("\n{keys} keys of {} bytes, {tasks} tasks, {nodes} node(s) a cluster", load::VALUE_BYTES);
+    println!(
+        "\n{keys} keys of {} bytes, {tasks} tasks, {nodes} node(s) a cluster",
+        load::VALUE_BYTES
+    );
     let row = |name: &str, cell: &dyn Fn(&Outcome) -> String| {
         let cells: Vec<String> = outcomes.iter().map(|o| format!("{:>22}", cell(o))).collect();
         println!("| {name:<38} |{} |", cells.join(" |"));
@@ -231,15 +238,17 @@ fn print(settings: &Settings, outcomes: &[Outcome]) {
     println!("| --- |{}", " ---: |".repeat(outcomes.len()));
     row("lost / stale / errors", &|o| o.counts.to_string());
     row("operations checked", &|o| o.counts.done().to_string());
-    row("keys moved / that must move", &|o| format!("{} / {}", o.moved, o.must_move));
+    row("keys moved / that must move", &|o| format!("{} / {}", o.moved(), o.must_move));
     row("share moved / share by the formula", &|o| {
-        let share = o.moved as f64 / f64::from(o.keys);
+        let share = o.moved() as f64 / f64::from(o.keys);
         format!("{:.2} % / {:.2} %", share * 100.0, o.by_formula * 100.0)
     });
-    row("keys and values moved, MB", &|o| format!("{:.1}", o.moved as f64 * record_bytes() / 1e6));
+    row("keys and values moved, MB", &|o| {
+        format!("{:.1}", o.moved() as f64 * record_bytes() / 1e6)
+    });
     row("duration, s", &|o| format!("{:.1}", o.took.as_secs_f64()));
     row("frozen, longest handoff, ms", &|o| {
-        let longest = o.frozen.iter().map(|(_, time)| *time).max();
+        let longest = o.handoffs.iter().map(|handoff| handoff.frozen).max();
         longest.map_or("none told".into(), |time| format!("{:.0}", time.as_secs_f64() * 1e3))
     });
     row("longest operation, ms", &|o| format!("{:.0}", o.longest.as_secs_f64() * 1e3));
@@ -247,8 +256,10 @@ fn print(settings: &Settings, outcomes: &[Outcome]) {
     row("throughput after / before", &|o| format!("{:.2}", o.after / o.before));
     row("operations a second before", &|o| format!("{:.0}", o.before));
     for outcome in outcomes {
-        let each = outcome.frozen.iter();
-        let each = each.map(|(handoff, time)| format!("{handoff} {:.0} ms", time.as_secs_f64() * 1e3));
+        let each = outcome.handoffs.iter();
+        let each = each.map(|Moved { handoff, frozen, .. }| {
+            format!("{handoff} {:.0} ms", frozen.as_secs_f64() * 1e3)
+        });
         println!("frozen, {}: {}", outcome.name, each.collect::<Vec<_>>().join(", "));
     }
 }

@@ -219,7 +219,9 @@ async fn run(
             known.tried += 1;
             match client.write(key(number), value(known.tried)).await {
                 Ok(_) => known.acknowledged = known.tried,
-                Err(error) => tally.tell(&tally.errors, || format!("writing {}: {error}", key(number))),
+                Err(error) => {
+                    tally.tell(&tally.errors, || format!("writing {}: {error}", key(number)))
+                }
             }
         } else {
             let found = client.consistent_read(key(number)).await;

@@ -103,7 +103,8 @@ impl Routes {
 
     /// Whether these routes know more than the others: a later ring, or what the same is changing to.
     pub(super) fn is_newer_than(&self, other: &Self) -> bool {
-        let age = |routes: &Self| (routes.epoch(), routes.next.as_ref().map(|next| next.ring().epoch));
+        let age =
+            |routes: &Self| (routes.epoch(), routes.next.as_ref().map(|next| next.ring().epoch));
         age(self) > age(other)
     }
 
@@ -241,7 +242,8 @@ mod tests {
         let belongs = |key: &Vec<u8>| {
             routes.owner(key).unwrap().id == id(from) && next.owner(key).unwrap().id == id(to)
         };
-        let keys: Vec<_> = (0..300u32).map(|key| key.to_be_bytes().to_vec()).filter(belongs).collect();
+        let keys: Vec<_> =
+            (0..300u32).map(|key| key.to_be_bytes().to_vec()).filter(belongs).collect();
         assert!(!keys.is_empty());
         keys
     }

@@ -429,9 +429,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
         // Even one that is away for the driver's looks is asked at once: it has just answered.
         contact.look_at = Instant::now();
         match result {
-            Ok(_) => {
+            Ok(done) => {
                 self.moved_at = Instant::now();
-                self.tell_frozen(&action.step);
+                self.tell_moved(&action.step, &done);
             }
             Err(ClientError::StepRefused(refused)) => return self.refused(&action, *refused),
             Err(error) => self.trouble(&action.at, &error),
@@ -441,11 +441,13 @@ impl<'a, C: Clusters> Drive<'a, C> {
 
     /// Says how long nobody served what has moved now, a little more than it was in truth: from asking
     /// the source to the destination's answer.
-    fn tell_frozen(&mut self, step: &Step) {
-        let Step::Activate { handoff, .. } = step else { return };
+    fn tell_moved(&mut self, step: &Step, done: &Done) {
+        let (Step::Activate { handoff, .. }, Done::Active { tally, .. }) = (step, done) else {
+            return;
+        };
         if let Some(since) = self.freezing.remove(handoff) {
-            let frozen_ms = since.elapsed().as_secs_f64() * 1e3;
-            tracing::info!(%handoff, frozen_ms, "the keys have moved");
+            let (keys, frozen_ms) = (tally.records, since.elapsed().as_secs_f64() * 1e3);
+            tracing::info!(%handoff, keys, frozen_ms, "the keys have moved");
         }
     }
 
