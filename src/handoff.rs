@@ -36,8 +36,10 @@
 //! runs the same code.
 
 mod decide;
+mod destination;
 mod page;
 mod plan;
+mod source;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! What a step does to a cluster's [`RingState`], or why it does nothing.
 //!
-//! The only place where that is decided. It looks at the state, the step and a few [`Facts`] about the
+//! The only place where that is decided, with [`super::source`] and [`super::destination`] for the two
+//! sides of a handoff. It looks at the state, the step and a few [`Facts`] about the
 //! data, all of which replicas agree on, and changes the state. What must happen to the data then is the
 //! store's to do, in the same round: see [`Decision::changed`].
 
@@ -9,11 +10,8 @@ use std::io;
 use crate::ring::{Ring, RingTable};
 use crate::types::{ClusterId, Epoch, Revision};
 
-use super::state::{Change, Counted, Incoming, Outgoing, Receipt, RingState, Sending};
-use super::{
-    Attempt, Cursor, Done, Frozen, Handoff, Pair, Position, Refused, Step, Tally, members_of_both,
-    pairs,
-};
+use super::state::{Change, Incoming, Outgoing, Receipt, RingState, Sending};
+use super::{Attempt, Done, Handoff, Pair, Refused, Step, Tally, members_of_both, pairs};
 
 /// What a step needs to know about the data of the cluster that takes it.
 pub trait Facts {
@@ -50,13 +48,13 @@ pub struct Decision {
     pub changed: bool,
 }
 
-type Decided = Result<Decision, Refused>;
+pub(super) type Decided = Result<Decision, Refused>;
 
-fn first(done: Done) -> Decided {
+pub(super) fn first(done: Done) -> Decided {
     Ok(Decision { done, changed: true })
 }
 
-fn repeat(done: Done) -> Decided {
+pub(super) fn repeat(done: Done) -> Decided {
     Ok(Decision { done, changed: false })
 }
 
@@ -300,258 +298,10 @@ impl RingState {
         first(Done::Ok)
     }
 
-    // --- The source's side -------------------------------------------------------------------------
-
-    fn prepare(&mut self, handoff: &Handoff, attempt: Attempt, facts: &dyn Facts) -> Decided {
-        let start = self.position;
-        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
-        let moves = self.moves(handoff);
-        let outgoing = self.outgoing_mut(handoff, facts.own())?;
-        if outgoing.attempt == attempt && outgoing.logs() {
-            return repeat(Done::Prepared { start: outgoing.start });
-        }
-        if cancelled {
-            return Err(Refused::Cancelled);
-        }
-        if matches!(outgoing.sending, Sending::Frozen | Sending::Moved) {
-            return Err(wrong_phase("prepare", outgoing.sending));
-        }
-        if attempt <= outgoing.attempt {
-            return Err(Refused::WrongAttempt { attempt, present: outgoing.attempt });
-        }
-        *outgoing = Outgoing {
-            attempt,
-            sending: Sending::Sending,
-            start,
-            prepared_revision: facts.revision(),
-            prepared_index: facts.index(),
-            counted: Counted::default(),
-            tally: facts.answers(&moves),
-            frozen: None,
-        };
-        first(Done::Prepared { start })
-    }
-
-    fn count(
-        &mut self,
-        handoff: &Handoff,
-        attempt: Attempt,
-        from: &[u8],
-        to: Option<&[u8]>,
-        facts: &dyn Facts,
-    ) -> io::Result<Decided> {
-        let moves = self.moves(handoff);
-        let outgoing = match self.outgoing_in(handoff, attempt, facts.own()) {
-            Ok(outgoing) => outgoing,
-            Err(refused) => return Ok(Err(refused)),
-        };
-        if outgoing.sending != Sending::Sending {
-            return Ok(Err(wrong_phase("count", outgoing.sending)));
-        }
-        match &outgoing.counted {
-            Counted::UpTo(last) if &last[..] == from && to.is_none_or(|to| to > from) => {}
-            // A repeat, or somebody else's stretch came first.
-            _ => return Ok(Err(Refused::WrongCursor)),
-        }
-        let records = facts.records(&moves, from, to, outgoing.prepared_revision)?;
-        outgoing.tally.records += records.records;
-        outgoing.tally.digest = outgoing.tally.digest.wrapping_add(records.digest);
-        outgoing.counted = match to {
-            Some(to) => Counted::UpTo(bytes::Bytes::copy_from_slice(to)),
-            None => Counted::All,
-        };
-        Ok(first(Done::Ok))
-    }
-
-    fn freeze(&mut self, handoff: &Handoff, attempt: Attempt, facts: &dyn Facts) -> Decided {
-        let position = self.position;
-        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
-        let outgoing = self.outgoing_in(handoff, attempt, facts.own())?;
-        if let (Sending::Frozen | Sending::Moved, Some(frozen)) =
-            (outgoing.sending, &outgoing.frozen)
-        {
-            return repeat(Done::Frozen(Box::new(frozen.clone())));
-        }
-        if cancelled {
-            return Err(Refused::Cancelled);
-        }
-        if outgoing.sending != Sending::Sending {
-            return Err(wrong_phase("freeze", outgoing.sending));
-        }
-        if outgoing.counted != Counted::All {
-            return Err(Refused::Uncounted);
-        }
-        let frozen = Frozen {
-            position,
-            revision: facts.revision(),
-            log_time_ms: facts.log_time_ms(),
-            tally: outgoing.tally,
-            floors: facts.floors(),
-        };
-        outgoing.sending = Sending::Frozen;
-        outgoing.frozen = Some(frozen.clone());
-        first(Done::Frozen(Box::new(frozen)))
-    }
-
-    fn thaw(&mut self, handoff: &Handoff, refused: Attempt, own: &ClusterId) -> Decided {
-        let outgoing = self.outgoing_mut(handoff, own)?;
-        if outgoing.attempt > refused {
-            return Err(Refused::WrongAttempt { attempt: refused, present: outgoing.attempt });
-        }
-        match outgoing.sending {
-            Sending::Idle => repeat(Done::Ok),
-            Sending::Sending | Sending::Frozen => {
-                outgoing.sending = Sending::Idle;
-                outgoing.frozen = None;
-                first(Done::Ok)
-            }
-            Sending::Moved => Err(wrong_phase("thaw", outgoing.sending)),
-        }
-    }
-
-    fn release(
-        &mut self,
-        handoff: &Handoff,
-        attempt: Attempt,
-        taken: Tally,
-        own: &ClusterId,
-    ) -> Decided {
-        let outgoing = self.outgoing_in(handoff, attempt, own)?;
-        match outgoing.sending {
-            Sending::Moved => repeat(Done::Ok),
-            Sending::Frozen => {
-                let held = outgoing.frozen.as_ref().map_or(outgoing.tally, |frozen| frozen.tally);
-                if held != taken {
-                    return Err(Refused::Differs { staged: taken, source_has: held });
-                }
-                outgoing.sending = Sending::Moved;
-                outgoing.tally.answers = 0;
-                first(Done::Ok)
-            }
-            phase => Err(wrong_phase("release", phase)),
-        }
-    }
-
-    // --- The destination's side --------------------------------------------------------------------
-
-    fn open(
-        &mut self,
-        handoff: &Handoff,
-        attempt: Attempt,
-        start: Position,
-        own: &ClusterId,
-    ) -> Decided {
-        let incoming = self.incoming_mut(handoff, own)?;
-        match &incoming.receipt {
-            Receipt::Active => return repeat(active(incoming)),
-            Receipt::Receiving { cursor, start: begun }
-                if incoming.opened == attempt && *begun == start =>
-            {
-                return repeat(Done::Receiving { cursor: cursor.clone() });
-            }
-            _ => {}
-        }
-        let highest = incoming.opened.max(incoming.refused);
-        if attempt <= highest {
-            return Err(Refused::WrongAttempt { attempt, present: highest });
-        }
-        incoming.discard();
-        incoming.opened = attempt;
-        incoming.receipt = Receipt::Receiving { cursor: Cursor::start(), start };
-        first(Done::Receiving { cursor: Cursor::start() })
-    }
-
-    /// Whether a page that continues the copy at `from` may be staged.
-    ///
-    /// # Errors
-    /// Why not. A page that is repeated, or that another driver was faster with, is [`Refused::WrongCursor`].
-    pub fn check_import(
-        &self,
-        handoff: &Handoff,
-        attempt: Attempt,
-        from: &Cursor,
-        to: &Cursor,
-        own: &ClusterId,
-    ) -> Result<(), Refused> {
-        let incoming = self.incoming(handoff).ok_or_else(|| self.unknown(handoff, own))?;
-        if handoff.to != *own {
-            return Err(self.unknown(handoff, own));
-        }
-        if incoming.opened != attempt {
-            return Err(Refused::WrongAttempt { attempt, present: incoming.opened });
-        }
-        match &incoming.receipt {
-            // The order of the variants is the order of copying.
-            Receipt::Receiving { cursor, .. } if cursor == from && to >= from => Ok(()),
-            Receipt::Receiving { .. } => Err(Refused::WrongCursor),
-            _ => Err(Refused::WrongPhase {
-                step: "import".into(),
-                phase: format!("{:?}", incoming.receipt).to_lowercase(),
-            }),
-        }
-    }
-
-    /// The page that [`Self::check_import`] admitted is staged: the tally is what is staged now, and
-    /// `garbage` says how many rows of dead attempts it replaced.
-    pub fn end_import(&mut self, handoff: &Handoff, to: &Cursor, tally: Tally, garbage: u64) {
-        let Some(incoming) = self.incoming_slot(handoff) else { return };
-        if let Receipt::Receiving { cursor, .. } = &mut incoming.receipt {
-            *cursor = to.clone();
-            incoming.tally = tally;
-            incoming.garbage = incoming.garbage.saturating_sub(garbage);
-        }
-    }
-
-    fn activate(
-        &mut self,
-        handoff: &Handoff,
-        attempt: Attempt,
-        frozen: &Frozen,
-        own: &ClusterId,
-    ) -> Decided {
-        let incoming = self.incoming_mut(handoff, own)?;
-        if incoming.opened != attempt {
-            return Err(Refused::WrongAttempt { attempt, present: incoming.opened });
-        }
-        match &incoming.receipt {
-            Receipt::Active => repeat(active(incoming)),
-            Receipt::Receiving { cursor, .. } if cursor.covers(frozen.position) => {
-                if incoming.tally != frozen.tally {
-                    return Err(Refused::Differs {
-                        staged: incoming.tally,
-                        source_has: frozen.tally,
-                    });
-                }
-                incoming.receipt = Receipt::Active;
-                first(active(incoming))
-            }
-            Receipt::Receiving { .. } => Err(Refused::WrongCursor),
-            Receipt::Waiting => {
-                Err(Refused::WrongPhase { step: "activate".into(), phase: "waiting".into() })
-            }
-        }
-    }
-
-    fn refuse(&mut self, handoff: &Handoff, attempt: Attempt, own: &ClusterId) -> Decided {
-        let incoming = self.incoming_mut(handoff, own)?;
-        if incoming.receipt == Receipt::Active {
-            return repeat(active(incoming));
-        }
-        if attempt <= incoming.refused {
-            return repeat(Done::Refused { attempt: incoming.refused });
-        }
-        incoming.refused = attempt;
-        if incoming.opened <= attempt {
-            incoming.discard();
-            incoming.receipt = Receipt::Waiting;
-        }
-        first(Done::Refused { attempt })
-    }
-
     // --- Finding things ----------------------------------------------------------------------------
 
     /// Whether a key moves by this handoff. Owns its rings: the state can change while it is used.
-    fn moves(&self, handoff: &Handoff) -> impl Fn(&[u8]) -> bool + use<> {
+    pub(super) fn moves(&self, handoff: &Handoff) -> impl Fn(&[u8]) -> bool + use<> {
         let old = self.ring.clone();
         let new = self.change_to(handoff.epoch).map(|change| change.next.clone());
         let (from, to) = (handoff.from.clone(), handoff.to.clone());
@@ -561,21 +311,25 @@ impl RingState {
         }
     }
 
-    fn change_mut(&mut self, epoch: Epoch, own: &ClusterId) -> Result<&mut Change, Refused> {
+    pub(super) fn change_mut(
+        &mut self,
+        epoch: Epoch,
+        own: &ClusterId,
+    ) -> Result<&mut Change, Refused> {
         match &mut self.change {
             Some(change) if change.next.ring().epoch == epoch => Ok(change),
             _ => Err(Refused::NoChange { epoch, cluster: own.clone() }),
         }
     }
 
-    fn unknown(&self, handoff: &Handoff, own: &ClusterId) -> Refused {
+    pub(super) fn unknown(&self, handoff: &Handoff, own: &ClusterId) -> Refused {
         if self.change_to(handoff.epoch).is_none() {
             return Refused::NoChange { epoch: handoff.epoch, cluster: own.clone() };
         }
         Refused::UnknownHandoff { cluster: own.clone(), handoff: handoff.clone() }
     }
 
-    fn outgoing_mut(
+    pub(super) fn outgoing_mut(
         &mut self,
         handoff: &Handoff,
         own: &ClusterId,
@@ -588,7 +342,7 @@ impl RingState {
     }
 
     /// The source's side, if this is its present attempt.
-    fn outgoing_in(
+    pub(super) fn outgoing_in(
         &mut self,
         handoff: &Handoff,
         attempt: Attempt,
@@ -601,7 +355,7 @@ impl RingState {
         Ok(outgoing)
     }
 
-    fn incoming_mut(
+    pub(super) fn incoming_mut(
         &mut self,
         handoff: &Handoff,
         own: &ClusterId,
@@ -624,22 +378,6 @@ impl RingState {
         let change = self.change.as_mut().filter(|c| c.next.ring().epoch == handoff.epoch)?;
         change.incoming.get_mut(&handoff.from)
     }
-}
-
-impl Incoming {
-    /// What the present attempt staged is dead from now on.
-    fn discard(&mut self) {
-        self.garbage += self.tally.records;
-        self.tally = Tally::default();
-    }
-}
-
-fn active(incoming: &Incoming) -> Done {
-    Done::Active { attempt: incoming.opened, tally: incoming.tally }
-}
-
-fn wrong_phase(step: &str, phase: Sending) -> Refused {
-    Refused::WrongPhase { step: step.to_owned(), phase: format!("{phase:?}").to_lowercase() }
 }
 
 fn checked(ring: &Ring) -> Result<RingTable, Refused> {
