@@ -156,7 +156,7 @@ impl RingState {
             });
         }
         let table = checked(next)?;
-        if current == 0 || next.epoch != current + 1 {
+        if current == 0 || current.checked_add(1) != Some(next.epoch) {
             return Err(Refused::Gap { current, offered: next.epoch });
         }
         if ring.cluster(own).is_none() && next.cluster(own).is_none() {
@@ -220,8 +220,8 @@ impl RingState {
             let ours = self.ring.ring();
             Ring { epoch: ours.epoch, ..ring.clone() } == *ours
         };
-        if ring.epoch != current + 2 {
-            return Err(if ring.epoch <= current + 1 {
+        if current.checked_add(2) != Some(ring.epoch) {
+            return Err(if ring.epoch <= current.saturating_add(1) {
                 Refused::Stale { current }
             } else {
                 Refused::Gap { current, offered: ring.epoch }

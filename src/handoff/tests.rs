@@ -75,3 +75,62 @@ fn steps_and_states_survive_json() {
     let json = serde_json::to_string(&state).unwrap();
     assert_eq!(serde_json::from_str::<RingState>(&json).unwrap(), state);
 }
+
+/// A cluster that knows nothing, for steps that ask nothing of the data.
+struct Nothing(ClusterId);
+
+impl Facts for Nothing {
+    fn own(&self) -> &ClusterId {
+        &self.0
+    }
+
+    fn index(&self) -> u64 {
+        1
+    }
+
+    fn revision(&self) -> u64 {
+        0
+    }
+
+    fn log_time_ms(&self) -> u64 {
+        0
+    }
+
+    fn floors(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+
+    fn is_empty(&self) -> std::io::Result<bool> {
+        Ok(true)
+    }
+
+    fn answers(&self, _: &dyn Fn(&[u8]) -> bool) -> Tally {
+        Tally::default()
+    }
+
+    fn records(
+        &self,
+        _: &dyn Fn(&[u8]) -> bool,
+        _: &[u8],
+        _: Option<&[u8]>,
+        _: u64,
+    ) -> std::io::Result<Tally> {
+        Ok(Tally::default())
+    }
+}
+
+/// A forged ring of the last epoch there is leads nowhere, and takes no replica down.
+#[test]
+fn nothing_follows_the_last_epoch() {
+    let last = ring(Epoch::MAX, &[("a", 1.0)]);
+    let mut state = RingState::default();
+    let join = Step::Join { ring: Box::new(last.clone()) };
+    let own = Nothing(id("b"));
+    state.decide(&join, &own).unwrap().unwrap();
+    let next = ring(1, &[("a", 1.0), ("b", 1.0)]);
+    let plan = pairs(&last, &next);
+    let begin = Step::Begin { ring: Box::new(last), next: Box::new(next.clone()), plan };
+    assert!(matches!(state.decide(&begin, &own).unwrap(), Err(Refused::Gap { .. })));
+    let revert = Step::Revert { ring: Box::new(next) };
+    assert!(matches!(state.decide(&revert, &own).unwrap(), Err(Refused::Stale { .. })));
+}
