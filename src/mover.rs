@@ -87,7 +87,7 @@ struct Tools {
 /// One job; never twice at once.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Job {
-    /// Receive what this cluster gives.
+    /// Receive what the cluster of this id gives.
     Receive(ClusterId),
     /// Count what moves away, of one handoff after the other: each stretch is read within the log's turn.
     Count,

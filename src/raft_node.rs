@@ -11,8 +11,8 @@
 //!
 //! How it works: a `Call` says what to send, `sequence` numbers writes, `courier` sends operations on
 //! keys together with others, `verdict` says what an answer means, `journey` when to pause and when to
-//! give up, `doubt` what is uncertain then, `view` whom to ask next. This file holds the loop that joins them, and `operations` the methods that it shares with
-//! `KVClient`.
+//! give up, `doubt` what is uncertain then, `view` whom to ask next. This file holds the loop that joins
+//! them, and `operations` the methods that it shares with `KVClient`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

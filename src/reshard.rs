@@ -17,8 +17,8 @@
 //! **Nobody keeps state that matters.** A driver may be killed at any moment, and any number of them may
 //! drive at once: each reads the clusters' own states and proposes what is missing, and a step that came
 //! too late or twice is answered as such. So once the sequencer has begun a change, the change goes on
-//! by itself: the leader of a source drives the handoffs of its cluster, the sequencer's leader drives
-//! the rest, and each of them takes over what the one in charge leaves lying.
+//! by itself: the leader of a source drives the handoffs of its cluster, the leaders of both rings'
+//! sequencers drive the rest, and take over what a source's leader leaves lying.
 //!
 //! What a driver does not do is copy, count or delete keys: each cluster's leader does that by itself,
 //! and the driver waits for it.

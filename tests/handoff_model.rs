@@ -296,7 +296,7 @@ fn the_new_sequencer_records_the_finish() {
     needs(&[AwaitedAtOldSequencer], chain(), ONE_CHANGE);
 }
 
-// Beyond the list.
+// Beyond the first eleven of `Mutation`.
 
 #[test]
 fn an_operation_that_changes_nothing_is_logged() {

@@ -3,7 +3,8 @@
 //! Without a verb it starts what `Config.toml` describes and serves until it is told to stop; with a
 //! verb it talks to running nodes over HTTP and ends. The work is in the library; here are flags,
 //! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
-//! directory or address that cannot be used, 130 quit by a second signal.
+//! directory or address that cannot be used, 130 interrupted (a verb by Ctrl-C, a run by its second
+//! signal).
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]

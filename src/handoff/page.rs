@@ -1,7 +1,8 @@
 //! Pages: the pieces in which what moves travels from a source to a destination.
 //!
 //! A destination asks a replica of the source for the page at its cursor, and stages what it gets with
-//! an [`Import`], an entry of its own log. Neither side holds more than a page in memory.
+//! an [`Import`], an entry of its own log. Neither side holds more than a page of it in memory, but for
+//! the answers that are staged: these are bounded ([`crate::store`], `dedupe`).
 //!
 //! ```text
 //! cursor  = 1, after:bytes | 2, after:bytes | 3, position:u64

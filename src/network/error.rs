@@ -45,7 +45,7 @@ pub enum ApiError {
     /// A key, value or body over its limit.
     #[error("the {what} is larger than {max} bytes")]
     TooLarge {
-        /// `key`, `value` or `body`.
+        /// Such as `key`, `value` or `body`.
         what: &'static str,
         /// The limit in bytes.
         max: usize,
@@ -89,7 +89,8 @@ pub enum ApiError {
     WrongCluster {
         /// Where to go.
         owner: Box<RingCluster>,
-        /// The epoch of the ring that says so.
+        /// The epoch of the ring in force here. In a change, the owner of a key that has moved is that
+        /// of the next ring.
         epoch: Epoch,
     },
     /// The key is on its way to another cluster, and nobody serves it for a moment.

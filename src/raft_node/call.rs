@@ -18,8 +18,9 @@ use crate::network::error::{Outcome, etag};
 use crate::once::ClientFloor;
 use crate::types::{Condition, Consistency};
 
-/// How long one attempt of a read may take before another node is asked: longer than an election and
-/// than any read of a healthy node, short enough for several attempts before the deadline.
+/// How long one attempt of a read or a step may take before another node is asked: longer than an
+/// election and than either takes on a healthy node, short enough for several attempts before the
+/// deadline.
 const READ_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The same for a write: longer, because a busy disk may hold writes up, and repeats would add to that.

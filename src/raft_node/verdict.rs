@@ -1,8 +1,9 @@
 //! What to do about the result of one attempt: a pure function of the call's kind and the result.
 //!
 //! Every call may be sent again, whatever became of it: reads change nothing, management says what is to
-//! be and not what is to be done, and writes carry a number. What an attempt leaves in doubt is
-//! remembered on the way ([`super::doubt`]).
+//! be and not what is to be done, writes carry a number, and a repeated step of a change of the ring is
+//! answered as the first one was. What an attempt leaves in doubt is remembered on the way
+//! ([`super::doubt`]).
 
 use http::{StatusCode, header};
 

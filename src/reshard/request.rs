@@ -421,7 +421,7 @@ async fn form_if_blank(cluster: &RingCluster) -> Result<(), ChangeError> {
         formed.map_err(|source| ChangeError::Form { cluster: cluster.id.clone(), source })?;
     }
     let survey = cluster_manager::survey(&addresses).await?;
-    // Whether it is empty it says itself, when it joins.
+    // As a member of its ring it owns keys. Whether it holds any, it says itself when it joins.
     if survey.ring.cluster(&cluster.id).is_some() {
         return Err(ChangeError::NotEmpty(cluster.id.clone()));
     }

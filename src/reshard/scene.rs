@@ -42,7 +42,7 @@ pub struct Transition {
     pub next: Ring,
     /// All handoffs.
     pub plan: Vec<Pair>,
-    /// Whether a cluster has cancelled it: then it can only be called off.
+    /// Whether a cluster has cancelled it: then it is called off, unless a handoff has been activated.
     pub cancelled: bool,
 }
 
@@ -94,7 +94,7 @@ impl Scene {
         Self::Quiet { ring: ring.clone(), settled }
     }
 
-    /// The newest ring that somebody lives by.
+    /// The newest ring that somebody lives by; in a change, the one before it.
     pub fn ring(&self) -> Option<&Ring> {
         match self {
             Self::NoRing => None,

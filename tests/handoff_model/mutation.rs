@@ -8,7 +8,8 @@ use distrib_kv_store::handoff::{
 };
 use distrib_kv_store::types::ClusterId;
 
-/// One rule less. The first eleven are the list at the end of the protocol's description.
+/// One rule less. The first eleven were known to be fatal when the protocol was designed; the others came
+/// with this model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mutation {
     /// A page is staged wherever the copy is.

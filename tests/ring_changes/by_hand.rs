@@ -148,11 +148,12 @@ fn story(
     kill: Kill,
     seed: u64,
 ) {
-    told(members, standby, request, kill, seed, None);
+    story_with_abort(members, standby, request, kill, seed, None);
 }
 
-/// The same, called off after so many steps if that is given. Returns the ring in the end.
-fn told(
+/// The same, called off after so many steps if that is given. Returns the ring in the end, and the one
+/// that was changed to.
+fn story_with_abort(
     members: usize,
     standby: usize,
     request: impl Fn(&Clusters) -> Request,
@@ -230,7 +231,8 @@ fn whoever_takes_a_step_is_killed_meanwhile() {
 #[test]
 fn a_change_is_called_off_at_any_step_with_kills() {
     for (seed, steps) in [(21, 2), (22, 10), (23, 25)] {
-        let (ring, next) = told(2, 1, one_more, Kill::WhoeverTakesIt, seed, Some(steps));
+        let (ring, next) =
+            story_with_abort(2, 1, one_more, Kill::WhoeverTakesIt, seed, Some(steps));
         let old = Ring { epoch: 1, clusters: ring.clusters[..2].to_vec(), ..ring.clone() };
         assert!(ring == next || ring == reverted(&old), "seed {seed}: {ring:?}");
     }

@@ -8,8 +8,8 @@ use crate::common::clusters::{Clusters, id};
 use crate::common::put;
 use crate::{ONE_AT_A_TIME, SMALL_PAGES};
 
-/// A cluster that holds keys, one that is taken, one that is the last but for a dead one, a weight that
-/// is none: each is refused with its own error, and the rings stay as they were.
+/// A cluster that holds keys, an id that is taken, a node of another cluster, a weight that is none, a
+/// cluster of the ring out of reach: each is refused with its own error, and the states stay the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_that_cannot_be_changes_nothing() {
     let _turn = ONE_AT_A_TIME.lock().await;

@@ -41,7 +41,7 @@ pub enum ClusterVerb {
         #[command(flatten)]
         target: Target,
     },
-    /// Gives a cluster another share of the keys
+    /// Gives a cluster another share of the keys; returns when they have moved
     Weight {
         /// Its id
         id: ClusterId,
@@ -84,7 +84,7 @@ pub enum MigrationVerb {
     },
     /// Helps the change under way along; returns when it is finished
     Resume(Target),
-    /// Calls the change under way off, as long as no key has changed hands
+    /// Calls the change under way off, unless keys are frozen or have moved already
     Abort(Target),
 }
 

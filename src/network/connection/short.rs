@@ -4,8 +4,8 @@
 //! do much more for it, and with many clients that was the largest part of a node's own time. So a
 //! connection begins here: as long as requests are plain ([`PlainRequest`]) and whole, the handlers of
 //! [`super::super::api`] answer them directly, with the same calls and the same answers. The first
-//! request that is not, or whose body lets itself be waited for, goes to hyper together with the rest
-//! of the connection. Nothing of it was consumed until then.
+//! request that is not, or whose body is slow to come, goes to hyper together with the rest of the
+//! connection. Nothing of it was consumed until then.
 //!
 //! [`PlainRequest`]: super::super::head::PlainRequest
 
@@ -47,7 +47,7 @@ pub(super) enum End {
 /// is being answered.
 pub(super) async fn serve(
     socket: &mut Watched,
-    keys: &ApiState,
+    state: &ApiState,
     router: &Router,
     activity: &Arc<Activity>,
     header_timeout: Duration,
@@ -79,7 +79,7 @@ pub(super) async fn serve(
         };
         body_until = None;
         let serving = Serving::begin(activity.clone());
-        let response = api::answer_plain(keys, router, request).await;
+        let response = api::answer_plain(state, router, request).await;
         drop(serving);
         write(socket, response, shutdown.is_cancelled(), &mut out).await?;
     }

@@ -26,7 +26,7 @@ const BODY_BYTES_MAX: u64 = 64 << 10;
 const MEANINGLESS: [&str; 5] =
     ["host", "user-agent", "accept", "accept-encoding", "accept-language"];
 
-/// Fields that say how a connection is used.
+/// Fields about the connection, or about how the body comes: hyper's to handle.
 const HOP_BY_HOP: [&str; 6] =
     ["transfer-encoding", "expect", "upgrade", "te", "trailer", "proxy-connection"];
 

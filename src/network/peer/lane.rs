@@ -133,6 +133,7 @@ impl Lane {
             }
             let rest = answering.lock().unwrap_or_else(PoisonError::into_inner).take();
             for outcome in rest.into_iter().flatten() {
+                // The caller may be gone, then nobody needs the answer.
                 let _ = outcome.send(Err(Failure::SessionEnded));
             }
         });
