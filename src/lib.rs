@@ -21,6 +21,7 @@ pub mod handoff;
 pub mod http_client;
 pub mod key_path;
 pub mod kvclient;
+mod log_clock;
 pub mod metrics;
 pub mod mover;
 pub mod network;

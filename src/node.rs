@@ -149,10 +149,11 @@ impl Node {
         let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
         let (of_raft, token) = (raft.clone(), shutdown.clone());
         let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
-        let (proposer, proposer_task) = Proposer::spawn(raft.clone());
+        let (proposer, proposer_task) = Proposer::spawn(raft.clone(), store.reader());
         let caretaker = caretaker::spawn(raft.clone(), store.reader(), shutdown.clone());
         let (cluster, token) = (options.cluster.clone(), shutdown.clone());
-        let reshard = reshard::service::spawn(cluster, raft.clone(), store.reader(), token);
+        let reshard =
+            reshard::service::spawn(cluster, raft.clone(), store.reader(), &config.reshard, token);
         let (cluster, links) = (options.cluster.clone(), network.handoff_links());
         let (of_raft, token) = (raft.clone(), shutdown.clone());
         let mover = mover::spawn(cluster, of_raft, store.reader(), links, config, token);

@@ -14,7 +14,6 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -25,7 +24,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::ENTRY_BYTES_MAX;
+use crate::log_clock::LogClock;
 use crate::node::Raft;
+use crate::store::StateReader;
 use crate::types::{Applied, Command, TypeConfig, Write, Written};
 
 /// Entries on their way at once. More would make entries smaller, and each of them costs the same;
@@ -115,9 +116,9 @@ pub struct Proposer {
 
 impl Proposer {
     /// Starts the task that proposes. Join the handle after Raft has stopped and all clones are gone.
-    pub fn spawn(raft: Raft) -> (Self, JoinHandle<()>) {
+    pub fn spawn(raft: Raft, reader: StateReader) -> (Self, JoinHandle<()>) {
         let (queue, requests) = mpsc::channel(QUEUE_MAX);
-        (Self { queue }, tokio::spawn(run(raft, requests)))
+        (Self { queue }, tokio::spawn(run(raft, reader, requests)))
     }
 
     /// Proposes writes and waits until they are applied: one answer for each, in their order.
@@ -174,7 +175,8 @@ fn into_parts(writes: Vec<Write>) -> Vec<Vec<Write>> {
     parts
 }
 
-async fn run(raft: Raft, mut requests: mpsc::Receiver<Request>) {
+async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Request>) {
+    let mut clock = LogClock::default();
     let mut waiting = VecDeque::new();
     let mut received = Vec::new();
     let mut under_way = FuturesUnordered::new();
@@ -198,7 +200,8 @@ async fn run(raft: Raft, mut requests: mpsc::Receiver<Request>) {
         while under_way.len() < PROPOSALS_MAX
             && let Some(entry) = next_entry(&mut waiting)
         {
-            under_way.push(propose(&raft, entry).await);
+            let at_ms = clock.stamp(reader.log_time_ms(), Instant::now());
+            under_way.push(propose(&raft, at_ms, entry).await);
         }
     }
 }
@@ -220,7 +223,7 @@ fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Vec<Request>> {
 }
 
 /// Hands an entry to Raft. The future that it leaves waits for Raft's answer and tells the callers.
-async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> + use<> {
+async fn propose(raft: &Raft, at_ms: u64, entry: Vec<Request>) -> impl Future<Output = ()> + use<> {
     let mut writes = Vec::new();
     let mut callers = Vec::with_capacity(entry.len());
     for request in entry {
@@ -232,7 +235,7 @@ async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> +
         }
     }
     let (responder, outcome) = ProgressResponder::complete_only();
-    let command = Command::Write { at_ms: now_ms(), writes };
+    let command = Command::Write { at_ms, writes };
     let handed_over = raft.client_write_ff(command, Some(responder)).await;
     async move {
         let outcome = match handed_over {
@@ -244,13 +247,6 @@ async fn propose(raft: &Raft, entry: Vec<Request>) -> impl Future<Output = ()> +
         };
         answer(outcome.map(|response| response.data), callers);
     }
-}
-
-/// The wall clock. It may jump: the state machine takes it for no more than a hint that never goes
-/// back.
-fn now_ms() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }
 
 type Callers = Vec<(usize, oneshot::Sender<Answer>)>;

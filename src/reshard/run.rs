@@ -33,8 +33,8 @@ use super::scene::{Scene, Views, mentioned};
 /// below what a client waits.
 pub const PATIENCE: Duration = Duration::from_millis(700);
 
-/// How long an attempt may be frozen before the destination is asked to refuse it. Clients wait for as
-/// long; a healthy destination takes some ten milliseconds.
+/// How long an attempt may be frozen before the destination is asked to refuse it: well above the tens of
+/// milliseconds that a healthy destination takes, well below the deadline of clients that wait it out.
 pub const FROZEN_MAX: Duration = Duration::from_secs(2);
 
 /// Between two looks at a cluster when something is frozen or nearly: a look takes about as long.
@@ -147,7 +147,7 @@ impl Role {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum DriveError {
     /// It was to be called off.
-    #[error("the change cannot be called off: {0}; from here it only goes forward")]
+    #[error("the change cannot be called off: {0}")]
     TooLate(Refused),
     /// Nothing happened for too long. The change goes on when what is in the way is gone.
     #[error("nothing has moved for {} s: {trouble}", .after.as_secs())]
@@ -234,9 +234,11 @@ impl<'a, C: Clusters> Drive<'a, C> {
         self
     }
 
-    /// What the clusters said last.
-    pub fn views(&self) -> &Views {
-        &self.views
+    /// How many handoffs may send at once besides the pivot; [`super::HANDOFFS_AT_ONCE`] unless set.
+    #[must_use]
+    pub fn at_once(mut self, handoffs: usize) -> Self {
+        self.hints.at_once_max = handoffs;
+        self
     }
 
     /// Drives until no change is under way and the sequencer has recorded that; returns the scene then.
@@ -426,7 +428,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         let contact = self.contact(&action.at);
         contact.steps += 1;
         contact.fresh = false;
-        // Even one that is away for the driver's looks is asked at once: it has just answered.
+        // At once, also where looks have failed: it has just answered. If not, this is put off below.
         contact.look_at = Instant::now();
         match result {
             Ok(done) => {

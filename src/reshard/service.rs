@@ -14,6 +14,7 @@ use openraft::async_runtime::WatchReceiver;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::config::ReshardConfig;
 use crate::handoff::RingState;
 use crate::node::Raft;
 use crate::store::StateReader;
@@ -31,10 +32,12 @@ pub fn spawn(
     cluster: ClusterId,
     raft: Raft,
     reader: StateReader,
+    config: &ReshardConfig,
     shutdown: CancellationToken,
 ) -> JoinHandle<()> {
+    let at_once_max = config.handoffs_at_once;
     tokio::spawn(async move {
-        let service = Service { cluster, raft, reader, clusters: Arc::default() };
+        let service = Service { cluster, raft, reader, at_once_max, clusters: Arc::default() };
         shutdown.run_until_cancelled(service.run()).await;
     })
 }
@@ -43,6 +46,7 @@ struct Service {
     cluster: ClusterId,
     raft: Raft,
     reader: StateReader,
+    at_once_max: usize,
     clusters: Arc<HttpClusters>,
 }
 
@@ -61,7 +65,8 @@ impl Service {
         tracing::info!(?role, "a change of the ring goes on");
         let views = Views::from([(self.cluster.clone(), self.reader.ring_state())]);
         let known = mentioned(&views).into_values();
-        let mut drive = Drive::new(&*self.clusters, known, role.clone(), Goal::Forward);
+        let drive = Drive::new(&*self.clusters, known, role.clone(), Goal::Forward);
+        let mut drive = drive.at_once(self.at_once_max);
         tokio::select! {
             ended = drive.run(|_, _| {}) => match ended {
                 Ok(_) => tracing::info!("the change of the ring is finished"),

@@ -38,6 +38,7 @@ pub(super) struct StateShared {
     pub(super) flushes: Flushes,
     view: RwLock<View>,
     revision: AtomicU64,
+    log_time_ms: AtomicU64,
     applied: Mutex<Option<LogId>>,
 }
 
@@ -60,6 +61,7 @@ impl StateShared {
         view: View,
     ) -> Self {
         let progress = memtables.read().head().progress;
+        let log_time_ms = machine.lock().map_or(0, |machine| machine.dedupe.log_time_ms());
         Self {
             engine,
             cluster,
@@ -68,6 +70,7 @@ impl StateShared {
             flushes,
             view: RwLock::new(view),
             revision: AtomicU64::new(progress.revision),
+            log_time_ms: AtomicU64::new(log_time_ms),
             applied: Mutex::new(progress.last_applied),
         }
     }
@@ -98,8 +101,9 @@ impl StateShared {
     }
 
     /// Tells readers what they can read by now. Comes after it is readable and before it is answered.
-    pub(super) fn publish(&self, progress: &Progress) {
+    pub(super) fn publish(&self, progress: &Progress, log_time_ms: u64) {
         self.revision.store(progress.revision, Ordering::Release);
+        self.log_time_ms.store(log_time_ms, Ordering::Release);
         *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = progress.last_applied;
     }
 }
@@ -187,6 +191,11 @@ impl StateReader {
     /// The state machine's revision counter.
     pub fn revision(&self) -> Revision {
         self.shared.revision.load(Ordering::Acquire)
+    }
+
+    /// Log time as applied here, in milliseconds.
+    pub fn log_time_ms(&self) -> u64 {
+        self.shared.log_time_ms.load(Ordering::Acquire)
     }
 
     /// The last entry whose changes a read that begins now will see. What this node answered as

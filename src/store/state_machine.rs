@@ -147,7 +147,7 @@ impl StateMachine {
             let new = View { data: staged.family().to_owned(), ring };
             std::mem::replace(&mut *view, new).data
         };
-        self.shared.publish(&head.progress);
+        self.shared.publish(&head.progress, machine.dedupe.log_time_ms());
         staged.keep();
         engine.drop_family(&old)
     }
