@@ -334,6 +334,11 @@ impl App {
         self.inner.reader.ring()
     }
 
+    /// The ring, with the change that is under way.
+    pub fn ring_view(&self) -> Arc<RingState> {
+        self.inner.reader.ring_view()
+    }
+
     /// Gives the cluster its first ring; the same ring again is fine.
     pub async fn install_ring(&self, ring: Ring, deadline: Instant) -> Result<(), ApiError> {
         self.check_serving()?;

@@ -56,10 +56,32 @@ use crate::types::{ClusterId, Epoch, Revision};
 pub use decide::{Decision, Facts};
 pub use page::{Clean, Import, Page, PageRequest};
 pub use plan::pairs;
-pub use state::{Change, Counted, Incoming, Outgoing, Ownership, Receipt, RingState, Sending, Tag};
+pub use state::{
+    Change, Counted, Incoming, Outgoing, Ownership, Prepared, Receipt, RingState, Sending, Tag,
+};
 
 /// The number of a try at a handoff. Grows; a number that was used or refused never comes again.
 pub type Attempt = u64;
+
+/// How far an attempt may lie above the highest one before it. Drivers add one, and several who do so at
+/// once, or whose attempts one side never hears of, come to a handful. The bound is there for steps that
+/// no driver of ours sent: a number near the end of all numbers would leave none for another attempt.
+pub const ATTEMPT_JUMP_MAX: u64 = 1 << 20;
+
+/// How many bytes the floors of a source's clients may take in [`Step::Activate`], as JSON: all that a
+/// cluster remembers by itself, with the longest names, and still no more than a request's body and half
+/// a peer's frame may have. Clients are taken over with every handoff, so there can be more; then nothing
+/// freezes, because it could not be activated.
+pub const FLOORS_BYTES_MAX: usize = 6 << 20;
+
+/// The highest revision with which a destination takes over: no cluster gets there by writing, and one
+/// that is told more would have none left for its own writes.
+pub const REVISION_MAX: Revision = Revision::MAX >> 1;
+
+/// Whether an attempt may come after `highest`.
+pub(crate) fn is_next_attempt(attempt: Attempt, highest: Attempt) -> bool {
+    attempt > highest && attempt - highest <= ATTEMPT_JUMP_MAX
+}
 
 /// A place in a cluster's change log: how many changes of moving keys it has taken down.
 pub type Position = u64;
@@ -180,8 +202,6 @@ pub struct Frozen {
     pub position: Position,
     /// Its revision counter.
     pub revision: Revision,
-    /// Its log time, in milliseconds since the Unix epoch.
-    pub log_time_ms: u64,
     /// What moves.
     pub tally: Tally,
     /// For each of its clients, the sequence below which everything is answered and may be forgotten.
@@ -428,7 +448,7 @@ pub enum Refused {
         /// The epoch in force.
         epoch: Epoch,
     },
-    /// A cluster that joins must be empty.
+    /// A cluster that joins must be empty, and own nothing by the ring that it lives by.
     #[error(
         "cluster {0} holds records or lives by a ring that it owns keys of: only an empty cluster can join"
     )]
@@ -463,18 +483,30 @@ pub enum Refused {
         /// The phase's name.
         phase: String,
     },
-    /// The change has been cancelled, or can no longer be.
+    /// Nothing of a cancelled change may begin, freeze or finish.
     #[error("the change is cancelled")]
     Cancelled,
-    /// A handoff is frozen, or has been activated.
+    /// It can no longer be cancelled: a handoff is frozen, or has been activated.
     #[error("a handoff is frozen or done: from here the change can only go forward")]
     TooLate,
+    /// The floors of all clients do not fit into the step that the destination would need.
+    #[error(
+        "the cluster remembers too many clients to tell of them in one message: nothing can be handed \
+         over until it has forgotten some"
+    )]
+    TooManyClients,
     /// What moves has not been counted to its end.
     #[error("not all of what moves has been counted yet")]
     Uncounted,
     /// Copying is not where the step thinks.
     #[error("the copy is not at that place")]
     WrongCursor,
+    /// No source has come so far.
+    #[error("no cluster has written so often: revision {0}")]
+    Implausible(Revision),
+    /// The stretch to count is longer than one entry may take.
+    #[error("the stretch holds too many records to be counted at once")]
+    TooMuch,
     /// What was staged is not what the source has.
     #[error("what was staged differs from what the source holds: {staged:?}, not {source_has:?}")]
     Differs {

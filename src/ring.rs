@@ -20,6 +20,10 @@ pub const LIST_TTL_S_DEFAULT: u64 = DEFAULT_LIST_TTL_S as u64;
 /// CARP's hash version 2: the well-mixed one.
 pub const HASH_VERSION_DEFAULT: u8 = 2;
 
+/// The highest epoch of a ring. Changes get nowhere near; whoever counts on from it may do so without
+/// running over.
+pub const EPOCH_MAX: Epoch = Epoch::MAX >> 1;
+
 /// The most clusters a ring may have: keeps one ring entry well below the peer frame limit.
 pub const CLUSTERS_MAX: usize = 2048;
 
@@ -52,9 +56,17 @@ pub struct RingCluster {
     /// Its stable name.
     pub id: ClusterId,
     /// Its share relative to the others.
+    #[serde(deserialize_with = "finite")]
     pub weight: f32,
     /// Where its nodes listen.
     pub nodes: Vec<RingNode>,
+}
+
+/// A number beyond all weights is read as infinity, which JSON cannot write again: so it is none.
+fn finite<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
+    let weight = f32::deserialize(deserializer)?;
+    let finite = weight.is_finite().then_some(weight);
+    finite.ok_or_else(|| serde::de::Error::custom("a weight is a finite number"))
 }
 
 impl std::hash::Hash for RingCluster {
@@ -93,6 +105,9 @@ pub enum RingError {
     /// Too many members.
     #[error("the ring lists {0} clusters; at most {CLUSTERS_MAX} are allowed")]
     TooManyClusters(usize),
+    /// No ring has been changed so often.
+    #[error("epoch {0} is too high: at most {EPOCH_MAX} is allowed")]
+    EpochTooHigh(Epoch),
     /// The sequencer must be a member, and a ring with members must have one.
     #[error("the ring's sequencer must be one of its clusters")]
     Sequencer,
@@ -216,6 +231,9 @@ fn check_shape(ring: &Ring) -> Result<(), RingError> {
     if clusters > CLUSTERS_MAX {
         return Err(RingError::TooManyClusters(clusters));
     }
+    if ring.epoch > EPOCH_MAX {
+        return Err(RingError::EpochTooHigh(ring.epoch));
+    }
     if (ring.epoch == 0) != (clusters == 0) {
         return Err(RingError::EpochAndClusters { epoch: ring.epoch, clusters });
     }
@@ -282,6 +300,9 @@ mod tests {
         let mut without_sequencer = ring(vec![cluster("a", 1.0)]);
         without_sequencer.sequencer = None;
         assert_eq!(RingTable::new(without_sequencer).unwrap_err(), RingError::Sequencer);
+        let mut ageless = ring(vec![cluster("a", 1.0)]);
+        ageless.epoch = EPOCH_MAX + 1;
+        assert_eq!(RingTable::new(ageless).unwrap_err(), RingError::EpochTooHigh(EPOCH_MAX + 1));
         let mut epochless = ring(vec![cluster("a", 1.0)]);
         epochless.epoch = 0;
         assert!(matches!(RingTable::new(epochless), Err(RingError::EpochAndClusters { .. })));

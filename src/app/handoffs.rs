@@ -57,8 +57,15 @@ impl App {
         self.check_serving()?;
         // A step travels to the followers in one message.
         let bytes_max = self.ring_bytes_max();
-        if serde_json::to_vec(&step).map_or(usize::MAX, |json| json.len()) > bytes_max {
+        let json = serde_json::to_vec(&step).map_err(|error| bad_step(&error))?;
+        if json.len() > bytes_max {
             return Err(ApiError::TooLarge { what: "step", max: bytes_max });
+        }
+        // An entry that does not decode would be the last of the log, on every replica.
+        match serde_json::from_slice::<Step>(&json) {
+            Ok(again) if again == step => {}
+            Ok(_) => return Err(bad_step("it is not itself after a journey")),
+            Err(error) => return Err(bad_step(&error)),
         }
         match self.propose(Command::Step(Box::new(step)), deadline).await? {
             Applied::Step(decided) => {
@@ -67,4 +74,8 @@ impl App {
             other => unreachable!("a step was answered by {other:?}"),
         }
     }
+}
+
+fn bad_step(why: impl std::fmt::Display) -> ApiError {
+    ApiError::BadRequest(format!("the step cannot be written to the log: {why}"))
 }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::network::error::{ApiError, Outcome};
 use crate::store::formation::Joined;
-use crate::types::{NodeAddrs, NodeId, TypeConfig};
+use crate::types::{LogId, NodeAddrs, NodeId, TypeConfig};
 
 use super::{App, Consistency, Metrics, POLL_INTERVAL};
 
@@ -131,9 +131,16 @@ impl App {
         change: impl Future<Output = ChangeResult> + Send + 'static,
         deadline: Instant,
     ) -> Result<(), ApiError> {
+        let before = self.membership_id();
         let change = self.inner.tasks.spawn(change);
         match tokio::time::timeout_at(deadline, change).await {
             Ok(Ok(Ok(_))) => Ok(()),
+            // What openraft says of the second step is not true of the whole.
+            Ok(Ok(Err(_))) if self.membership_id() != before => Err(ApiError::NoLeader {
+                message: "leadership was lost between the steps of the membership change; it may still \
+                          take effect",
+                outcome: Outcome::Unknown,
+            }),
             Ok(Ok(Err(error))) => Err(self.write_error(&error)),
             Ok(Err(_)) => Err(ApiError::Stopping { outcome: Outcome::Unknown }),
             Err(_) => Err(ApiError::Timeout {
@@ -141,6 +148,13 @@ impl App {
                 outcome: Outcome::Unknown,
             }),
         }
+    }
+
+    /// Which entry this node's effective membership is from.
+    fn membership_id(&self) -> Option<LogId> {
+        let metrics = self.inner.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.membership_config.log_id().clone()
     }
 
     /// Returns once the membership that this node sees is committed, and it still leads.

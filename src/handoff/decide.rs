@@ -1,16 +1,16 @@
 //! What a step does to a cluster's [`RingState`], or why it does nothing.
 //!
 //! The only place where that is decided, with [`super::source`] and [`super::destination`] for the two
-//! sides of a handoff. It looks at the state, the step and a few [`Facts`] about the
-//! data, all of which replicas agree on, and changes the state. What must happen to the data then is the
-//! store's to do, in the same round: see [`Decision::changed`].
+//! sides of a handoff. It looks at the state, the step and a few [`Facts`] about the data, all of which
+//! replicas agree on, and changes the state. What must happen to the data then is the store's to do, in
+//! the same round: see [`RingState::decide`].
 
 use std::io;
 
 use crate::ring::{Ring, RingTable};
 use crate::types::{ClusterId, Epoch, Revision};
 
-use super::state::{Change, Incoming, Outgoing, Receipt, RingState, Sending};
+use super::state::{Change, Incoming, Outgoing, Prepared, Receipt, RingState, Sending};
 use super::{Attempt, Done, Handoff, Pair, Refused, Step, Tally, members_of_both, pairs};
 
 /// What a step needs to know about the data of the cluster that takes it.
@@ -21,22 +21,22 @@ pub trait Facts {
     fn index(&self) -> u64;
     /// The revision counter.
     fn revision(&self) -> Revision;
-    /// The log time, in milliseconds since the Unix epoch.
-    fn log_time_ms(&self) -> u64;
     /// The floors of all clients.
     fn floors(&self) -> Vec<(String, u64)>;
     /// Whether there is neither a record, nor an answer, nor anything staged.
     fn is_empty(&self) -> io::Result<bool>;
     /// The answers to operations on keys that move.
     fn answers(&self, moves: &dyn Fn(&[u8]) -> bool) -> Tally;
-    /// The records of keys that move, after `from` and up to `to`, at most of this revision.
+    /// The records of keys that move, after `from` and up to `to`, as far as they are from before the
+    /// attempt was prepared; `None` when there are so many of those, moving or not, that to count them
+    /// would hold others up.
     fn records(
         &self,
         moves: &dyn Fn(&[u8]) -> bool,
         from: &[u8],
         to: Option<&[u8]>,
-        revision_max: Revision,
-    ) -> io::Result<Tally>;
+        prepared: Prepared,
+    ) -> io::Result<Option<Tally>>;
 }
 
 /// What a step came to.
@@ -44,7 +44,8 @@ pub trait Facts {
 pub struct Decision {
     /// The answer.
     pub done: Done,
-    /// Whether this is the first time. Only then the data follows: see [`RingState::decide`].
+    /// Whether the step changed the state, and is no repeat. Only then the data follows: see
+    /// [`RingState::decide`].
     pub changed: bool,
 }
 
@@ -64,8 +65,9 @@ impl RingState {
     /// After a step that changed something, in the same round, the caller:
     /// - `Open`, `Refuse`: forgets the answers that earlier attempts of the handoff staged; a refusal
     ///   spares those of an attempt above it that is open;
-    /// - `Activate`: makes the staged answers its own, raises its revision and log time to the source's
-    ///   if they are lower, and each client's floor;
+    /// - `Activate`: makes the staged answers its own, as if they were given now (each cluster's log time is
+    ///   its own), raises its revision to the source's if it is lower, and each client's floor;
+    /// - `Thaw`: forgets the answers that stayed only because what moved was frozen;
     /// - `Release`: forgets the answers to operations on keys that moved.
     ///
     /// # Errors

@@ -4,7 +4,9 @@ use crate::types::ClusterId;
 
 use super::decide::{Decided, first, repeat};
 use super::state::{Incoming, Receipt, RingState};
-use super::{Attempt, Cursor, Done, Frozen, Handoff, Position, Refused, Tally};
+use super::{
+    Attempt, Cursor, Done, Frozen, Handoff, Position, REVISION_MAX, Refused, Tally, is_next_attempt,
+};
 
 impl RingState {
     pub(super) fn open(
@@ -25,7 +27,7 @@ impl RingState {
             _ => {}
         }
         let highest = incoming.opened.max(incoming.refused);
-        if attempt <= highest {
+        if !is_next_attempt(attempt, highest) {
             return Err(Refused::WrongAttempt { attempt, present: highest });
         }
         incoming.discard();
@@ -88,6 +90,7 @@ impl RingState {
         }
         match &incoming.receipt {
             Receipt::Active => repeat(active(incoming)),
+            _ if frozen.revision > REVISION_MAX => Err(Refused::Implausible(frozen.revision)),
             Receipt::Receiving { cursor, .. } if cursor.covers(frozen.position) => {
                 if incoming.tally != frozen.tally {
                     return Err(Refused::Differs {
@@ -111,12 +114,21 @@ impl RingState {
         attempt: Attempt,
         own: &ClusterId,
     ) -> Decided {
+        let cancelled = self.change_to(handoff.epoch).is_some_and(|change| change.cancelled);
         let incoming = self.incoming_mut(handoff, own)?;
         if incoming.receipt == Receipt::Active {
             return repeat(active(incoming));
         }
         if attempt <= incoming.refused {
             return repeat(Done::Refused { attempt: incoming.refused });
+        }
+        // All attempts for ever only where the change is being called off: it could not go on.
+        let highest = incoming.opened.max(incoming.refused);
+        if attempt > highest
+            && !is_next_attempt(attempt, highest)
+            && !(cancelled && attempt == Attempt::MAX)
+        {
+            return Err(Refused::WrongAttempt { attempt, present: highest });
         }
         incoming.refused = attempt;
         if incoming.opened <= attempt {

@@ -6,7 +6,7 @@ use crate::types::ClusterId;
 
 use super::decide::{Decided, Facts, first, repeat};
 use super::state::{Counted, Outgoing, RingState, Sending};
-use super::{Attempt, Done, Frozen, Handoff, Refused, Tally};
+use super::{Attempt, Done, FLOORS_BYTES_MAX, Frozen, Handoff, Refused, Tally, is_next_attempt};
 
 impl RingState {
     pub(super) fn prepare(
@@ -28,7 +28,7 @@ impl RingState {
         if matches!(outgoing.sending, Sending::Frozen | Sending::Moved) {
             return Err(wrong_phase("prepare", outgoing.sending));
         }
-        if attempt <= outgoing.attempt {
+        if !is_next_attempt(attempt, outgoing.attempt) {
             return Err(Refused::WrongAttempt { attempt, present: outgoing.attempt });
         }
         *outgoing = Outgoing {
@@ -65,7 +65,9 @@ impl RingState {
             // A repeat, or somebody else's stretch came first.
             _ => return Ok(Err(Refused::WrongCursor)),
         }
-        let records = facts.records(&moves, from, to, outgoing.prepared_revision)?;
+        let Some(records) = facts.records(&moves, from, to, outgoing.prepared())? else {
+            return Ok(Err(Refused::TooMuch));
+        };
         outgoing.tally.records += records.records;
         outgoing.tally.digest = outgoing.tally.digest.wrapping_add(records.digest);
         outgoing.counted = match to {
@@ -98,13 +100,11 @@ impl RingState {
         if outgoing.counted != Counted::All {
             return Err(Refused::Uncounted);
         }
-        let frozen = Frozen {
-            position,
-            revision: facts.revision(),
-            log_time_ms: facts.log_time_ms(),
-            tally: outgoing.tally,
-            floors: facts.floors(),
-        };
+        let floors = facts.floors();
+        if json_bytes(&floors) > FLOORS_BYTES_MAX {
+            return Err(Refused::TooManyClients);
+        }
+        let frozen = Frozen { position, revision: facts.revision(), tally: outgoing.tally, floors };
         outgoing.sending = Sending::Frozen;
         outgoing.frozen = Some(frozen.clone());
         first(Done::Frozen(Box::new(frozen)))
@@ -148,6 +148,15 @@ impl RingState {
             phase => Err(wrong_phase("release", phase)),
         }
     }
+}
+
+/// What floors take as JSON, at most.
+fn json_bytes(floors: &[(String, u64)]) -> usize {
+    /// Brackets, quotes, commas and a number of 20 digits.
+    const EACH: usize = 26;
+    // Of what names are made of, these two are escaped.
+    let escaped = |name: &str| name.bytes().filter(|byte| matches!(byte, b'"' | b'\\')).count();
+    floors.iter().map(|(name, _)| EACH + name.len() + escaped(name)).sum()
 }
 
 fn wrong_phase(step: &str, phase: Sending) -> Refused {

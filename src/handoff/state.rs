@@ -42,8 +42,9 @@ pub struct Change {
     /// Whether nothing may freeze here any more.
     pub cancelled: bool,
     /// Whether this cluster was told that the change can only go forward. Clusters cancel one by one
-    /// while others freeze, so one may find itself cancelled in a change that another has activated.
-    /// That one is then sure to come: its source can never cancel, and without it nobody reverts.
+    /// while others freeze, so one may find itself cancelled in a change of which another has activated a
+    /// handoff. Such a change is sure to come: the source of that handoff can never cancel, and nobody
+    /// reverts before all sources have. Never together with `cancelled`.
     pub decided: bool,
     /// What this cluster gives, by who gets it.
     pub outgoing: BTreeMap<ClusterId, Outgoing>,
@@ -71,6 +72,15 @@ pub struct Outgoing {
     pub tally: Tally,
     /// What the source was when it froze in the present attempt.
     pub frozen: Option<Frozen>,
+}
+
+/// When an attempt was prepared, by the cluster's log: what has a higher revision is newer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prepared {
+    /// The revision counter.
+    pub revision: Revision,
+    /// The index of the entry.
+    pub index: u64,
 }
 
 /// The phases of a source.
@@ -208,6 +218,12 @@ impl RingState {
         Ownership::Elsewhere(old)
     }
 
+    /// Who owns `key` by the ring, and by the next one if a change is under way.
+    pub fn owners(&self, key: &[u8]) -> [Option<&ClusterId>; 2] {
+        let next = self.change.as_ref().and_then(|change| change.next.owner(key));
+        [self.ring.owner(key), next].map(|owner| owner.map(|cluster| &cluster.id))
+    }
+
     /// Whether `own` serves `key` at the moment.
     pub fn serves(&self, own: &ClusterId, key: &[u8]) -> bool {
         self.ownership(own, key) == Ownership::Here
@@ -236,7 +252,7 @@ impl RingState {
         tag.attempt != incoming.opened || incoming.receipt == Receipt::Waiting
     }
 
-    /// The handoff by which `key` leaves `own` in the change under way, if it does.
+    /// The cluster to which `key` goes from `own` in the change under way, if it does.
     pub fn way_out(&self, own: &ClusterId, key: &[u8]) -> Option<&ClusterId> {
         let change = self.change.as_ref()?;
         if change.outgoing.is_empty() || self.ring.owner(key)?.id != *own {
@@ -246,7 +262,7 @@ impl RingState {
         (to != own).then_some(to)
     }
 
-    /// The handoff by which `key` comes to `own` in the change under way, if it does.
+    /// The cluster from which `key` comes to `own` in the change under way, if it does.
     pub fn way_in(&self, own: &ClusterId, key: &[u8]) -> Option<&ClusterId> {
         let change = self.change.as_ref()?;
         if change.incoming.is_empty() || change.next.owner(key)?.id != *own {
@@ -268,19 +284,10 @@ impl RingState {
         self.change.as_ref().is_some_and(|change| change.outgoing.values().any(Outgoing::logs))
     }
 
-    /// Whether answers to writes of this key must stay, for the destination to get.
-    pub fn pins(&self, own: &ClusterId, key: &[u8]) -> bool {
-        let outgoing = self.way_out(own, key).and_then(|to| self.change.as_ref()?.outgoing.get(to));
-        outgoing.is_some_and(Outgoing::logs)
-    }
-
-    /// Gives up what is being sent: it can no longer freeze, and what waits for it may go.
-    pub fn give_up_sending(&mut self) {
-        for outgoing in self.change.iter_mut().flat_map(|change| change.outgoing.values_mut()) {
-            if outgoing.sending == Sending::Sending {
-                outgoing.sending = Sending::Idle;
-            }
-        }
+    /// The phase of the handoff by which this key leaves `own`, if it does.
+    pub fn leaving(&self, own: &ClusterId, key: &[u8]) -> Option<Sending> {
+        let to = self.way_out(own, key)?;
+        Some(self.change.as_ref()?.outgoing.get(to)?.sending)
     }
 
     /// Where the change log begins: nobody needs what lies before.
@@ -330,6 +337,11 @@ impl Outgoing {
     /// Whether its stretch of the change log is still needed.
     pub fn logs(&self) -> bool {
         matches!(self.sending, Sending::Sending | Sending::Frozen)
+    }
+
+    /// When the present attempt was prepared.
+    pub(super) fn prepared(&self) -> Prepared {
+        Prepared { revision: self.prepared_revision, index: self.prepared_index }
     }
 
     /// A record of a moving key changes while this attempt sends: from what it was (its revision and

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use crate::ring::{Ring, RingCluster, RingNode, RingTable};
+use crate::ring::{EPOCH_MAX, Ring, RingCluster, RingNode, RingTable};
 use crate::types::{ClusterId, Epoch};
 
 use super::*;
@@ -77,11 +77,20 @@ fn steps_and_states_survive_json() {
 }
 
 /// A cluster that knows nothing, for steps that ask nothing of the data.
-struct Nothing(ClusterId);
+struct Nothing {
+    own: ClusterId,
+    floors: Vec<(String, u64)>,
+}
+
+impl Default for Nothing {
+    fn default() -> Self {
+        Self { own: id("b"), floors: Vec::new() }
+    }
+}
 
 impl Facts for Nothing {
     fn own(&self) -> &ClusterId {
-        &self.0
+        &self.own
     }
 
     fn index(&self) -> u64 {
@@ -92,12 +101,8 @@ impl Facts for Nothing {
         0
     }
 
-    fn log_time_ms(&self) -> u64 {
-        0
-    }
-
     fn floors(&self) -> Vec<(String, u64)> {
-        Vec::new()
+        self.floors.clone()
     }
 
     fn is_empty(&self) -> std::io::Result<bool> {
@@ -113,24 +118,88 @@ impl Facts for Nothing {
         _: &dyn Fn(&[u8]) -> bool,
         _: &[u8],
         _: Option<&[u8]>,
-        _: u64,
-    ) -> std::io::Result<Tally> {
-        Ok(Tally::default())
+        _: Prepared,
+    ) -> std::io::Result<Option<Tally>> {
+        Ok(Some(Tally::default()))
     }
 }
 
 /// A forged ring of the last epoch there is leads nowhere, and takes no replica down.
 #[test]
 fn nothing_follows_the_last_epoch() {
-    let last = ring(Epoch::MAX, &[("a", 1.0)]);
+    let last = ring(EPOCH_MAX, &[("a", 1.0)]);
     let mut state = RingState::default();
     let join = Step::Join { ring: Box::new(last.clone()) };
-    let own = Nothing(id("b"));
+    let own = Nothing::default();
     state.decide(&join, &own).unwrap().unwrap();
     let next = ring(1, &[("a", 1.0), ("b", 1.0)]);
     let plan = pairs(&last, &next);
     let begin = Step::Begin { ring: Box::new(last), next: Box::new(next.clone()), plan };
     assert!(matches!(state.decide(&begin, &own).unwrap(), Err(Refused::Gap { .. })));
+    let beyond = ring(EPOCH_MAX + 1, &[("a", 1.0)]);
+    let join = Step::Join { ring: Box::new(beyond) };
+    assert!(matches!(state.decide(&join, &own).unwrap(), Err(Refused::InvalidRing(_))));
     let revert = Step::Revert { ring: Box::new(next) };
     assert!(matches!(state.decide(&revert, &own).unwrap(), Err(Refused::Stale { .. })));
+}
+
+/// Two clusters, in a change that gives keys of the first to the second.
+fn begun(own: &str) -> (RingState, Nothing, Handoff) {
+    let (old, next) = (ring(1, &[("a", 1.0), ("b", 1.0)]), ring(2, &[("a", 1.0), ("b", 2.0)]));
+    let mut state = RingState::with_ring(RingTable::new(old.clone()).unwrap());
+    let plan = pairs(&old, &next);
+    let begin = Step::Begin { ring: Box::new(old), next: Box::new(next), plan };
+    let facts = Nothing { own: id(own), ..Nothing::default() };
+    state.decide(&begin, &facts).unwrap().unwrap();
+    (state, facts, Handoff { epoch: 2, from: id("a"), to: id("b") })
+}
+
+/// A forged attempt near the end of all numbers would leave none for another, and the change stuck.
+#[test]
+fn no_attempt_uses_up_the_numbers() {
+    let far = [ATTEMPT_JUMP_MAX + 1, Attempt::MAX - 1, Attempt::MAX];
+    let wrong = |attempt| Err(Refused::WrongAttempt { attempt, present: 0 });
+    let (mut source, at_a, handoff) = begun("a");
+    let (mut destination, at_b, _) = begun("b");
+    for attempt in far {
+        let prepare = Step::Prepare { handoff: handoff.clone(), attempt };
+        assert_eq!(source.decide(&prepare, &at_a).unwrap(), wrong(attempt));
+        let open = Step::Open { handoff: handoff.clone(), attempt, start: 0 };
+        assert_eq!(destination.decide(&open, &at_b).unwrap(), wrong(attempt));
+        let refuse = Step::Refuse { handoff: handoff.clone(), attempt };
+        assert_eq!(destination.decide(&refuse, &at_b).unwrap(), wrong(attempt));
+    }
+    // Where the change is being called off, no attempt is to come any more.
+    destination.decide(&Step::Cancel { epoch: 2 }, &at_b).unwrap().unwrap();
+    let refuse = Step::Refuse { handoff: handoff.clone(), attempt: Attempt::MAX };
+    let done = destination.decide(&refuse, &at_b).unwrap().unwrap().done;
+    assert_eq!(done, Done::Refused { attempt: Attempt::MAX });
+    let prepare = Step::Prepare { handoff, attempt: ATTEMPT_JUMP_MAX };
+    assert!(source.decide(&prepare, &at_a).unwrap().is_ok(), "near enough");
+}
+
+/// What could not be activated, because no message can tell of so many clients, does not freeze.
+#[test]
+fn too_many_clients_do_not_freeze() {
+    let name = "\\".repeat(64);
+    let fitting = FLOORS_BYTES_MAX / (26 + 2 * 64);
+    for (clients, fits) in [(fitting, true), (fitting + 1, false)] {
+        let (mut source, mut facts, handoff) = begun("a");
+        facts.floors = vec![(name.clone(), u64::MAX); clients];
+        let count =
+            Step::Count { handoff: handoff.clone(), attempt: 1, from: Bytes::new(), to: None };
+        for step in [Step::Prepare { handoff: handoff.clone(), attempt: 1 }, count] {
+            source.decide(&step, &facts).unwrap().unwrap();
+        }
+        let freeze = Step::Freeze { handoff, attempt: 1 };
+        match source.decide(&freeze, &facts).unwrap() {
+            Ok(Decision { done: Done::Frozen(frozen), .. }) => {
+                assert!(
+                    fits && serde_json::to_vec(&frozen.floors).unwrap().len()
+                        <= FLOORS_BYTES_MAX + 1
+                );
+            }
+            refused => assert!(!fits && refused == Err(Refused::TooManyClients)),
+        }
+    }
 }

@@ -56,10 +56,6 @@ impl Facts for FactsOf<'_> {
         1
     }
 
-    fn log_time_ms(&self) -> u64 {
-        1
-    }
-
     fn floors(&self) -> Vec<(String, u64)> {
         Vec::new()
     }
@@ -77,8 +73,8 @@ impl Facts for FactsOf<'_> {
         moves: &dyn Fn(&[u8]) -> bool,
         from: &[u8],
         to: Option<&[u8]>,
-        _: Revision,
-    ) -> io::Result<Tally> {
+        _: Prepared,
+    ) -> io::Result<Option<Tally>> {
         let mut tally = Tally::default();
         for key in self.1.keys() {
             let within = &key[..] > from && to.is_none_or(|to| &key[..] <= to);
@@ -86,7 +82,7 @@ impl Facts for FactsOf<'_> {
                 tally.add_record(1);
             }
         }
-        Ok(tally)
+        Ok(Some(tally))
     }
 }
 

@@ -1,6 +1,6 @@
 //! `POST /v1/batch`: many operations in one request ([`crate::batch`] has the bodies).
 //!
-//! The operations of each cluster are one part. A part is served as a single request would be: here, or
+//! The operations of each cluster are one part; while the ring changes, those of each handoff. A part is served as a single request would be: here, or
 //! by the node that can ([`super::forward`]), and what happens to one part says nothing of another.
 //! With `Kv-Routing: direct` there is one part, which is answered here or not at all: each key of
 //! another cluster fails by itself, and a node that does not lead redirects the whole.
@@ -99,7 +99,8 @@ async fn carry_out(
     Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
 }
 
-/// The indexes of the operations that go to the same cluster.
+/// The indexes of the operations that go to the same cluster, and, while the ring changes, move together:
+/// what has moved is redirected as a whole then, and does not fail beside what stays.
 fn into_parts(
     state: &ApiState,
     routing: Routing,
@@ -110,12 +111,11 @@ fn into_parts(
         let all: Vec<_> = sound.collect();
         return if all.is_empty() { Vec::new() } else { vec![all] };
     }
-    let ring = state.app.ring();
-    let mut places: HashMap<Option<&ClusterId>, usize> = HashMap::new();
+    let ring = state.app.ring_view();
+    let mut places: HashMap<[Option<&ClusterId>; 2], usize> = HashMap::new();
     let mut parts: Vec<Vec<usize>> = Vec::new();
     for index in sound {
-        let owner = ring.owner(operations[index].key()).map(|cluster| &cluster.id);
-        let place = *places.entry(owner).or_insert(parts.len());
+        let place = *places.entry(ring.owners(operations[index].key())).or_insert(parts.len());
         if place == parts.len() {
             parts.push(Vec::new());
         }

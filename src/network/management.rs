@@ -135,6 +135,9 @@ fn distinct(ids: &[NodeId]) -> Result<BTreeSet<NodeId>, ApiError> {
 
 /// What the ring says is checked here, what it means for the cluster at apply.
 fn check_ring(ring: &Ring) -> Result<(), ApiError> {
+    if ring.next.is_some() {
+        return Err(ApiError::BadRequest("a ring that a cluster takes has no `next`".into()));
+    }
     RingTable::new(ring.clone()).map_err(|error| ApiError::BadRequest(error.to_string()))?;
     let nodes = ring.clusters.iter().flat_map(|cluster| &cluster.nodes);
     for node in nodes {

@@ -2,8 +2,8 @@
 //!
 //! Pure: views in, steps out. Any number of drivers may follow it at once, with views of different
 //! moments: every step is decided when it is applied ([`crate::handoff`]), so the worst that a driver
-//! does with an old view is to propose what is refused. The rules of a handoff are DESIGN's; what this
-//! file adds is their order:
+//! does with an old view is to propose what is refused. What a step may do is decided there; what this
+//! file adds is the order of the steps:
 //!
 //! 1. The sequencer begins first, then every other cluster.
 //! 2. Handoffs prepare and copy side by side, up to a limit. One of them, the **pivot**, which concerns
@@ -22,7 +22,8 @@
 use std::collections::BTreeSet;
 
 use crate::handoff::{
-    Attempt, Counted, Cursor, Handoff, Incoming, Outgoing, Pair, Receipt, RingState, Sending, Step,
+    ATTEMPT_JUMP_MAX, Attempt, Counted, Cursor, Handoff, Incoming, Outgoing, Pair, Receipt,
+    RingState, Sending, Step,
 };
 use crate::ring::Ring;
 use crate::types::{ClusterId, Epoch};
@@ -34,8 +35,9 @@ use super::scene::{Scene, Stage, Transition, Views};
 /// milliseconds to stage.
 pub const FREEZE_LAG_MAX: u64 = 512;
 
-/// How many handoffs send at once, unless set: enough that one that waits for its disk does not hold
-/// up the others, few enough that serving clients stays the clusters' main work.
+/// How many handoffs send at once, of those that a driver sees, besides the pivot: enough that one that
+/// waits for its disk does not hold up the others, few enough that serving clients stays the clusters'
+/// main work.
 pub const HANDOFFS_AT_ONCE: usize = 4;
 
 /// Where a driver wants to get.
@@ -54,7 +56,7 @@ pub struct Hints {
     pub goal: Goal,
     /// Attempts that have been frozen for too long, or that can never be activated.
     pub overdue: BTreeSet<(Handoff, Attempt)>,
-    /// How many handoffs may send at once.
+    /// How many handoffs may send at once, of those that the views show.
     pub at_once_max: usize,
 }
 
@@ -276,11 +278,14 @@ fn next_of_handoff(
     let dead = incoming.refused >= attempt || incoming.opened > attempt;
     if outgoing.sending == Sending::Idle || dead {
         let highest = attempt.max(incoming.opened).max(incoming.refused);
-        // Refused for good: the change is being called off.
-        let attempt = highest.checked_add(1)?;
+        // Without a next number all attempts are refused for good: the change is being called off.
+        let attempt = highest.checked_add(1)?.min(attempt.saturating_add(ATTEMPT_JUMP_MAX));
         return at_source(Step::Prepare { handoff, attempt });
     }
     if incoming.opened < attempt {
+        if let Some(attempt) = nearer(attempt, incoming) {
+            return Some(action(&pair.to, Step::Refuse { handoff, attempt }));
+        }
         let start = outgoing.start;
         return Some(action(&pair.to, Step::Open { handoff, attempt, start }));
     }
@@ -320,6 +325,7 @@ fn next_of_frozen(
     let key = (handoff.clone(), attempt);
     let lost = incoming.opened != attempt || hints.overdue.contains(&key);
     if lost || transition.cancelled {
+        let attempt = nearer(attempt, incoming).unwrap_or(attempt);
         return Some(action(&pair.to, Step::Refuse { handoff, attempt }));
     }
     let there = cursor(incoming).is_some_and(|cursor| cursor.covers(frozen.position));
@@ -327,6 +333,13 @@ fn next_of_frozen(
         let frozen = Box::new(frozen.clone());
         action(&pair.to, Step::Activate { handoff, attempt, frozen })
     })
+}
+
+/// The attempt to refuse first, when the source's lies too far above what the destination has seen
+/// ([`ATTEMPT_JUMP_MAX`]).
+fn nearer(attempt: Attempt, incoming: &Incoming) -> Option<Attempt> {
+    let reach = incoming.opened.max(incoming.refused).saturating_add(ATTEMPT_JUMP_MAX);
+    (attempt > reach).then_some(reach)
 }
 
 fn is_active(incoming: &Incoming) -> bool {
@@ -391,8 +404,8 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
     actions
 }
 
-/// Takes a frozen handoff of a cancelled change back. When the operator only wishes to call off, a
-/// frozen handoff is not touched: the cancellation is refused, and told.
+/// Takes a frozen handoff of a cancelled change back. As long as nobody has cancelled, it is not touched:
+/// its cluster refuses to cancel, and whoever wished to call off is told.
 fn unfreeze(views: &Views, transition: &Transition, pair: &Pair, hints: &Hints) -> Option<Action> {
     let outgoing = transition.outgoing(views, pair)?;
     let is_frozen = transition.cancelled && outgoing.sending == Sending::Frozen;

@@ -30,16 +30,16 @@ pub enum RequestError {
     /// The id is taken.
     #[error("cluster {0} is in the ring already")]
     IdTaken(ClusterId),
-    /// Nobody goes by that id.
+    /// No cluster has that id.
     #[error("cluster {0} is not in the ring")]
     Unknown(ClusterId),
     /// Somebody must own the keys.
     #[error("cluster {0} is the last one: somebody has to own the keys")]
     Last(ClusterId),
-    /// A share that is none.
+    /// Not a number above 0.
     #[error("{1} is no weight for cluster {0}: a weight is a finite number above 0")]
     Weight(ClusterId, f32),
-    /// It has that weight already.
+    /// All weights are as asked for already.
     #[error("the ring is like that already: nothing would change")]
     NothingToDo,
     /// The cluster lists no node, or one twice.

@@ -19,9 +19,11 @@
 //! A client is forgotten, floor and all, only when there is no room for a new one and it has not
 //! written for [`CLIENT_IDLE_MIN_MS`]; if there is no such client, the new one is refused.
 //!
-//! While keys are handed over to another cluster, answers to writes of these keys are *pinned*: where one
-//! would fall it stays, for the other cluster to get, and only its write is not carried out again
-//! ([`moving`]).
+//! While keys are handed over to another cluster, whoever counts and logs what moves is told which of
+//! their answers fall ([`Dedupe::take_fallen`]): the other cluster drops them, too, and gets to know the
+//! floor. Only from the moment when what moves is frozen, and its number with it, answers are *pinned*:
+//! where one would fall it stays, and its write is not carried out again ([`moving`]). Nothing is added
+//! to them then, so there are no more than there were.
 //!
 //! All bounds are part of the format and not of the configuration: replicas that forgot differently
 //! would carry out different writes.
@@ -46,7 +48,7 @@ use crate::once::{ClientName, Once};
 use crate::types::{Action, Write, Written};
 
 pub(super) use encoding::Decoder;
-pub(super) use moving::{Travelling, hash as answer_hash, key_of as answered_key, place};
+pub(super) use moving::{Fallen, Travelling, hash as answer_hash, key_of as answered_key, place};
 
 /// How long an answer is kept at least, if there is room: far longer than any client of this store
 /// tries (10 s unless set), and long enough for a person or a job that is started again.
@@ -104,8 +106,22 @@ impl Kind {
     }
 }
 
-/// Which keys' answers must stay.
-pub(super) type Pins<'a> = &'a dyn Fn(&[u8]) -> bool;
+/// Which keys are meant.
+pub(super) type Moves<'a> = &'a dyn Fn(&[u8]) -> bool;
+
+/// What becomes of an answer that falls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fall {
+    /// It is gone.
+    Gone,
+    /// It is gone, and somebody is to be told ([`Dedupe::take_fallen`]).
+    Told,
+    /// It stays.
+    Pinned,
+}
+
+/// The same by the key that an answer is about.
+pub(super) type Falls<'a> = &'a dyn Fn(&[u8]) -> Fall;
 
 /// The table. See the module.
 #[derive(Debug)]
@@ -120,6 +136,8 @@ pub(super) struct Dedupe {
     key_bytes: usize,
     /// Answers that would have fallen.
     pinned: BTreeSet<(ClientName, u64)>,
+    /// Answers that fell and of which somebody is still to be told. Empty between two entries.
+    fallen: Vec<Fallen>,
     /// Clients by the log time of a write of theirs, at or before the last one's: so that those that
     /// have been idle for long are at the front, without a change for each write.
     idle: BTreeSet<(u64, ClientName)>,
@@ -160,28 +178,29 @@ impl Dedupe {
             next_position: 0,
             key_bytes: 0,
             pinned: BTreeSet::new(),
+            fallen: Vec::new(),
             idle: BTreeSet::new(),
             bounds,
         }
     }
 
     /// An entry brought this clock: forgets what is too old by now.
-    pub(super) fn advance(&mut self, at_ms: u64, pins: Pins<'_>) {
+    pub(super) fn advance(&mut self, at_ms: u64, falls: Falls<'_>) {
         self.log_time_ms = self.log_time_ms.max(at_ms);
         while let Some(at_ms) = self.oldest_at_ms()
             && self.log_time_ms - at_ms >= ANSWER_AGE_MAX_MS
         {
-            self.forget_oldest(pins);
+            self.forget_oldest(falls);
         }
     }
 
     /// What to do with a write that its key's owner is about to carry out. Takes over the floor that
     /// it tells.
-    pub(super) fn check(&mut self, once: &Once, write: &Write, pins: Pins<'_>) -> Verdict {
+    pub(super) fn check(&mut self, once: &Once, write: &Write, falls: Falls<'_>) -> Verdict {
         if !self.clients.contains_key(once.client()) && !self.admit(once.client()) {
             return Verdict::Answered(Written::TooManyClients);
         }
-        self.raise_floor(once.client(), once.floor(), pins);
+        self.raise_floor(once.client(), once.floor(), falls);
         let now = self.log_time_ms;
         let client = self.clients.get_mut(once.client()).expect("it was admitted");
         client.last_ms = now;
@@ -199,20 +218,26 @@ impl Dedupe {
 
     /// Remembers the answer to a write that was [`Verdict::New`]: what it wrote or deleted, or that
     /// its condition failed.
-    pub(super) fn record(&mut self, once: &Once, write: &Write, written: &Written, pins: Pins<'_>) {
+    pub(super) fn record(
+        &mut self,
+        once: &Once,
+        write: &Write,
+        written: &Written,
+        falls: Falls<'_>,
+    ) {
         let position = self.next_position;
         self.next_position += 1;
         let (key, kind, at_ms) = (write.key.as_ref().into(), Kind::of(write), self.log_time_ms);
         let answer = Answer { key, kind, written: written.clone(), at_ms, position };
         self.insert(once.client(), once.seq(), answer);
-        self.forget_surplus(pins);
+        self.forget_surplus(falls);
     }
 
-    fn forget_surplus(&mut self, pins: Pins<'_>) {
+    fn forget_surplus(&mut self, falls: Falls<'_>) {
         while self.order.len() > self.bounds.answers_max
             || self.key_bytes > self.bounds.key_bytes_max
         {
-            self.forget_oldest(pins);
+            self.forget_oldest(falls);
         }
     }
 
@@ -231,7 +256,13 @@ impl Dedupe {
 
     /// Makes room for a new client and takes it in; false when there is none.
     fn admit(&mut self, name: &ClientName) -> bool {
-        if self.clients.len() >= self.bounds.clients_max && !self.forget_idle_client() {
+        // Handovers bring clients beyond the bound: two go for each that comes.
+        for _ in 0..2 {
+            if self.clients.len() < self.bounds.clients_max || !self.forget_idle_client() {
+                break;
+            }
+        }
+        if self.clients.len() >= self.bounds.clients_max {
             return false;
         }
         let now = self.log_time_ms;
@@ -270,13 +301,13 @@ impl Dedupe {
     }
 
     /// Forgets the oldest answer, so that its write is not carried out again.
-    fn forget_oldest(&mut self, pins: Pins<'_>) {
+    fn forget_oldest(&mut self, falls: Falls<'_>) {
         let (_, (name, seq)) = self.order.first_key_value().expect("there is an oldest one");
         let (name, floor) = (name.clone(), seq + 1);
-        self.raise_floor(&name, floor, pins);
+        self.raise_floor(&name, floor, falls);
     }
 
-    fn raise_floor(&mut self, name: &ClientName, floor: u64, pins: Pins<'_>) {
+    fn raise_floor(&mut self, name: &ClientName, floor: u64, falls: Falls<'_>) {
         let client = self.clients.get_mut(name).expect("floors are those of known clients");
         if floor <= client.floor {
             return;
@@ -288,10 +319,13 @@ impl Dedupe {
             from = seq + 1;
             self.order.remove(&answer.position);
             self.key_bytes -= answer.key.len();
-            if pins(&answer.key) {
-                self.pinned.insert((name.clone(), seq));
-            } else {
-                client.answers.remove(&seq);
+            match falls(&answer.key) {
+                Fall::Gone => drop(client.answers.remove(&seq)),
+                Fall::Told => {
+                    self.fallen.push(Fallen::of(name, seq, answer));
+                    client.answers.remove(&seq);
+                }
+                Fall::Pinned => drop(self.pinned.insert((name.clone(), seq))),
             }
         }
     }

@@ -20,7 +20,7 @@ use crate::handoff::{
 
 use super::engine::to_io;
 use super::machine::Machine;
-use super::meta;
+use super::meta::{self, Change};
 use super::reader::StateReader;
 
 /// A page looks at no more rows than this, so that it is soon there even if few of them move.
@@ -128,8 +128,8 @@ impl StateReader {
         };
         let (mut bytes, mut seen) = (0, HashSet::new());
         for next in position..end.min(position + CHANGES_MAX) {
-            let (key, place) = self.change(next)?;
-            bytes += self.add_change(request, &machine, &key, &place, &mut seen, &mut page)?;
+            let change = self.change(next)?;
+            bytes += self.add_change(request, &machine, &change, &mut seen, &mut page)?;
             page.to = Cursor::Changes { position: next + 1 };
             if bytes >= request.bytes_max as usize {
                 break;
@@ -143,11 +143,11 @@ impl StateReader {
         &self,
         request: &PageRequest,
         machine: &Machine,
-        key: &Bytes,
-        place: &Bytes,
+        change: &Change,
         seen: &mut HashSet<Bytes>,
         page: &mut Page,
     ) -> io::Result<usize> {
+        let (Change::Record { key, place } | Change::Answer { key, place }) = change;
         // The log is that of all handoffs of this cluster.
         if machine.ring.way_out(&self.shared.cluster, key) != Some(&request.handoff.to) {
             return Ok(0);
@@ -158,7 +158,7 @@ impl StateReader {
             bytes += answer.as_ref().map_or(0, Bytes::len);
             page.answers.push((place.clone(), answer));
         }
-        if seen.insert(key.clone()) {
+        if matches!(change, Change::Record { .. }) && seen.insert(key.clone()) {
             let row = self.shared.row(&self.shared.view().data, key)?;
             let record = row.map(|row| meta::retag(&row, None)).transpose()?;
             bytes += record.as_ref().map_or(0, Bytes::len);
@@ -253,7 +253,7 @@ impl StateReader {
         Ok(head.and_then(|head| head.applied()).map(|applied| applied.index))
     }
 
-    fn change(&self, position: Position) -> io::Result<(Bytes, Bytes)> {
+    fn change(&self, position: Position) -> io::Result<Change> {
         if let Some(change) = self.shared.memtables.read().change(position) {
             return meta::decode_change(change);
         }

@@ -49,6 +49,8 @@ pub(super) struct Rows {
     /// The change log's part of the same time, without gaps.
     changes: Vec<(Position, Bytes)>,
     bytes: usize,
+    /// The index of the last entry that was applied before the table was begun; 0 before the first.
+    since: u64,
 }
 
 /// A table that does not change any more, with everything else of the state as of its end.
@@ -133,6 +135,17 @@ impl Layers {
     pub(super) fn unflushed_rows(&self) -> impl Iterator<Item = (&[u8], &Row)> {
         let active = self.active.rows.iter();
         let frozen = self.frozen.iter().flat_map(|frozen| frozen.rows.rows.iter());
+        let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
+        active.chain(frozen).map(|(key, row)| (&key[..], row))
+    }
+
+    /// Those of them in tables that may hold a row from before this entry was applied.
+    pub(super) fn unflushed_rows_before(&self, index: u64) -> impl Iterator<Item = (&[u8], &Row)> {
+        let active = Some(&self.active).filter(|rows| rows.since < index);
+        let active = active.into_iter().flat_map(|rows| rows.rows.iter());
+        let frozen = self.frozen.as_ref().map(|frozen| &frozen.rows);
+        let frozen = frozen.filter(|rows| rows.since < index);
+        let frozen = frozen.into_iter().flat_map(|rows| rows.rows.iter());
         let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
         active.chain(frozen).map(|(key, row)| (&key[..], row))
     }
@@ -265,18 +278,24 @@ impl Memtables {
 
 impl Layers {
     fn new(head: Head) -> Self {
-        Self { active: Rows::default(), frozen: None, flushed: None, head, changed: false }
+        let active = Rows { since: applied_index(&head), ..Rows::default() };
+        Self { active, frozen: None, flushed: None, head, changed: false }
     }
 
     fn freeze(&mut self, side: Side) {
         // The next one will hold about as many rows: room for them now, not by moving them again and
         // again as it grows.
         let rows = HashMap::with_capacity(self.active.rows.len());
-        let rows = std::mem::replace(&mut self.active, Rows { rows, ..Rows::default() });
+        let since = applied_index(&self.head);
+        let rows = std::mem::replace(&mut self.active, Rows { rows, since, ..Rows::default() });
         let (rows, head) = (Arc::new(rows), self.head.clone());
         self.frozen = Some(Arc::new(Frozen { rows, head, side }));
         self.changed = false;
     }
+}
+
+fn applied_index(head: &Head) -> u64 {
+    head.applied().map_or(0, |id| id.index)
 }
 
 #[cfg(test)]

@@ -306,24 +306,45 @@ pub(super) fn slice_record(bytes: &Bytes) -> io::Result<Record> {
 
 // --- Changes of keys that move ---------------------------------------------------------------------
 
-const CHANGE_VERSION: u8 = 1;
+const CHANGE_RECORD: u8 = 1;
+const CHANGE_ANSWER: u8 = 2;
 
-/// A change of a key, and the place of the answer that was given to it, if one was recorded.
+/// What changed of a key that moves. It says where to look; what is there now is what counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Its record, and the answer at this place, if one was recorded (else empty).
+    Record { key: Bytes, place: Bytes },
+    /// Only the answer at this place.
+    Answer { key: Bytes, place: Bytes },
+}
+
+/// A change of a key's record, and the place of the answer that was given to it, if one was recorded.
 pub(super) fn encode_change(key: &[u8], answer: Option<&[u8]>) -> Bytes {
-    let mut bytes = vec![CHANGE_VERSION];
+    put_change(CHANGE_RECORD, key, answer.unwrap_or_default())
+}
+
+/// The change that an answer to a write of this key has fallen.
+pub(super) fn encode_fall(key: &[u8], place: &[u8]) -> Bytes {
+    put_change(CHANGE_ANSWER, key, place)
+}
+
+fn put_change(kind: u8, key: &[u8], place: &[u8]) -> Bytes {
+    let mut bytes = vec![kind];
     put_block(&mut bytes, key);
-    bytes.put_slice(answer.unwrap_or_default());
+    bytes.put_slice(place);
     bytes.into()
 }
 
-/// Key and answer's place (empty: none) of a change.
-pub(super) fn decode_change(bytes: &[u8]) -> io::Result<(Bytes, Bytes)> {
+pub(super) fn decode_change(bytes: &[u8]) -> io::Result<Change> {
+    const WHAT: &str = "a change";
     let mut rest = Bytes::copy_from_slice(bytes);
-    if rest.try_get_u8().ok() != Some(CHANGE_VERSION) {
-        return Err(corrupt("a change", "unknown version"));
+    let kind = rest.try_get_u8().map_err(|e| corrupt(WHAT, e))?;
+    let key = take_block(WHAT, &mut rest)?;
+    match kind {
+        CHANGE_RECORD => Ok(Change::Record { key, place: rest }),
+        CHANGE_ANSWER => Ok(Change::Answer { key, place: rest }),
+        _ => Err(corrupt(WHAT, "unknown kind")),
     }
-    let key = take_block("a change", &mut rest)?;
-    Ok((key, rest))
 }
 
 #[cfg(test)]

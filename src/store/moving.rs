@@ -1,12 +1,14 @@
 //! What steps of a change of the ring do to the data: the state machine's side of handoffs.
 //!
-//! [`crate::handoff::RingState::decide`] says whether a step is taken; here its consequences are carried out, in the same
+//! [`RingState::decide`] says whether a step is taken; here its consequences are carried out, in the same
 //! round. Rows of a handoff lie at their keys' own place, at the source and at the destination. What is
 //! staged carries the attempt's tag, and counts only once that attempt has been activated: so taking over
 //! any number of records is one change of state. Staged answers stand apart, in the machine.
 //!
 //! While a source sends, each change of a moving key goes into the change log, and into the tally that
 //! the destination's must equal. What did not change is counted stretch by stretch ([`Facts::records`]).
+//!
+//! [`RingState::decide`]: crate::handoff::RingState::decide
 
 use std::io;
 
@@ -14,7 +16,7 @@ use bytes::Bytes;
 use rocksdb::{Direction, IteratorMode, ReadOptions};
 
 use crate::handoff::{
-    Clean, Done, Facts, Handoff, Import, Receipt, Refused, Sending, Step, Tag, Tally,
+    Clean, Done, Facts, Handoff, Import, Prepared, Receipt, Refused, Sending, Step, Tag, Tally,
 };
 use crate::types::{ClusterId, Revision, Write, Written};
 
@@ -22,14 +24,16 @@ use super::dedupe::{answer_hash, answered_key, place};
 use super::engine::to_io;
 use super::machine::Machine;
 use super::meta;
-use super::round::{Round, pins};
+use super::round::{Round, falls};
 
 /// An attempt that has logged this many changes is given up, and the next one begins anew: its log would
-/// only grow if the destination is slower than the writers. On disk this is about 100 MB.
-const CHANGES_MAX: u64 = 1 << 20;
+/// only grow if the destination is slower than the writers. A write of a moving key with an answer to keep
+/// is two of them: when it comes, and when the answer falls. On disk this is about 200 MB.
+const CHANGES_MAX: u64 = 1 << 21;
 
-/// So many answers may be pinned by handoffs; beyond, their attempts are given up. About 60 MB of memory.
-const PINNED_MAX: usize = 262_144;
+/// So many rows are read within one entry at most: ten times what the mover asks for. Everybody else waits
+/// meanwhile.
+const COUNTED_ROWS_MAX: usize = 20_000;
 
 impl Round<'_> {
     /// A write to a key that is being copied to another cluster.
@@ -53,26 +57,38 @@ impl Round<'_> {
         if before != after {
             outgoing.count_change(key, old, new.map(|(_, hash)| hash));
         }
-        if let Some(place) = &answer
-            && let Some(stored) = dedupe.at(place)
-        {
-            outgoing.tally.add_answer(answer_hash(place, &stored));
+        if let Some(place) = &answer {
+            match dedupe.at(place) {
+                Some(stored) => outgoing.tally.add_answer(answer_hash(place, &stored)),
+                None => dedupe.never_was(place),
+            }
         }
-        let position = ring.log_change(CHANGES_MAX);
-        self.changes.push((position, meta::encode_change(key, answer.as_deref())));
-        self.give_up_what_grew();
+        self.log_change(key, meta::encode_change(key, answer.as_deref()));
         Ok(written)
     }
 
-    fn give_up_what_grew(&mut self) {
-        let Machine { dedupe, ring, .. } = &mut *self.machine;
-        if dedupe.pinned() > PINNED_MAX {
-            ring.give_up_sending();
+    /// Takes down a change of a moving key. The attempt is given up when its log becomes too long.
+    fn log_change(&mut self, key: &[u8], change: Bytes) {
+        let ring = &mut self.machine.ring;
+        let position = ring.log_change(CHANGES_MAX);
+        self.changes.push((position, change));
+        if ring.sending(&self.shared.cluster, key).is_none() {
+            tracing::warn!(
+                changes = CHANGES_MAX,
+                "keys change faster than they are handed over: the attempt begins anew"
+            );
             self.ring_changed = true;
         }
-        if !ring.is_logging() {
-            dedupe.unpin();
-            self.ring_changed = true;
+    }
+
+    /// Answers to writes of moving keys have fallen: they do not move any more.
+    pub(super) fn log_fallen(&mut self) {
+        for fallen in self.machine.dedupe.take_fallen() {
+            let ring = &mut self.machine.ring;
+            // The attempt may have been given up since.
+            let Some(outgoing) = ring.sending(&self.shared.cluster, &fallen.key) else { continue };
+            outgoing.tally.remove_answer(fallen.hash);
+            self.log_change(&fallen.key, meta::encode_fall(&fallen.key, &fallen.place));
         }
     }
 
@@ -112,16 +128,17 @@ impl Round<'_> {
             Step::Activate { handoff, frozen, .. } => {
                 self.progress.revision = self.progress.revision.max(frozen.revision);
                 let answers = staged.remove(handoff).unwrap_or_default();
-                dedupe.take_over(frozen.log_time_ms, &frozen.floors, answers, &pins(ring, own));
+                dedupe.take_over(&frozen.floors, answers, &falls(ring, own));
             }
             Step::Release { handoff, .. } => {
                 let ring = &*ring;
                 dedupe.forget(&|key| ring.way_out(own, key) == Some(&handoff.to));
             }
+            Step::Thaw { handoff, .. } => {
+                let ring = &*ring;
+                dedupe.unpin(&|key| ring.way_out(own, key) == Some(&handoff.to));
+            }
             _ => {}
-        }
-        if !ring.is_logging() {
-            dedupe.unpin();
         }
     }
 
@@ -265,7 +282,7 @@ impl Round<'_> {
     }
 }
 
-/// What a round knows, for [`crate::handoff::RingState::decide`]. The ring state itself is in the decider's hands.
+/// What a round knows, for [`crate::handoff::RingState::decide`], which holds the ring state itself.
 struct RoundFacts<'a, 'b> {
     round: &'a Round<'b>,
     index: u64,
@@ -284,10 +301,6 @@ impl Facts for RoundFacts<'_, '_> {
         self.round.progress.revision
     }
 
-    fn log_time_ms(&self) -> u64 {
-        self.round.machine.dedupe.log_time_ms()
-    }
-
     fn floors(&self) -> Vec<(String, u64)> {
         self.round.machine.dedupe.floors()
     }
@@ -302,33 +315,42 @@ impl Facts for RoundFacts<'_, '_> {
         self.round.machine.dedupe.tally(moves)
     }
 
-    /// Rows in memory are looked at whatever their key, because they are in no order: a few
-    /// milliseconds. Those on disk, only in the stretch.
+    /// Rows in memory are in no order, so all of a table are looked at, unless it was begun after the
+    /// attempt was prepared: whatever it holds of moving keys is newer. Rows on disk, only those in the
+    /// stretch.
     fn records(
         &self,
         moves: &dyn Fn(&[u8]) -> bool,
         from: &[u8],
         to: Option<&[u8]>,
-        revision_max: Revision,
-    ) -> io::Result<Tally> {
-        let mut tally = Tally::default();
+        prepared: Prepared,
+    ) -> io::Result<Option<Tally>> {
+        let (mut tally, mut looks) = (Tally::default(), 0);
         let inside = |key: &[u8]| key > from && to.is_none_or(|to| key <= to);
-        let mut count = |key: &[u8], row: &[u8]| -> io::Result<()> {
-            if inside(key) && meta::decode_row(row)?.0 <= revision_max && moves(key) {
-                tally.add_record(meta::record_hash(key, row)?);
+        let mut count = |key: &[u8], row: &[u8]| -> io::Result<bool> {
+            if inside(key) && meta::decode_row(row)?.0 <= prepared.revision {
+                looks += 1;
+                if moves(key) {
+                    tally.add_record(meta::record_hash(key, row)?);
+                }
             }
-            Ok(())
+            Ok(looks <= COUNTED_ROWS_MAX)
         };
         let round = self.round;
         for (key, row) in &round.rows {
-            row.as_ref().map_or(Ok(()), |row| count(key, row))?;
+            if let Some(row) = row
+                && !count(key, row)?
+            {
+                return Ok(None);
+            }
         }
         let newer = round.shared.memtables.read();
-        for (key, row) in newer.unflushed_rows() {
+        for (key, row) in newer.unflushed_rows_before(prepared.index) {
             if let Some(row) = row
                 && !round.rows.contains_key(key)
+                && !count(key, row)?
             {
-                count(key, row)?;
+                return Ok(None);
             }
         }
         let engine = &round.shared.engine;
@@ -344,10 +366,11 @@ impl Facts for RoundFacts<'_, '_> {
             if to.is_some_and(|to| key > to) {
                 break;
             }
-            if !round.rows.contains_key(key) && newer.unflushed(key).is_none() {
-                count(key, &row)?;
+            let hidden = round.rows.contains_key(key) || newer.unflushed(key).is_some();
+            if !hidden && !count(key, &row)? {
+                return Ok(None);
             }
         }
-        Ok(tally)
+        Ok(Some(tally))
     }
 }

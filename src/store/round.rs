@@ -17,14 +17,14 @@ use bytes::Bytes;
 use openraft::EntryPayload;
 use rocksdb::{Direction, IteratorMode};
 
-use crate::handoff::{Ownership, Position, RingState};
+use crate::handoff::{Ownership, Position, RingState, Sending};
 use crate::ring::{Ring, RingTable};
 use crate::types::{
     Action, Applied, ClusterId, Command, Condition, Entry, Revision, RingRefusal, StoredMembership,
     Write, Written,
 };
 
-use super::dedupe::Verdict;
+use super::dedupe::{Fall, Verdict};
 use super::engine::to_io;
 use super::machine::Machine;
 use super::memtable::Row;
@@ -73,7 +73,7 @@ impl<'a> Round<'a> {
             }
             EntryPayload::Normal(Command::Write { at_ms, writes }) => {
                 let Machine { dedupe, ring, .. } = &mut *self.machine;
-                dedupe.advance(at_ms, &pins(ring, &self.shared.cluster));
+                dedupe.advance(at_ms, &falls(ring, &self.shared.cluster));
                 let written = writes.iter().map(|write| self.write(write));
                 Applied::Written(written.collect::<io::Result<_>>()?)
             }
@@ -88,6 +88,7 @@ impl<'a> Round<'a> {
                 Applied::Step(Box::new(self.clean(&clean)?))
             }
         };
+        self.log_fallen();
         self.progress.last_applied = Some(entry.log_id);
         Ok(answer)
     }
@@ -109,13 +110,13 @@ impl<'a> Round<'a> {
     pub(super) fn write_once(&mut self, write: &Write) -> io::Result<(Written, bool)> {
         let Some(once) = &write.once else { return Ok((self.carry_out(write)?, false)) };
         let Machine { dedupe, ring, .. } = &mut *self.machine;
-        let verdict = dedupe.check(once, write, &pins(ring, &self.shared.cluster));
+        let verdict = dedupe.check(once, write, &falls(ring, &self.shared.cluster));
         match verdict {
             Verdict::Answered(written) => Ok((written, false)),
             Verdict::New => {
                 let written = self.carry_out(write)?;
                 let Machine { dedupe, ring, .. } = &mut *self.machine;
-                dedupe.record(once, write, &written, &pins(ring, &self.shared.cluster));
+                dedupe.record(once, write, &written, &falls(ring, &self.shared.cluster));
                 Ok((written, true))
             }
         }
@@ -251,13 +252,17 @@ impl<'a> Round<'a> {
                 view.ring = ring;
             }
         }
-        self.shared.publish(&progress);
+        self.shared.publish(&progress, self.machine.dedupe.log_time_ms());
         Ok(())
     }
 }
 
-/// Which answers must stay for the time being: by this ring state, in this cluster.
-pub(super) fn pins<'a>(ring: &'a RingState, own: &'a ClusterId) -> impl Fn(&[u8]) -> bool + 'a {
+/// What becomes of answers that fall, by this ring state, in this cluster.
+pub(super) fn falls<'a>(ring: &'a RingState, own: &'a ClusterId) -> impl Fn(&[u8]) -> Fall + 'a {
     let logging = ring.is_logging();
-    move |key| logging && ring.pins(own, key)
+    move |key| match if logging { ring.leaving(own, key) } else { None } {
+        Some(Sending::Sending) => Fall::Told,
+        Some(Sending::Frozen) => Fall::Pinned,
+        Some(Sending::Idle | Sending::Moved) | None => Fall::Gone,
+    }
 }

@@ -18,8 +18,8 @@ use std::io;
 
 use bytes::Bytes;
 use distrib_kv_store::handoff::{
-    Attempt, Cursor, Facts, Handoff, Incoming, Outgoing, Ownership, Position, Receipt, Refused,
-    RingState, Sending, Step, Tag, Tally,
+    Attempt, Cursor, Facts, Handoff, Incoming, Outgoing, Ownership, Position, Prepared, Receipt,
+    Refused, RingState, Sending, Step, Tag, Tally,
 };
 use distrib_kv_store::types::{ClusterId, Revision};
 
@@ -339,11 +339,13 @@ impl Cluster {
         }
         let staged = self.staged.entry(handoff.from.clone()).or_default();
         for (op, answer) in page.answers {
-            let hash = hash_of(&(op, &answer));
-            if let Some(old) = staged.insert(op, answer) {
+            if let Some(old) = staged.remove(&op) {
                 tally.remove_answer(hash_of(&(op, &old)));
             }
-            tally.add_answer(hash);
+            if let Some(answer) = answer {
+                tally.add_answer(hash_of(&(op, &answer)));
+                staged.insert(op, answer);
+            }
         }
         (tally, garbage)
     }
@@ -447,7 +449,8 @@ impl Cluster {
         outgoing.tally.add_answer(hash_of(&(op.id, answer)));
     }
 
-    /// Forgets the client's answers below its floor, but not those of keys that are being moved.
+    /// Forgets the client's answers below its floor. The destination is told of those that are being
+    /// copied, and those of frozen keys stay.
     fn raise_floor(&mut self, client: char, floor: u64, rules: &Rules) {
         let own = self.floors.entry(client).or_default();
         *own = (*own).max(floor);
@@ -456,20 +459,17 @@ impl Cluster {
         let trims = rules.breaks(Mutation::TrimWhileMoving);
         let answers = std::mem::take(&mut self.answers);
         for (op, answer) in answers {
-            if !old(&op) || !trims && self.is_pinned(&answer.key) {
+            let frozen = self.ring.leaving(&self.id, &answer.key) == Some(Sending::Frozen);
+            if !old(&op) || !trims && frozen {
                 self.answers.insert(op, answer);
             } else if let Some(outgoing) = self.ring.sending(&self.id, &answer.key) {
                 outgoing.tally.remove_answer(hash_of(&(op, &answer)));
+                if !trims {
+                    let position = self.ring.log_change(rules.log_max);
+                    self.log.push(Logged { position, key: answer.key, op });
+                }
             }
         }
-    }
-
-    fn is_pinned(&self, key: &[u8]) -> bool {
-        let outgoing = || {
-            let to = self.ring.way_out(&self.id, key)?;
-            self.ring.change.as_ref()?.outgoing.get(to)
-        };
-        outgoing().is_some_and(Outgoing::logs)
     }
 
     // --- Deleting ----------------------------------------------------------------------------------
@@ -576,10 +576,6 @@ impl Facts for Data<'_> {
     }
 
     /// Not modelled: nothing is forgotten by age here.
-    fn log_time_ms(&self) -> u64 {
-        0
-    }
-
     fn floors(&self) -> Vec<(String, u64)> {
         self.cluster.floors.iter().map(|(client, floor)| (client.to_string(), *floor)).collect()
     }
@@ -602,19 +598,19 @@ impl Facts for Data<'_> {
         moves: &dyn Fn(&[u8]) -> bool,
         from: &[u8],
         to: Option<&[u8]>,
-        revision_max: Revision,
-    ) -> io::Result<Tally> {
+        prepared: Prepared,
+    ) -> io::Result<Option<Tally>> {
         let mut tally = Tally::default();
         for key in self.cluster.rows.keys() {
             let within = &key[..] > from && to.is_none_or(|to| &key[..] <= to);
             let record = self.cluster.record(key, self.rules);
             if within
                 && moves(key)
-                && let Some(record) = record.filter(|record| record.revision <= revision_max)
+                && let Some(record) = record.filter(|record| record.revision <= prepared.revision)
             {
                 tally.add_record(hash_of(&(key, record)));
             }
         }
-        Ok(tally)
+        Ok(Some(tally))
     }
 }

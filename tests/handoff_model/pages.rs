@@ -21,11 +21,11 @@ pub struct Replica {
     pub log: Vec<Logged>,
 }
 
-/// A stretch of a copy: a record of `None` is one that is gone.
+/// A stretch of a copy: a record or answer of `None` is one that is gone.
 pub struct Page {
     pub to: Cursor,
     pub records: Vec<(Key, Option<Record>)>,
-    pub answers: Vec<(OpId, Answer)>,
+    pub answers: Vec<(OpId, Option<Answer>)>,
 }
 
 impl Replica {
@@ -40,7 +40,7 @@ impl Replica {
                     .answers
                     .iter()
                     .filter(|(_, a)| self.scans(a, rules))
-                    .cloned()
+                    .map(|(op, answer)| (*op, Some(answer.clone())))
                     .collect(),
             }),
             Cursor::Changes { position } => self.changes_page(*position),
@@ -70,7 +70,8 @@ impl Replica {
         for line in lines {
             let record = self.rows.iter().find(|(key, _)| *key == line.key);
             records.push((line.key.clone(), record.map(|(_, record)| *record)));
-            answers.extend(self.answers.iter().find(|(op, _)| *op == line.op).cloned());
+            let answer = self.answers.iter().find(|(op, _)| *op == line.op);
+            answers.push((line.op, answer.map(|(_, answer)| answer.clone())));
         }
         Some(Page { to: Cursor::Changes { position: self.position }, records, answers })
     }

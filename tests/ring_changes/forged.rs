@@ -78,7 +78,7 @@ impl Story {
 
 fn frozen() -> Box<Frozen> {
     let tally = Tally::default();
-    Box::new(Frozen { position: 0, revision: 1, log_time_ms: 1, tally, floors: Vec::new() })
+    Box::new(Frozen { position: 0, revision: 1, tally, floors: Vec::new() })
 }
 
 /// While no change runs, no step of one is taken.
@@ -92,8 +92,8 @@ fn without_a_change_there_is_nothing_to_step() {
     let jump = Ring { epoch: 3, ..next.clone() };
     let mut short = pairs(old, next);
     short.pop();
-    let box_ = |ring: &Ring| Box::new(ring.clone());
-    let short = Step::Begin { ring: box_(old), next: box_(next), plan: short };
+    let boxed = |ring: &Ring| Box::new(ring.clone());
+    let short = Step::Begin { ring: boxed(old), next: boxed(next), plan: short };
     story.refuses(vec![
         (0, Step::Prepare { handoff: handoff.clone(), attempt: 1 }, gone(2, 0)),
         (1, Step::Open { handoff: handoff.clone(), attempt: 1, start: 0 }, gone(2, 1)),
@@ -105,11 +105,11 @@ fn without_a_change_there_is_nothing_to_step() {
         (0, story.begin_step(&stranger, next), Refused::Stale { current: 1 }),
         (0, story.begin_step(old, &jump), Refused::Gap { current: 1, offered: 3 }),
         (0, short, Refused::BadPlan),
-        (1, Step::Join { ring: box_(&jump) }, Refused::NotConcerned(id(1))),
-        (0, Step::Revert { ring: box_(next) }, Refused::Stale { current: 1 }),
+        (1, Step::Join { ring: boxed(&jump) }, Refused::NotConcerned(id(1))),
+        (0, Step::Revert { ring: boxed(next) }, Refused::Stale { current: 1 }),
         (
             0,
-            Step::Revert { ring: box_(&Ring { epoch: 9, ..old.clone() }) },
+            Step::Revert { ring: boxed(&Ring { epoch: 9, ..old.clone() }) },
             Refused::Gap { current: 1, offered: 9 },
         ),
     ]);
@@ -136,6 +136,15 @@ fn malformed(story: &Story) {
         ring(&|next| next["clusters"][1]["weight"] = json!(-1.0)),
         ring(&|next| next["clusters"][1]["weight"] = json!(null)),
         ring(&|next| next["clusters"][1]["weight"] = json!(1e300)),
+        // Infinity as an f32, which no JSON can say again: the entry would decode nowhere.
+        ring(&|next| next["clusters"][1]["weight"] = json!(1e39)),
+        ring(&|next| {
+            let mut after = next.clone();
+            after["clusters"][1]["weight"] = json!(1e39);
+            next["next"] = after;
+        }),
+        ring(&|next| next["next"] = next.clone()),
+        ring(&|next| next["epoch"] = json!(u64::MAX)),
         ring(&|next| next["clusters"] = json!([])),
         ring(&|next| next["clusters"][1]["id"] = json!("c1")),
         ring(&|next| next["sequencer"] = json!("c9")),
@@ -219,6 +228,7 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
     let held = story.clusters.view(0).unwrap().state.outgoing(&handoff).unwrap().frozen.clone();
     let held = held.unwrap();
     let false_release = Refused::Differs { staged: false_tally, source_has: held.tally };
+    let endless = Box::new(Frozen { revision: u64::MAX, ..held.clone() });
     vec![
         // The first attempt is over.
         (1, Step::Activate { handoff: h(), attempt: 1, frozen: first() }, wrong(1, 2)),
@@ -232,6 +242,14 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
         (0, Step::Release { handoff: h(), attempt: 2, tally: false_tally }, false_release),
         (0, Step::Finish { epoch: 2 }, Refused::Unfinished("keys for c2 are still here".into())),
         (0, Step::Cancel { epoch: 2 }, Refused::TooLate),
+        // Numbers that would leave none for what comes after.
+        (1, Step::Open { handoff: h(), attempt: u64::MAX, start: 0 }, wrong(u64::MAX, 2)),
+        (1, Step::Refuse { handoff: h(), attempt: u64::MAX }, wrong(u64::MAX, 2)),
+        (
+            1,
+            Step::Activate { handoff: h(), attempt: 2, frozen: endless },
+            Refused::Implausible(u64::MAX),
+        ),
         // Another epoch.
         (0, Step::Release { handoff: later.clone(), attempt: 2, tally: held.tally }, gone(0)),
         (1, Step::Activate { handoff: later.clone(), attempt: 2, frozen: first() }, gone(1)),

@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 use super::Chance;
 use crate::handoff::{
-    Attempt, Counted, Cursor, Done, Facts, Handoff, Receipt, Refused, RingState, Sending, Step,
-    Tally,
+    Attempt, Counted, Cursor, Done, Facts, Handoff, Prepared, Receipt, Refused, RingState, Sending,
+    Step, Tally,
 };
 use crate::reshard::{Action, Views};
 use crate::ring::{Ring, RingTable};
@@ -66,10 +66,6 @@ impl Facts for Data {
         self.revision
     }
 
-    fn log_time_ms(&self) -> u64 {
-        0
-    }
-
     fn floors(&self) -> Vec<(String, u64)> {
         Vec::new()
     }
@@ -87,16 +83,16 @@ impl Facts for Data {
         moves: &dyn Fn(&[u8]) -> bool,
         from: &[u8],
         to: Option<&[u8]>,
-        revision_max: Revision,
-    ) -> io::Result<Tally> {
+        prepared: Prepared,
+    ) -> io::Result<Option<Tally>> {
         let mut tally = Tally::default();
         for (key, (revision, value)) in &self.rows {
             let within = &key[..] > from && to.is_none_or(|to| &key[..] <= to);
-            if within && *revision <= revision_max && moves(key) {
+            if within && *revision <= prepared.revision && moves(key) {
                 tally.add_record(hash(key, *value));
             }
         }
-        Ok(tally)
+        Ok(Some(tally))
     }
 }
 

@@ -9,10 +9,29 @@ use std::collections::BTreeMap;
 use bytes::{BufMut, Bytes};
 
 use super::encoding::{get_written, put_written};
-use super::{Answer, Client, Dedupe, Pins};
+use super::{Answer, Client, Dedupe, Falls, Moves};
 use crate::codec::{DecodeError, Reader};
 use crate::handoff::Tally;
 use crate::once::{ClientName, SEQ_MAX};
+
+/// An answer that fell while it was being copied.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::store) struct Fallen {
+    /// What the write was about.
+    pub(in crate::store) key: Bytes,
+    /// Where the answer lay.
+    pub(in crate::store) place: Bytes,
+    /// What it had added to a tally.
+    pub(in crate::store) hash: u64,
+}
+
+impl Fallen {
+    pub(super) fn of(name: &ClientName, seq: u64, answer: &Answer) -> Self {
+        let place = place(name, seq);
+        let hash = hash(&place, &travelling(answer));
+        Self { key: Bytes::copy_from_slice(&answer.key), place, hash }
+    }
+}
 
 /// Answers by their place, as they travel.
 pub(in crate::store) type Travelling = BTreeMap<Bytes, Bytes>;
@@ -23,22 +42,32 @@ impl Dedupe {
         self.log_time_ms
     }
 
-    /// How many answers stay only because they are pinned.
-    pub(in crate::store) fn pinned(&self) -> usize {
-        self.pinned.len()
+    /// The answers that fell, of those of which somebody wishes to be told.
+    pub(in crate::store) fn take_fallen(&mut self) -> Vec<Fallen> {
+        std::mem::take(&mut self.fallen)
     }
 
-    /// Lets go of what is only there because it was pinned.
-    pub(in crate::store) fn unpin(&mut self) {
-        for (name, seq) in std::mem::take(&mut self.pinned) {
-            if let Some(client) = self.clients.get_mut(&name) {
-                client.answers.remove(&seq);
+    /// The answer at this place fell as soon as it was given: nobody needs to be told that it went,
+    /// because nobody was told that it came.
+    pub(in crate::store) fn never_was(&mut self, place: &[u8]) {
+        self.fallen.retain(|fallen| fallen.place != *place);
+    }
+
+    /// Lets go of answers to writes of these keys which are only there because they were pinned.
+    pub(in crate::store) fn unpin(&mut self, moves: Moves<'_>) {
+        let clients = &mut self.clients;
+        self.pinned.retain(|(name, seq)| {
+            let Some(client) = clients.get_mut(name) else { return false };
+            let stays = client.answers.get(seq).is_some_and(|answer| !moves(&answer.key));
+            if !stays {
+                client.answers.remove(seq);
             }
-        }
+            stays
+        });
     }
 
     /// The answers to writes of keys that move, in one number.
-    pub(in crate::store) fn tally(&self, moves: Pins<'_>) -> Tally {
+    pub(in crate::store) fn tally(&self, moves: Moves<'_>) -> Tally {
         let mut tally = Tally::default();
         for (name, client) in &self.clients {
             for (seq, answer) in client.answers.iter().filter(|(_, answer)| moves(&answer.key)) {
@@ -64,7 +93,7 @@ impl Dedupe {
     pub(in crate::store) fn page(
         &self,
         after: &[u8],
-        moves: Pins<'_>,
+        moves: Moves<'_>,
         bytes_max: usize,
         looks_max: usize,
     ) -> (Vec<(Bytes, Option<Bytes>)>, Option<Bytes>) {
@@ -96,7 +125,7 @@ impl Dedupe {
     }
 
     /// Forgets the answers to writes of keys that have moved away: their new owner has them.
-    pub(in crate::store) fn forget(&mut self, moves: Pins<'_>) {
+    pub(in crate::store) fn forget(&mut self, moves: Moves<'_>) {
         for (name, client) in &mut self.clients {
             client.answers.retain(|seq, answer| {
                 let stays = !moves(&answer.key);
@@ -109,22 +138,21 @@ impl Dedupe {
         }
     }
 
-    /// Takes over from another cluster: its log time and floors where they are higher, and answers.
+    /// Takes over from another cluster: its floors where they are higher, and answers. Whoever wrote there
+    /// counts as having written here, now.
     ///
     /// Clients are taken in beyond the usual bound, because one that is left out could have a write
     /// carried out twice. Answers that do not decode are those of no source: they are left out.
     pub(in crate::store) fn take_over(
         &mut self,
-        log_time_ms: u64,
         floors: &[(String, u64)],
         answers: Travelling,
-        pins: Pins<'_>,
+        falls: Falls<'_>,
     ) {
-        self.advance(log_time_ms, pins);
         for (name, floor) in floors {
             let Ok(name) = name.parse::<ClientName>() else { continue };
             self.take_in(&name);
-            self.raise_floor(&name, *floor, pins);
+            self.raise_floor(&name, *floor, falls);
         }
         for (place, stored) in answers {
             let Some((name, seq)) = parse_place(&place) else { continue };
@@ -138,15 +166,17 @@ impl Dedupe {
             self.next_position += 1;
             self.insert(&name, seq, Answer { key, kind, written, at_ms, position });
         }
-        self.forget_surplus(pins);
+        self.forget_surplus(falls);
     }
 
     fn take_in(&mut self, name: &ClientName) {
-        if !self.clients.contains_key(name) {
-            let now = self.log_time_ms;
-            self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
-            self.idle.insert((now, name.clone()));
+        let now = self.log_time_ms;
+        if let Some(client) = self.clients.get_mut(name) {
+            client.last_ms = now;
+            return;
         }
+        self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
+        self.idle.insert((now, name.clone()));
     }
 }
 

@@ -26,12 +26,16 @@ fn wrote(revision: u64) -> Written {
     Written::Put { revision }
 }
 
+fn gone(_: &[u8]) -> Fall {
+    Fall::Gone
+}
+
 /// Carries a write out if it is new, and answers it.
 fn run(table: &mut Dedupe, once: &Once, write: &Write, answer: Written) -> Written {
-    match table.check(once, write, &|_| false) {
+    match table.check(once, write, &gone) {
         Verdict::Answered(written) => written,
         Verdict::New => {
-            table.record(once, write, &answer, &|_| false);
+            table.record(once, write, &answer, &gone);
             answer
         }
     }
@@ -103,12 +107,12 @@ fn a_floor_only_rises() {
 #[test]
 fn old_answers_go_and_their_writes_are_not_carried_out() {
     let mut table = Dedupe::default();
-    table.advance(1000, &|_| false);
+    table.advance(1000, &gone);
     run(&mut table, &once("a", 7, 0), &put("k"), wrote(1));
-    table.advance(500, &|_| false);
-    table.advance(1000 + ANSWER_AGE_MAX_MS - 1, &|_| false);
+    table.advance(500, &gone);
+    table.advance(1000 + ANSWER_AGE_MAX_MS - 1, &gone);
     assert_eq!(run(&mut table, &once("a", 7, 0), &put("k"), wrote(2)), wrote(1));
-    table.advance(1000 + ANSWER_AGE_MAX_MS, &|_| false);
+    table.advance(1000 + ANSWER_AGE_MAX_MS, &gone);
     assert_eq!((table.order.len(), table.key_bytes), (0, 0));
     for seq in [0, 7] {
         let answer = run(&mut table, &once("a", seq, 0), &put("k"), wrote(2));
@@ -122,10 +126,10 @@ fn old_answers_go_and_their_writes_are_not_carried_out() {
 fn a_mad_clock_does_no_harm() {
     let mut table = Dedupe::default();
     run(&mut table, &once("a", 1, 0), &put("k"), wrote(1));
-    table.advance(u64::MAX, &|_| false);
+    table.advance(u64::MAX, &gone);
     assert_eq!(run(&mut table, &once("a", 1, 0), &put("k"), wrote(2)), Written::OnceForgotten);
     run(&mut table, &once("a", 2, 0), &put("k"), wrote(2));
-    table.advance(0, &|_| false);
+    table.advance(0, &gone);
     assert_eq!(run(&mut reloaded(&table), &once("a", 2, 0), &put("k"), wrote(3)), wrote(2));
 }
 
@@ -152,14 +156,14 @@ fn clients_are_bounded_and_active_ones_stay() {
     let bounds = Bounds { clients_max: 3, ..BOUNDS };
     let mut table = Dedupe::with_bounds(bounds);
     for (at, client) in [(0, "a"), (1, "b"), (2, "c")] {
-        table.advance(at, &|_| false);
+        table.advance(at, &gone);
         run(&mut table, &once(client, 5, 5), &put("k"), wrote(1));
     }
-    table.advance(CLIENT_IDLE_MIN_MS - 1, &|_| false);
+    table.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
     let new = |table: &mut Dedupe, name| run(table, &once(name, 5, 0), &put("k"), wrote(2));
     assert_eq!(new(&mut table, "d"), Written::TooManyClients);
     run(&mut table, &once("a", 6, 6), &put("k"), wrote(3));
-    table.advance(CLIENT_IDLE_MIN_MS + 1, &|_| false);
+    table.advance(CLIENT_IDLE_MIN_MS + 1, &gone);
     assert_eq!(new(&mut table, "d"), wrote(2), "b made room");
     assert_eq!(new(&mut table, "e"), Written::TooManyClients);
     let names: Vec<_> = table.clients.keys().map(ClientName::as_str).collect();
@@ -168,12 +172,42 @@ fn clients_are_bounded_and_active_ones_stay() {
     assert_eq!(run(&mut table, &once("a", 5, 5), &put("k"), wrote(4)), Written::OnceForgotten);
 }
 
+/// Of an answer that falls while its key is being copied somebody is told, with what it had added to the
+/// tally; one whose key is frozen stays until it is let go.
+#[test]
+fn what_falls_on_its_way_is_told_or_pinned() {
+    let mut table = Dedupe::default();
+    for (seq, key) in [(1, "told"), (2, "pinned"), (3, "gone"), (4, "told")] {
+        run(&mut table, &once("a", seq, 0), &put(key), wrote(seq));
+    }
+    let place = |seq| place(&"a".parse().unwrap(), seq);
+    let hash = answer_hash(&place(1), &table.at(&place(1)).unwrap());
+    let falls = |key: &[u8]| match key {
+        b"told" => Fall::Told,
+        b"pinned" => Fall::Pinned,
+        _ => Fall::Gone,
+    };
+    let verdict = table.check(&once("a", 5, 4), &put("gone"), &falls);
+    assert_eq!(verdict, Verdict::New);
+    assert_eq!(table.take_fallen(), [Fallen { key: "told".into(), place: place(1), hash }]);
+    assert_eq!(table.take_fallen(), []);
+    let there = |table: &Dedupe| [1, 2, 3, 4].map(|seq| table.at(&place(seq)).is_some());
+    assert_eq!(there(&table), [false, true, false, true]);
+    assert_eq!(run(&mut table, &once("a", 2, 0), &put("pinned"), wrote(9)), Written::OnceForgotten);
+    table = reloaded(&table);
+    table.unpin(&|key| key != b"pinned");
+    assert_eq!(there(&table), [false, true, false, true]);
+    table.unpin(&|key| key == b"pinned");
+    assert_eq!(there(&table), [false, false, false, true]);
+    assert_eq!((table.order.len(), table.key_bytes, table.pinned.len()), (1, 4, 0));
+}
+
 /// A chunk that is damaged, missing, repeated or out of order is an error, and any of it never panics.
 #[test]
 fn what_is_not_a_table_is_refused() {
     let mut table = Dedupe::default();
     for seq in 0..30_000u64 {
-        table.advance(seq / 7, &|_| false);
+        table.advance(seq / 7, &gone);
         let client = format!("client-{}", seq % 5);
         run(&mut table, &once(&client, seq, 0), &put(&format!("k{seq}")), wrote(seq));
     }
@@ -303,8 +337,8 @@ proptest! {
             if step.restart {
                 replica = reloaded(&replica);
             }
-            table.advance(clock, &|_| false);
-            replica.advance(clock, &|_| false);
+            table.advance(clock, &gone);
+            replica.advance(clock, &gone);
             let expected = model.step(clock, step, &answer, bounds);
             let found = run(&mut table, &step.once, &step.write, answer.clone());
             prop_assert_eq!(&found, &expected);
@@ -321,7 +355,7 @@ proptest! {
     ) {
         let mut table = Dedupe::default();
         for (revision, step) in (1..).zip(&steps) {
-            table.advance(step.clock_ms, &|_| false);
+            table.advance(step.clock_ms, &gone);
             let answer = Written::ConditionFailed { current: (revision > 9).then_some(revision) };
             run(&mut table, &step.once, &step.write, answer);
         }

@@ -1,6 +1,6 @@
 //! Writes that happen at most once do so through restarts, crashes and snapshots.
 
-use super::super::dedupe::Verdict;
+use super::super::dedupe::{Fall, Verdict};
 use super::super::machine::SideRows;
 use super::*;
 use crate::once::{ClientFloor, Once};
@@ -19,7 +19,7 @@ fn put_once(key: &str, seq: u64) -> Write {
 fn remembered(store: &Store, write: &Write) -> Option<Written> {
     let reader = store.reader();
     let mut machine = reader.shared.machine();
-    match machine.dedupe.check(write.once.as_ref().unwrap(), write, &|_| false) {
+    match machine.dedupe.check(write.once.as_ref().unwrap(), write, &|_| Fall::Gone) {
         Verdict::New => None,
         Verdict::Answered(written) => Some(written),
     }
