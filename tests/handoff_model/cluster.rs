@@ -13,15 +13,19 @@
 //! floors    client    -> sequence below which its answers may be forgotten
 //! ```
 
+#[path = "facts.rs"]
+mod facts;
+
 use std::collections::BTreeMap;
-use std::io;
 
 use bytes::Bytes;
 use distrib_kv_store::handoff::{
-    Attempt, Cursor, Facts, Handoff, Incoming, Outgoing, Ownership, Position, Prepared, Receipt,
-    Refused, RingState, Sending, Step, Tag, Tally,
+    Attempt, Cursor, Handoff, Incoming, Outgoing, Ownership, Position, Receipt, Refused, RingState,
+    Sending, Step, Tag, Tally,
 };
 use distrib_kv_store::types::{ClusterId, Revision};
+
+use facts::Data;
 
 use super::mutation::Mutation;
 use super::pages::{Page, Replica};
@@ -553,64 +557,4 @@ impl Cluster {
 pub struct Copied {
     records: BTreeMap<Key, Record>,
     answers: BTreeMap<OpId, Answer>,
-}
-
-/// The facts that a step may ask for.
-struct Data<'a> {
-    cluster: &'a Cluster,
-    rules: &'a Rules,
-}
-
-impl Facts for Data<'_> {
-    fn own(&self) -> &ClusterId {
-        &self.cluster.id
-    }
-
-    /// Not modelled: it tells which replicas may serve pages, and the model lets only those.
-    fn index(&self) -> u64 {
-        0
-    }
-
-    fn revision(&self) -> Revision {
-        self.cluster.revision
-    }
-
-    /// Not modelled: nothing is forgotten by age here.
-    fn floors(&self) -> Vec<(String, u64)> {
-        self.cluster.floors.iter().map(|(client, floor)| (client.to_string(), *floor)).collect()
-    }
-
-    fn is_empty(&self) -> io::Result<bool> {
-        let cluster = self.cluster;
-        Ok(cluster.rows.is_empty() && cluster.answers.is_empty() && cluster.staged.is_empty())
-    }
-
-    fn answers(&self, moves: &dyn Fn(&[u8]) -> bool) -> Tally {
-        let mut tally = Tally::default();
-        for (op, answer) in self.cluster.answers.iter().filter(|(_, a)| moves(&a.key)) {
-            tally.add_answer(hash_of(&(op, answer)));
-        }
-        tally
-    }
-
-    fn records(
-        &self,
-        moves: &dyn Fn(&[u8]) -> bool,
-        from: &[u8],
-        to: Option<&[u8]>,
-        prepared: Prepared,
-    ) -> io::Result<Option<Tally>> {
-        let mut tally = Tally::default();
-        for key in self.cluster.rows.keys() {
-            let within = &key[..] > from && to.is_none_or(|to| &key[..] <= to);
-            let record = self.cluster.record(key, self.rules);
-            if within
-                && moves(key)
-                && let Some(record) = record.filter(|record| record.revision <= prepared.revision)
-            {
-                tally.add_record(hash_of(&(key, record)));
-            }
-        }
-        Ok(Some(tally))
-    }
 }
