@@ -71,11 +71,11 @@ async fn clean_some(
     handoff: &Handoff,
     place: Option<&Bytes>,
 ) -> Result<Option<Bytes>, Stopped> {
+    let began = Instant::now();
     let after = place.cloned().unwrap_or_default();
     let mut keys = tools.here.leftovers(handoff, after, BATCH_KEYS_MAX).await?;
     keys.truncate(fitting(&keys));
     let Some(last) = keys.last().cloned() else { return Ok(None) };
-    let began = Instant::now();
     let count = keys.len();
     let clean = Clean { handoff: handoff.clone(), keys };
     match tools.here.propose(Command::Clean(Box::new(clean))).await? {

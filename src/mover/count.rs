@@ -1,7 +1,7 @@
 //! Counts, at a source, the records that move: their number and digest, which the destination must match.
 //!
 //! Counting a stretch is part of applying its entry, because only there all replicas read the same
-//! records. So stretches are short, come one after the other, and leave the log to others half of the
+//! records. So stretches are short, come one after the other, and leave the log to others most of the
 //! time.
 
 use std::time::Duration;
@@ -27,13 +27,13 @@ pub(super) async fn run(tools: Tools) {
     while here.leads()
         && let Some(next) = due::next_count(&here.state(), here.own())
     {
+        let began = Instant::now();
         let due::Stretch { handoff, attempt, from } = next;
         let to = match here.stretch(from.clone(), STRETCH_KEYS_MAX).await {
             Ok(to) => to,
             Err(error) => return tracing::debug!(%handoff, %error, "cannot read what to count"),
         };
         let is_last = to.is_none();
-        let began = Instant::now();
         let step = Step::Count { handoff: handoff.clone(), attempt, from, to };
         match here.propose(Command::Step(Box::new(step))).await {
             Ok(Ok(_)) if is_last => tracing::info!(%handoff, attempt, "all that moves is counted"),

@@ -16,9 +16,10 @@ use crate::types::{ClusterId, Command};
 use super::Tools;
 use super::due::{self, Receiving};
 use super::here::Unanswered;
+use super::pace::break_after;
 
 /// A source whose change log ends so few changes ahead is nearly caught up with. It may freeze any
-/// moment, so nothing waits for the budget any more.
+/// moment, so nothing waits for the budget, or for long, any more.
 const NEAR_CHANGES: u64 = 2000;
 
 /// Between two pages then. With every write that moves the source has something new; this lets a few
@@ -73,12 +74,12 @@ pub(super) async fn run(tools: Tools, from: ClusterId) {
         if !progress.near {
             tools.budget.turn().await;
         }
+        let began = Instant::now();
         match step(&tools, open, &mut progress).await {
             Stepped::Staged | Stepped::Nothing => {
                 progress.failing = None;
-                if progress.near {
-                    sleep(NEAR_PAUSE).await;
-                }
+                let pause = if progress.near { NEAR_PAUSE } else { break_after(began.elapsed()) };
+                sleep(pause).await;
             }
             Stepped::Failed(failure) => {
                 tracing::debug!(%from, %failure, "no page was staged");
