@@ -154,7 +154,7 @@ impl App {
     fn membership_id(&self) -> Option<LogId> {
         let metrics = self.inner.raft.metrics();
         let metrics = metrics.borrow_watched();
-        metrics.membership_config.log_id().clone()
+        *metrics.membership_config.log_id()
     }
 
     /// Returns once the membership that this node sees is committed, and it still leads.

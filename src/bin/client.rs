@@ -27,6 +27,9 @@ mod bench;
 
 use bench::{BenchError, BenchFlags, ReportFlags};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Where `admin` leaves the addresses, unless told otherwise.
 const NODES_FILE_DEFAULT: &str = "all_nodes.json";
 

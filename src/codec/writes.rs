@@ -53,11 +53,12 @@ pub(super) fn get_writes(reader: &mut Reader) -> Result<Command, DecodeError> {
     let at_ms = reader.u64()?;
     // The count is not trusted with an allocation: each round consumes input.
     let mut writes: Vec<Write> = Vec::new();
-    let mut last: Option<Once> = None;
-    for _ in 0..reader.u32()? {
-        let write = get_write(last.as_ref(), reader)?;
+    let mut last = None;
+    for index in 0..reader.u32()? as usize {
+        let before = last.and_then(|last: usize| writes[last].once.as_ref());
+        let write = get_write(before, reader)?;
         if write.once.is_some() {
-            last.clone_from(&write.once);
+            last = Some(index);
         }
         writes.push(write);
     }

@@ -30,23 +30,26 @@
 //!
 //! Invariants:
 //! - an answer's sequence is not below its client's floor, unless it is pinned, and then it is;
-//! - `order` has exactly the answers there are but for the pinned ones, by their position, which ascends
-//!   in log order, and log time with it: so the front is the oldest in both meanings;
+//! - `order` has the answers there are but for the pinned ones, by their position, which ascends in log
+//!   order, and log time with it: so the first one is the oldest in both meanings. It also has some that
+//!   have fallen, which are passed over; no more of them than of the others, and a few;
 //! - `idle` lists every client once, under a time not later than that of its last write.
 //!
 //! No step takes longer with more clients or answers, but for the depth of the trees: what falls is
-//! taken from the front of `order`, and each answer falls once.
+//! taken from the front of `order`, each answer falls once, and is passed over once.
 
+mod answers;
 mod encoding;
 mod moving;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::once::{ClientName, Once};
 use crate::types::{Action, Write, Written};
 
+use answers::Answers;
 pub(super) use encoding::Decoder;
 pub(super) use moving::{Fallen, Travelling, hash as answer_hash, key_of as answered_key, place};
 
@@ -69,6 +72,9 @@ const CLIENTS_MAX: usize = 65_536;
 /// How long a client must not have written before its floor may be forgotten. A write that it repeats
 /// after that happens again: nobody waits an hour for an answer.
 const CLIENT_IDLE_MIN_MS: u64 = 60 * 60 * 1000;
+
+/// So many answers that have fallen may stand in `order`, above those that have not.
+const FALLEN_MAX: usize = 1024;
 
 /// The table's bounds, so that tests reach them with less.
 #[derive(Debug, Clone, Copy)]
@@ -128,11 +134,13 @@ pub(super) type Falls<'a> = &'a dyn Fn(&[u8]) -> Fall;
 pub(super) struct Dedupe {
     log_time_ms: u64,
     clients: BTreeMap<ClientName, Client>,
-    /// Whose answer has which position.
-    order: BTreeMap<u64, (ClientName, u64)>,
+    /// Whose answers came in which order.
+    order: VecDeque<Placed>,
+    /// How many answers in `order` have not fallen.
+    live: usize,
     /// The position of the next answer.
     next_position: u64,
-    /// Bytes of the keys of the answers in `order`.
+    /// Bytes of the keys of the live answers in `order`.
     key_bytes: usize,
     /// Answers that would have fallen.
     pinned: BTreeSet<(ClientName, u64)>,
@@ -149,7 +157,16 @@ struct Client {
     floor: u64,
     /// The log time of its last write.
     last_ms: u64,
-    answers: BTreeMap<u64, Answer>,
+    answers: Answers,
+}
+
+/// Where an answer stands in log order.
+#[derive(Debug)]
+struct Placed {
+    position: u64,
+    at_ms: u64,
+    client: ClientName,
+    seq: u64,
 }
 
 #[derive(Debug)]
@@ -174,7 +191,8 @@ impl Dedupe {
         Self {
             log_time_ms: 0,
             clients: BTreeMap::new(),
-            order: BTreeMap::new(),
+            order: VecDeque::new(),
+            live: 0,
             next_position: 0,
             key_bytes: 0,
             pinned: BTreeSet::new(),
@@ -187,27 +205,30 @@ impl Dedupe {
     /// An entry brought this clock: forgets what is too old by now.
     pub(super) fn advance(&mut self, at_ms: u64, falls: Falls<'_>) {
         self.log_time_ms = self.log_time_ms.max(at_ms);
-        while let Some(at_ms) = self.oldest_at_ms()
-            && self.log_time_ms - at_ms >= ANSWER_AGE_MAX_MS
-        {
-            self.forget_oldest(falls);
+        let now = self.log_time_ms;
+        let is_old = |oldest: &mut Placed| now - oldest.at_ms >= ANSWER_AGE_MAX_MS;
+        while let Some(oldest) = self.order.pop_front_if(is_old) {
+            self.forget(&oldest, falls);
         }
     }
 
     /// What to do with a write that its key's owner is about to carry out. Takes over the floor that
     /// it tells.
     pub(super) fn check(&mut self, once: &Once, write: &Write, falls: Falls<'_>) -> Verdict {
-        if !self.clients.contains_key(once.client()) && !self.admit(once.client()) {
+        let floor = self.clients.get(once.client()).map(|client| client.floor);
+        if floor.is_none() && !self.admit(once.client()) {
             return Verdict::Answered(Written::TooManyClients);
         }
-        self.raise_floor(once.client(), once.floor(), falls);
+        if floor < Some(once.floor()) {
+            self.raise_floor(once.client(), once.floor(), falls);
+        }
         let now = self.log_time_ms;
         let client = self.clients.get_mut(once.client()).expect("it was admitted");
         client.last_ms = now;
         if once.seq() < client.floor {
             return Verdict::Answered(Written::OnceForgotten);
         }
-        match client.answers.get(&once.seq()) {
+        match client.answers.get(once.seq()) {
             None => Verdict::New,
             Some(answer) if *answer.key != *write.key || answer.kind != Kind::of(write) => {
                 Verdict::Answered(Written::OnceReused)
@@ -231,25 +252,27 @@ impl Dedupe {
         let answer = Answer { key, kind, written: written.clone(), at_ms, position };
         self.insert(once.client(), once.seq(), answer);
         self.forget_surplus(falls);
+        self.tidy();
     }
 
     fn forget_surplus(&mut self, falls: Falls<'_>) {
-        while self.order.len() > self.bounds.answers_max
-            || self.key_bytes > self.bounds.key_bytes_max
-        {
-            self.forget_oldest(falls);
+        while self.live > self.bounds.answers_max || self.key_bytes > self.bounds.key_bytes_max {
+            let oldest = self.order.pop_front().expect("live answers stand in order");
+            self.forget(&oldest, falls);
         }
     }
 
     /// The keys of all answers.
     pub(super) fn keys(&self) -> impl Iterator<Item = &[u8]> {
-        self.clients.values().flat_map(|client| client.answers.values().map(|answer| &*answer.key))
+        self.clients.values().flat_map(|client| client.answers.iter().map(|(_, a)| &*a.key))
     }
 
     fn insert(&mut self, name: &ClientName, seq: u64, answer: Answer) {
         let client = self.clients.get_mut(name).expect("answers are for clients that were checked");
         self.key_bytes += answer.key.len();
-        self.order.insert(answer.position, (name.clone(), seq));
+        self.live += 1;
+        let Answer { position, at_ms, .. } = answer;
+        self.order.push_back(Placed { position, at_ms, client: name.clone(), seq });
         let replaced = client.answers.insert(seq, answer);
         assert!(replaced.is_none(), "the write {name}/{seq} was carried out twice");
     }
@@ -295,16 +318,28 @@ impl Dedupe {
         }
     }
 
-    fn oldest_at_ms(&self) -> Option<u64> {
-        let (_, (name, seq)) = self.order.first_key_value()?;
-        Some(self.clients[name].answers[seq].at_ms)
+    /// Forgets an answer that was taken out of `order`, so that its write is not carried out again;
+    /// nothing, if it has fallen.
+    fn forget(&mut self, placed: &Placed, falls: Falls<'_>) {
+        if self.is_live(placed) {
+            self.raise_floor(&placed.client, placed.seq + 1, falls);
+        }
     }
 
-    /// Forgets the oldest answer, so that its write is not carried out again.
-    fn forget_oldest(&mut self, falls: Falls<'_>) {
-        let (_, (name, seq)) = self.order.first_key_value().expect("there is an oldest one");
-        let (name, floor) = (name.clone(), seq + 1);
-        self.raise_floor(&name, floor, falls);
+    fn is_live(&self, placed: &Placed) -> bool {
+        self.clients.get(&placed.client).is_some_and(|client| {
+            placed.seq >= client.floor
+                && client.answers.get(placed.seq).is_some_and(|a| a.position == placed.position)
+        })
+    }
+
+    /// Takes what has fallen out of `order`, when it has become too much.
+    fn tidy(&mut self) {
+        if self.order.len() > 2 * self.live + FALLEN_MAX {
+            let mut order = std::mem::take(&mut self.order);
+            order.retain(|placed| self.is_live(placed));
+            self.order = order;
+        }
     }
 
     fn raise_floor(&mut self, name: &ClientName, floor: u64, falls: Falls<'_>) {
@@ -315,15 +350,15 @@ impl Dedupe {
         let before = std::mem::replace(&mut client.floor, floor);
         // What lies below the floor that was is pinned already.
         let mut from = before;
-        while let Some((&seq, answer)) = client.answers.range(from..floor).next() {
+        while let Some((seq, answer)) = client.answers.next(from).filter(|(seq, _)| *seq < floor) {
             from = seq + 1;
-            self.order.remove(&answer.position);
+            self.live -= 1;
             self.key_bytes -= answer.key.len();
             match falls(&answer.key) {
-                Fall::Gone => drop(client.answers.remove(&seq)),
+                Fall::Gone => drop(client.answers.remove(seq)),
                 Fall::Told => {
                     self.fallen.push(Fallen::of(name, seq, answer));
-                    client.answers.remove(&seq);
+                    client.answers.remove(seq);
                 }
                 Fall::Pinned => drop(self.pinned.insert((name.clone(), seq))),
             }

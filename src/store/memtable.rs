@@ -45,7 +45,7 @@ pub(super) type Row = Option<Bytes>;
 /// Rows by key, newest only.
 #[derive(Default)]
 pub(super) struct Rows {
-    rows: HashMap<Box<[u8]>, Row>,
+    rows: HashMap<Box<[u8]>, Row, ahash::RandomState>,
     /// The change log's part of the same time, without gaps.
     changes: Vec<(Position, Bytes)>,
     bytes: usize,
@@ -285,7 +285,8 @@ impl Layers {
     fn freeze(&mut self, side: Side) {
         // The next one will hold about as many rows: room for them now, not by moving them again and
         // again as it grows.
-        let rows = HashMap::with_capacity(self.active.rows.len());
+        let rows =
+            HashMap::with_capacity_and_hasher(self.active.rows.len(), ahash::RandomState::new());
         let since = applied_index(&self.head);
         let rows = std::mem::replace(&mut self.active, Rows { rows, since, ..Rows::default() });
         let (rows, head) = (Arc::new(rows), self.head.clone());

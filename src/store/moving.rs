@@ -132,7 +132,7 @@ impl Round<'_> {
             }
             Step::Release { handoff, .. } => {
                 let ring = &*ring;
-                dedupe.forget(&|key| ring.way_out(own, key) == Some(&handoff.to));
+                dedupe.forget_moved(&|key| ring.way_out(own, key) == Some(&handoff.to));
             }
             Step::Thaw { handoff, .. } => {
                 let ring = &*ring;

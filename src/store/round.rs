@@ -37,7 +37,7 @@ pub(super) struct Round<'a> {
     /// As of the round's beginning. Nobody changes it while the machine is locked.
     pub(super) view: View,
     /// What this round wrote or deleted, by key.
-    pub(super) rows: HashMap<Bytes, Row>,
+    pub(super) rows: HashMap<Bytes, Row, ahash::RandomState>,
     /// What this round adds to the log of changes to moving keys.
     pub(super) changes: Vec<(Position, Bytes)>,
     pub(super) progress: Progress,
@@ -54,7 +54,7 @@ impl<'a> Round<'a> {
             shared,
             machine,
             view,
-            rows: HashMap::new(),
+            rows: HashMap::default(),
             changes: Vec::new(),
             progress,
             membership: None,
@@ -73,6 +73,7 @@ impl<'a> Round<'a> {
             }
             EntryPayload::Normal(Command::Write { at_ms, writes }) => {
                 let Machine { dedupe, ring, .. } = &mut *self.machine;
+                self.rows.reserve(writes.len());
                 dedupe.advance(at_ms, &falls(ring, &self.shared.cluster));
                 let written = writes.iter().map(|write| self.write(write));
                 Applied::Written(written.collect::<io::Result<_>>()?)

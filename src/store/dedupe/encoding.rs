@@ -24,7 +24,7 @@ use std::io;
 use bytes::{BufMut, Bytes};
 
 use super::super::meta::corrupt;
-use super::{Answer, Client, Dedupe, Kind};
+use super::{Answer, Client, Dedupe, Kind, Placed};
 use crate::codec::{self, Reader, get_client_name, put_bytes, put_client_name, put_option};
 use crate::once::ClientName;
 use crate::types::{Revision, Written};
@@ -53,7 +53,7 @@ impl Dedupe {
             out.put_u64(self.log_time_ms);
             out.put_u64(self.next_position);
             out.put_u64(self.clients.len() as u64);
-            out.put_u64((self.order.len() + self.pinned.len()) as u64);
+            out.put_u64((self.live + self.pinned.len()) as u64);
         });
         for (name, client) in &self.clients {
             chunks.item(|out| {
@@ -62,10 +62,10 @@ impl Dedupe {
                 out.put_u64(client.floor);
                 out.put_u64(client.last_ms);
             });
-            for (seq, answer) in &client.answers {
+            for (seq, answer) in client.answers.iter() {
                 chunks.item(|out| {
                     out.put_u8(ITEM_ANSWER);
-                    out.put_u64(*seq);
+                    out.put_u64(seq);
                     put_answer(answer, out);
                 });
             }
@@ -170,21 +170,24 @@ impl Decoder {
         let Some(Announced { clients: clients_announced, answers }) = announced else {
             return Err(bad("it is empty"));
         };
-        let there = table.order.len() + table.pinned.len();
+        table.order.make_contiguous().sort_unstable_by_key(|placed| placed.position);
+        let there = table.live + table.pinned.len();
         if (clients.len() as u64, there as u64) != (clients_announced, answers) {
             return Err(bad("clients or answers are missing"));
         }
-        let last = table.order.last_key_value().map_or(0, |(position, _)| position + 1);
-        if last > table.next_position {
+        if table.order.back().is_some_and(|last| last.position >= table.next_position) {
             return Err(bad("an answer lies beyond the last position"));
         }
-        let mut newest_ms = 0;
-        for (name, seq) in table.order.values() {
-            let at_ms = clients[name].answers[seq].at_ms;
-            if at_ms < newest_ms || at_ms > table.log_time_ms {
+        let mut before: Option<&Placed> = None;
+        for placed in &table.order {
+            if before.is_some_and(|before| before.position == placed.position) {
+                return Err(bad("two answers have one position"));
+            }
+            let newest_ms = before.map_or(0, |before| before.at_ms);
+            if placed.at_ms < newest_ms || placed.at_ms > table.log_time_ms {
                 return Err(bad("log time goes back"));
             }
-            newest_ms = at_ms;
+            before = Some(placed);
         }
         table.idle = clients.iter().map(|(name, c)| (c.last_ms, name.clone())).collect();
         table.clients = clients;
@@ -218,7 +221,7 @@ impl Decoder {
         if last_ms > self.table.log_time_ms {
             return Err(bad("a client from the future"));
         }
-        self.clients.insert(name.clone(), Client { floor, last_ms, answers: BTreeMap::new() });
+        self.clients.insert(name.clone(), Client { floor, last_ms, ..Client::default() });
         self.name = Some(name);
         Ok(())
     }
@@ -228,7 +231,7 @@ impl Decoder {
         let client = self.clients.get_mut(name).expect("named clients are there");
         let seq = reader.u64().map_err(bad)?;
         let answer = get_answer(reader).map_err(bad)?;
-        let last = client.answers.last_key_value().map(|(last, _)| *last);
+        let last = client.answers.last();
         if seq > crate::once::SEQ_MAX || last >= Some(seq) {
             return Err(bad("sequences do not ascend"));
         }
@@ -239,9 +242,9 @@ impl Decoder {
             return Ok(());
         }
         self.table.key_bytes += answer.key.len();
-        if self.table.order.insert(answer.position, (name.clone(), seq)).is_some() {
-            return Err(bad("two answers have one position"));
-        }
+        self.table.live += 1;
+        let Answer { position, at_ms, .. } = answer;
+        self.table.order.push_back(Placed { position, at_ms, client: name.clone(), seq });
         client.answers.insert(seq, answer);
         Ok(())
     }

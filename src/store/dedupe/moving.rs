@@ -58,9 +58,9 @@ impl Dedupe {
         let clients = &mut self.clients;
         self.pinned.retain(|(name, seq)| {
             let Some(client) = clients.get_mut(name) else { return false };
-            let stays = client.answers.get(seq).is_some_and(|answer| !moves(&answer.key));
+            let stays = client.answers.get(*seq).is_some_and(|answer| !moves(&answer.key));
             if !stays {
-                client.answers.remove(seq);
+                client.answers.remove(*seq);
             }
             stays
         });
@@ -71,7 +71,7 @@ impl Dedupe {
         let mut tally = Tally::default();
         for (name, client) in &self.clients {
             for (seq, answer) in client.answers.iter().filter(|(_, answer)| moves(&answer.key)) {
-                tally.add_answer(hash(&place(name, *seq), &travelling(answer)));
+                tally.add_answer(hash(&place(name, seq), &travelling(answer)));
             }
         }
         tally
@@ -85,7 +85,7 @@ impl Dedupe {
     /// The answer at this place as it travels, if there is one.
     pub(in crate::store) fn at(&self, place: &[u8]) -> Option<Bytes> {
         let (name, seq) = parse_place(place)?;
-        Some(travelling(self.clients.get(&name)?.answers.get(&seq)?))
+        Some(travelling(self.clients.get(&name)?.answers.get(seq)?))
     }
 
     /// Answers to writes of moving keys after this place, of about `bytes_max`, looking at no more than
@@ -108,8 +108,8 @@ impl Dedupe {
                 Some((begun, seq)) if begun == name => seq + 1,
                 _ => 0,
             };
-            for (seq, answer) in client.answers.range(first..) {
-                let place = place(name, *seq);
+            for (seq, answer) in client.answers.from(first) {
+                let place = place(name, seq);
                 looks += 1;
                 if moves(&answer.key) {
                     let stored = travelling(answer);
@@ -125,17 +125,18 @@ impl Dedupe {
     }
 
     /// Forgets the answers to writes of keys that have moved away: their new owner has them.
-    pub(in crate::store) fn forget(&mut self, moves: Moves<'_>) {
+    pub(in crate::store) fn forget_moved(&mut self, moves: Moves<'_>) {
         for (name, client) in &mut self.clients {
             client.answers.retain(|seq, answer| {
                 let stays = !moves(&answer.key);
-                if !stays && !self.pinned.remove(&(name.clone(), *seq)) {
-                    self.order.remove(&answer.position);
+                if !stays && !self.pinned.remove(&(name.clone(), seq)) {
+                    self.live -= 1;
                     self.key_bytes -= answer.key.len();
                 }
                 stays
             });
         }
+        self.tidy();
     }
 
     /// Takes over from another cluster: its floors where they are higher, and answers. Whoever wrote there
@@ -159,7 +160,7 @@ impl Dedupe {
             let Ok((kind, written, key)) = decode(stored) else { continue };
             self.take_in(&name);
             let client = &self.clients[&name];
-            if seq < client.floor || client.answers.contains_key(&seq) {
+            if seq < client.floor || client.answers.get(seq).is_some() {
                 continue;
             }
             let (at_ms, position) = (self.log_time_ms, self.next_position);
@@ -167,6 +168,7 @@ impl Dedupe {
             self.insert(&name, seq, Answer { key, kind, written, at_ms, position });
         }
         self.forget_surplus(falls);
+        self.tidy();
     }
 
     fn take_in(&mut self, name: &ClientName) {

@@ -92,7 +92,7 @@ fn a_floor_only_rises() {
         run(&mut table, &once("a", seq, 0), &put("k"), wrote(seq));
     }
     run(&mut table, &once("a", 6, 4), &put("k"), wrote(6));
-    assert_eq!(table.order.len(), 3);
+    assert_eq!(table.live, 3);
     for seq in [0, 1, 3] {
         let answer = run(&mut table, &once("a", seq, 0), &put("k"), wrote(9));
         assert_eq!(answer, Written::OnceForgotten);
@@ -113,7 +113,7 @@ fn old_answers_go_and_their_writes_are_not_carried_out() {
     table.advance(1000 + ANSWER_AGE_MAX_MS - 1, &gone);
     assert_eq!(run(&mut table, &once("a", 7, 0), &put("k"), wrote(2)), wrote(1));
     table.advance(1000 + ANSWER_AGE_MAX_MS, &gone);
-    assert_eq!((table.order.len(), table.key_bytes), (0, 0));
+    assert_eq!((table.live, table.key_bytes), (0, 0));
     for seq in [0, 7] {
         let answer = run(&mut table, &once("a", seq, 0), &put("k"), wrote(2));
         assert_eq!(answer, Written::OnceForgotten);
@@ -146,7 +146,7 @@ fn answers_are_bounded() {
     assert_eq!(run(&mut table, &once("c1", 1, 0), &put("k"), wrote(9)), wrote(1));
     let long = "0123456789abcdefgh";
     run(&mut table, &once("c9", 1, 0), &put(long), wrote(9));
-    assert_eq!((table.order.len(), table.key_bytes), (3, 20));
+    assert_eq!((table.live, table.key_bytes), (3, 20));
 }
 
 /// Only a client that has been silent for an hour is forgotten, and only for want of room; the one
@@ -199,7 +199,7 @@ fn what_falls_on_its_way_is_told_or_pinned() {
     assert_eq!(there(&table), [false, true, false, true]);
     table.unpin(&|key| key == b"pinned");
     assert_eq!(there(&table), [false, false, false, true]);
-    assert_eq!((table.order.len(), table.key_bytes, table.pinned.len()), (1, 4, 0));
+    assert_eq!((table.live, table.key_bytes, table.pinned.len()), (1, 4, 0));
 }
 
 /// A chunk that is damaged, missing, repeated or out of order is an error, and any of it never panics.
@@ -343,7 +343,7 @@ proptest! {
             let found = run(&mut table, &step.once, &step.write, answer.clone());
             prop_assert_eq!(&found, &expected);
             prop_assert_eq!(run(&mut replica, &step.once, &step.write, answer), expected);
-            prop_assert_eq!(table.order.len(), model.answers.len());
+            prop_assert_eq!(table.live, model.answers.len());
             prop_assert_eq!(replica.encode(), table.encode());
         }
     }
