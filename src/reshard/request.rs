@@ -374,26 +374,10 @@ async fn new_cluster(
         }
         seen.push(metrics);
     }
-    if holds_keys(&seen) {
-        return Err(ChangeError::NotEmpty(id.clone()));
-    }
     let member = |node: NodeMetrics| RingNode { id: node.id, http: node.http, rpc: node.rpc };
     let mut members: Vec<RingNode> = seen.into_iter().map(member).collect();
     members.sort_by_key(|node| node.id);
     Ok(RingCluster { id: id.clone(), weight, nodes: members })
-}
-
-/// Whether the nodes hold keys, as far as they can tell; the cluster itself decides when it joins.
-///
-/// Where somebody leads, only its word counts. The others apply later: a cluster that left the ring a
-/// moment ago has deleted its keys, and a follower that was down meanwhile still tells of them.
-fn holds_keys(seen: &[NodeMetrics]) -> bool {
-    let leads = |node: &&NodeMetrics| node.state == NodeState::Leader;
-    let holds = |node: &NodeMetrics| node.keys.is_some_and(|keys| keys > 0);
-    match seen.iter().filter(leads).max_by_key(|node| node.term) {
-        Some(leader) => holds(leader),
-        None => seen.iter().any(holds),
-    }
 }
 
 /// What is wrong with a node, if something is.
@@ -420,41 +404,20 @@ async fn form_if_blank(cluster: &RingCluster) -> Result<(), ChangeError> {
         let formed = cluster_manager::form(&cluster.id, &cluster.nodes).await;
         formed.map_err(|source| ChangeError::Form { cluster: cluster.id.clone(), source })?;
     }
-    let survey = cluster_manager::survey(&addresses).await?;
-    // As a member of its ring it owns keys. Whether it holds any, it says itself when it joins.
-    if survey.ring.cluster(&cluster.id).is_some() {
-        return Err(ChangeError::NotEmpty(cluster.id.clone()));
-    }
+    cluster_manager::survey(&addresses).await?;
     Ok(())
 }
 
+/// Whether the cluster holds anything is decided here and nowhere before: a node that was started a moment
+/// ago, or follows from afar, still tells of keys and of a ring that its cluster has given up.
 async fn join(http: &HttpClusters, added: &RingCluster, ring: &Ring) -> Result<(), ChangeError> {
     let join = Step::Join { ring: Box::new(ring.clone()) };
     match propose(http, added, &join).await {
-        Err(ChangeError::Refused { refused, .. }) if matches!(*refused, Refused::NotEmpty(_)) => {
+        Err(ChangeError::Refused { refused, .. })
+            if matches!(*refused, Refused::NotEmpty(_) | Refused::Stale { .. }) =>
+        {
             Err(ChangeError::NotEmpty(added.id.clone()))
         }
         done => done,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn node(id: u64, state: NodeState, term: u64, keys: u64) -> NodeMetrics {
-        NodeMetrics { term, keys: Some(keys), ..NodeMetrics::example("c4", id, state) }
-    }
-
-    /// A cluster left the ring while one of its followers was down. Taken back soon after, it was refused
-    /// because of the keys that this follower had not deleted yet.
-    #[test]
-    fn a_follower_that_lags_does_not_make_a_cluster_full() {
-        let (leader, follower) = (NodeState::Leader, NodeState::Follower);
-        assert!(!holds_keys(&[node(1, follower, 2, 7), node(2, leader, 2, 0)]));
-        assert!(holds_keys(&[node(1, follower, 2, 0), node(2, leader, 2, 7)]));
-        assert!(!holds_keys(&[node(1, leader, 2, 7), node(2, leader, 3, 0)]), "it led before");
-        assert!(holds_keys(&[node(1, follower, 2, 0), node(2, follower, 2, 7)]));
-        assert!(!holds_keys(&[]));
     }
 }
