@@ -6,8 +6,7 @@
 //! dropped, because then nobody is left who would repeat the write, whether it was answered, given up
 //! or its future dropped.
 //!
-//! The floor costs nothing that grows with the writes under way: a bit for each number since the
-//! floor, 64 to a word, and words that are full fall off the front.
+//! The floor costs a bit for each number since it, 64 to a word; words that are full fall off the front.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

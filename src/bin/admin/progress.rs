@@ -119,8 +119,10 @@ fn line(progress: &Progress, rate: f64, held: &BTreeMap<ClusterId, Holdings>) ->
         line += &format!(", {to_delete} to delete where they were");
     }
     let frozen = progress.handoffs.iter().filter(|h| h.phase == Phase::Frozen).count();
-    if frozen > 0 {
-        line += &format!(", {frozen} handoffs frozen");
+    match frozen {
+        0 => {}
+        1 => line += ", 1 handoff frozen",
+        _ => line += &format!(", {frozen} handoffs frozen"),
     }
     if progress.cancelled {
         line += ", being called off";
