@@ -311,6 +311,12 @@ impl RingState {
         position
     }
 
+    /// The index of the entry that prepared the newest of the attempts that send.
+    pub fn prepared_index(&self) -> Option<u64> {
+        let outgoing = self.change.iter().flat_map(|change| change.outgoing.values());
+        outgoing.filter(|outgoing| outgoing.logs()).map(|outgoing| outgoing.prepared_index).max()
+    }
+
     /// The source's side of a handoff that this cluster holds.
     pub fn outgoing(&self, handoff: &Handoff) -> Option<&Outgoing> {
         let change = self.change_to(handoff.epoch)?;

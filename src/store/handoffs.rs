@@ -173,8 +173,9 @@ impl StateReader {
     /// # Errors
     /// The data cannot be read, or not be written to disk before the first stretch.
     pub fn stretch(&self, from: &[u8], keys_max: usize) -> io::Result<Option<Bytes>> {
-        // Counting a stretch looks at every row that is in memory only: there are few, to begin with.
-        if from.is_empty() {
+        // A stretch is cut by what is on disk, so whatever was there when an attempt was prepared must be:
+        // also here, if another node led then, or the stretch would hold more than may be counted at once.
+        if from.is_empty() || self.flushed_index()? < self.ring_state().prepared_index() {
             self.shared.flush()?;
         }
         let (mut last, mut bytes) = (None, 0);

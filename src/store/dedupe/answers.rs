@@ -1,7 +1,7 @@
 //! The answers of one client, by sequence.
 //!
 //! A client counts upwards and takes its answers from below, so nearly all that happens here happens at
-//! the two ends of a short queue: a queue costs a fifth of a tree then. But it may also send sequences in
+//! the two ends of a short queue, which is cheaper than a tree then. But it may also send sequences in
 //! any order, and leave many answers where they are, and an answer must not be dearer to insert for that.
 //! So the queue is short by force, and what does not fit into it stands in a tree:
 //!
