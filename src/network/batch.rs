@@ -1,7 +1,8 @@
 //! `POST /v1/batch`: many operations in one request ([`crate::batch`] has the bodies).
 //!
 //! The operations of each cluster are one part; while the ring changes, those of each handoff. A part
-//! is served as a single request would be: here, or by the node that can ([`super::forward`]), and what happens to one part says nothing of another.
+//! is served as a single request would be: here, or by the node that can ([`super::forward`]), and what
+//! happens to one part says nothing of another.
 //! With `Kv-Routing: direct` there is one part, which is answered here or not at all: each key of
 //! another cluster fails by itself, and a node that does not lead redirects the whole.
 
