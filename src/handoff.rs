@@ -44,6 +44,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod wire;
+mod witness;
 
 use std::fmt;
 
@@ -53,12 +54,15 @@ use serde::{Deserialize, Serialize};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch, Revision};
 
-pub use decide::{Decision, Facts};
+pub use decide::{Beginning, Decision, Facts};
 pub use page::{Clean, Import, Page, PageRequest};
 pub use plan::pairs;
+pub use source::floors_bytes;
 pub use state::{
-    Change, Counted, Incoming, Outgoing, Ownership, Prepared, Receipt, RingState, Sending, Tag,
+    Change, Counted, Course, Incoming, Outgoing, Ownership, Prepared, Receipt, RingState, Sending,
+    Tag,
 };
+pub use witness::Witnesses;
 
 /// The number of a try at a handoff. Grows; a number that was used or refused never comes again.
 pub type Attempt = u64;
@@ -70,8 +74,9 @@ pub const ATTEMPT_JUMP_MAX: u64 = 1 << 20;
 
 /// How many bytes the floors of a source's clients may take in [`Step::Activate`], as JSON: all that a
 /// cluster remembers by itself, with the longest names, and still no more than a request's body and half
-/// a peer's frame may have. Clients are taken over with every handoff, so there can be more; then nothing
-/// freezes, because it could not be activated.
+/// a peer's frame may have, by default. Clients are taken over with every handoff, so there can be more;
+/// then nothing freezes, because it could not be activated. Where limits are lower, a leader does not even
+/// propose it.
 pub const FLOORS_BYTES_MAX: usize = 6 << 20;
 
 /// The highest revision with which a destination takes over: no cluster gets there by writing, and one
@@ -399,7 +404,8 @@ pub enum Done {
     },
 }
 
-/// Why a step was not taken; nothing changed. Decided at apply, so every replica agrees.
+/// Why a step was not taken; nothing changed. Decided at apply, so every replica agrees, but for
+/// [`Self::NotConfirmed`].
 #[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Refused {
@@ -448,6 +454,9 @@ pub enum Refused {
         /// The epoch in force.
         epoch: Epoch,
     },
+    /// The step rests on what another cluster has done, and that cluster knows nothing of it.
+    #[error("cluster {0} does not confirm what the step says of it")]
+    NotConfirmed(ClusterId),
     /// A cluster that joins must be empty, and own nothing by the ring that it lives by.
     #[error(
         "cluster {0} holds records or lives by a ring that it owns keys of: only an empty cluster can join"

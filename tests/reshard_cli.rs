@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::sync::Arc;
 
-use distrib_kv_store::handoff::{Change, RingState, pairs};
+use distrib_kv_store::handoff::{Change, Course, RingState, pairs};
 use distrib_kv_store::metrics::HandoffView;
 use distrib_kv_store::ring::{Ring, RingCluster, RingNode, RingTable};
 use serde_json::{Value, json};
@@ -112,8 +112,7 @@ async fn one_change_at_a_time() {
         state.change = Some(Change {
             plan: pairs(ring, &next),
             next: Arc::new(RingTable::new(next).unwrap()),
-            cancelled: false,
-            decided: false,
+            course: Course::Open,
             outgoing: Default::default(),
             incoming: Default::default(),
         });

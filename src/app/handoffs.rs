@@ -5,7 +5,7 @@
 
 use tokio::time::Instant;
 
-use crate::handoff::{Done, Step};
+use crate::handoff::{Done, Refused, Step, floors_bytes};
 use crate::metrics::{HandoffView, Sizes};
 use crate::network::error::{ApiError, Outcome};
 use crate::ring::Ring;
@@ -14,12 +14,15 @@ use crate::types::{Applied, Command};
 use super::refusal::storage;
 use super::{App, Consistency};
 
+/// What [`Step::Activate`] has besides the floors: two ids of clusters and six numbers.
+const ACTIVATE_BYTES_MAX: usize = 1 << 10;
+
 impl App {
     /// The ring that this node's cluster lives by, with the one that it is changing to, if it is, as far
     /// as this node knows. A change that was cancelled leads nowhere, so nothing is told of it.
     pub fn ring_with_next(&self) -> Ring {
         let state = self.inner.reader.ring_view();
-        let change = state.change.as_ref().filter(|change| !change.cancelled);
+        let change = state.change.as_ref().filter(|change| !change.is_cancelled());
         let next = change.map(|change| Box::new(change.next.ring().clone()));
         Ring { next, ..state.ring.ring().clone() }
     }
@@ -67,12 +70,26 @@ impl App {
             Ok(_) => return Err(bad_step("it is not itself after a journey")),
             Err(error) => return Err(bad_step(&error)),
         }
+        if matches!(step, Step::Freeze { .. }) {
+            self.check_floors()?;
+        }
         match self.propose(Command::Step(Box::new(step)), deadline).await? {
             Applied::Step(decided) => {
                 (*decided).map_err(|refused| ApiError::StepRefused(Box::new(refused)))
             }
             other => unreachable!("a step was answered by {other:?}"),
         }
+    }
+
+    /// What freezes must fit into the step that activates it: the body of a request and a message to the
+    /// followers, as large as they may be here. The destination is taken to have the same limits.
+    fn check_floors(&self) -> Result<(), ApiError> {
+        let step_bytes_max = self.ring_bytes_max().min(self.inner.limits.http_body_bytes_max);
+        let floors = self.inner.reader.client_floors();
+        if floors_bytes(&floors) + ACTIVATE_BYTES_MAX <= step_bytes_max {
+            return Ok(());
+        }
+        Err(ApiError::StepRefused(Box::new(Refused::TooManyClients)))
     }
 }
 

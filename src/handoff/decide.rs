@@ -10,7 +10,7 @@ use std::io;
 use crate::ring::{Ring, RingTable};
 use crate::types::{ClusterId, Epoch, Revision};
 
-use super::state::{Change, Incoming, Outgoing, Prepared, Receipt, RingState, Sending};
+use super::state::{Change, Course, Incoming, Outgoing, Prepared, Receipt, RingState, Sending};
 use super::{Attempt, Done, Handoff, Pair, Refused, Step, Tally, members_of_both, pairs};
 
 /// What a step needs to know about the data of the cluster that takes it.
@@ -49,6 +49,15 @@ pub struct Decision {
     pub changed: bool,
 }
 
+/// What a cluster makes of the beginning of a change that goes with its ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// It takes part, or has finished.
+    Begun,
+    /// It has not heard of it.
+    New,
+}
+
 pub(super) type Decided = Result<Decision, Refused>;
 
 pub(super) fn first(done: Done) -> Decided {
@@ -73,30 +82,41 @@ impl RingState {
     /// # Errors
     /// The data could not be read. Nothing has changed then.
     pub fn decide(&mut self, step: &Step, facts: &dyn Facts) -> io::Result<Decided> {
-        Ok(match step {
+        match step {
             Step::Join { ring } => return self.join(ring, facts),
-            Step::Begin { ring, next, plan } => self.begin(ring, next, plan, facts.own()),
-            Step::Cancel { epoch } => self.cancel(*epoch, facts.own()),
-            Step::Resume { epoch } => self.resume(*epoch, facts.own()),
-            Step::Revert { ring } => self.revert(ring, facts.own()),
-            Step::Finish { epoch } => self.finish(*epoch, facts.own()),
-            Step::Settle { epoch } => self.settle(*epoch, facts.own()),
-            Step::Prepare { handoff, attempt } => self.prepare(handoff, *attempt, facts),
+            Step::Prepare { handoff, attempt } => return Ok(self.prepare(handoff, *attempt, facts)),
             Step::Count { handoff, attempt, from, to } => {
                 return self.count(handoff, *attempt, from, to.as_deref(), facts);
             }
-            Step::Freeze { handoff, attempt } => self.freeze(handoff, *attempt, facts),
-            Step::Thaw { handoff, refused } => self.thaw(handoff, *refused, facts.own()),
+            Step::Freeze { handoff, attempt } => return Ok(self.freeze(handoff, *attempt, facts)),
+            _ => {}
+        }
+        let decided = self.decide_blindly(step, facts.own());
+        Ok(decided.expect("a step that needs facts was taken above"))
+    }
+
+    /// Takes a step that concerns nothing but the state; `None`, and nothing has changed, if it needs
+    /// [`Facts`].
+    pub(super) fn decide_blindly(&mut self, step: &Step, own: &ClusterId) -> Option<Decided> {
+        Some(match step {
+            Step::Begin { ring, next, plan } => self.begin(ring, next, plan, own),
+            Step::Cancel { epoch } => self.cancel(*epoch, own),
+            Step::Resume { epoch } => self.resume(*epoch, own),
+            Step::Revert { ring } => self.revert(ring, own),
+            Step::Finish { epoch } => self.finish(*epoch, own),
+            Step::Settle { epoch } => self.settle(*epoch, own),
+            Step::Thaw { handoff, refused } => self.thaw(handoff, *refused, own),
             Step::Release { handoff, attempt, tally } => {
-                self.release(handoff, *attempt, *tally, facts.own())
+                self.release(handoff, *attempt, *tally, own)
             }
-            Step::Open { handoff, attempt, start } => {
-                self.open(handoff, *attempt, *start, facts.own())
-            }
+            Step::Open { handoff, attempt, start } => self.open(handoff, *attempt, *start, own),
             Step::Activate { handoff, attempt, frozen } => {
-                self.activate(handoff, *attempt, frozen, facts.own())
+                self.activate(handoff, *attempt, frozen, own)
             }
-            Step::Refuse { handoff, attempt } => self.refuse(handoff, *attempt, facts.own()),
+            Step::Refuse { handoff, attempt } => self.refuse(handoff, *attempt, own),
+            Step::Join { .. } | Step::Prepare { .. } | Step::Count { .. } | Step::Freeze { .. } => {
+                return None;
+            }
         })
     }
 
@@ -138,16 +158,24 @@ impl RingState {
         Ok(first(Done::Ok))
     }
 
-    fn begin(&mut self, ring: &Ring, next: &Ring, plan: &[Pair], own: &ClusterId) -> Decided {
+    /// Whether a `Begin` of this change would find the cluster in it already, before it, or neither.
+    ///
+    /// # Errors
+    /// The cluster lives by another ring than `ring`, or takes part in another change.
+    pub fn beginning(&self, ring: &Ring, next: &Ring, plan: &[Pair]) -> Result<Beginning, Refused> {
         let current = self.epoch();
         if let Some(change) = &self.change {
             let same =
                 *self.ring.ring() == *ring && *change.next.ring() == *next && change.plan == plan;
             let epoch = change.next.ring().epoch;
-            return if same { repeat(Done::Ok) } else { Err(Refused::ChangeUnderWay { epoch }) };
+            return if same {
+                Ok(Beginning::Begun)
+            } else {
+                Err(Refused::ChangeUnderWay { epoch })
+            };
         }
         if *self.ring.ring() == *next {
-            return repeat(Done::Ok);
+            return Ok(Beginning::Begun);
         }
         if *self.ring.ring() != *ring {
             let offered = ring.epoch;
@@ -157,6 +185,14 @@ impl RingState {
                 false => Refused::Gap { current, offered },
             });
         }
+        Ok(Beginning::New)
+    }
+
+    fn begin(&mut self, ring: &Ring, next: &Ring, plan: &[Pair], own: &ClusterId) -> Decided {
+        if self.beginning(ring, next, plan)? == Beginning::Begun {
+            return repeat(Done::Ok);
+        }
+        let current = self.epoch();
         let table = checked(next)?;
         if current == 0 || current.checked_add(1) != Some(next.epoch) {
             return Err(Refused::Gap { current, offered: next.epoch });
@@ -177,25 +213,24 @@ impl RingState {
             incoming: gets.map(|pair| (pair.from.clone(), Incoming::default())).collect(),
             next: std::sync::Arc::new(table),
             plan: plan.to_vec(),
-            cancelled: false,
-            decided: false,
+            course: Course::Open,
         });
         first(Done::Ok)
     }
 
     fn cancel(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
         let change = self.change_mut(epoch, own)?;
-        if change.cancelled {
+        if change.is_cancelled() {
             return repeat(Done::Ok);
         }
         let frozen =
             |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
         let active = |incoming: &Incoming| incoming.receipt == Receipt::Active;
         let is_busy = change.outgoing.values().any(frozen) || change.incoming.values().any(active);
-        if change.decided || is_busy {
+        if change.course == Course::Decided || is_busy {
             return Err(Refused::TooLate);
         }
-        change.cancelled = true;
+        change.course = Course::Cancelled;
         for outgoing in change.outgoing.values_mut() {
             outgoing.sending = Sending::Idle;
         }
@@ -204,12 +239,11 @@ impl RingState {
 
     fn resume(&mut self, epoch: Epoch, own: &ClusterId) -> Decided {
         let change = self.change_mut(epoch, own)?;
-        if change.decided {
+        if change.course == Course::Decided {
             return repeat(Done::Ok);
         }
-        change.cancelled = false;
         // A repeated Cancel that arrives late finds this, and is refused.
-        change.decided = true;
+        change.course = Course::Decided;
         first(Done::Ok)
     }
 
@@ -233,25 +267,30 @@ impl RingState {
         if !same_content {
             return Err(Refused::NotConcerned(own.clone()));
         }
-        // A cluster that never heard of the cancelled change loses nothing by passing over it: the
-        // next ring has the content of the present one.
-        if let Some(change) = &self.change {
-            if !change.cancelled {
+        let is_sequencer = ring.sequencer.as_ref() == Some(own);
+        match &self.change {
+            Some(change) if !change.is_cancelled() => {
                 return Err(Refused::Unfinished("the change is not cancelled here".into()));
             }
-            for (from, incoming) in &change.incoming {
-                if incoming.receipt != Receipt::Waiting || incoming.garbage > 0 {
-                    let text = format!("what {from} sent is not discarded yet");
-                    return Err(Refused::Unfinished(text));
+            Some(change) => {
+                for (from, incoming) in &change.incoming {
+                    if incoming.receipt != Receipt::Waiting || incoming.garbage > 0 {
+                        let text = format!("what {from} sent is not discarded yet");
+                        return Err(Refused::Unfinished(text));
+                    }
                 }
             }
+            // No change begins without it, so none can end.
+            None if is_sequencer => {
+                return Err(Refused::NoChange { epoch: current + 1, cluster: own.clone() });
+            }
+            // A cluster that never heard of the cancelled change loses nothing by passing over it: the
+            // next ring has the content of the present one.
+            None => {}
         }
         // Not those that were to join: they own nothing by either ring, cannot take part in another
         // change before they have left this one, and may have died.
-        self.settling = match ring.sequencer.as_ref() == Some(own) {
-            true => ring.clusters.clone(),
-            false => Vec::new(),
-        };
+        self.settling = if is_sequencer { ring.clusters.clone() } else { Vec::new() };
         self.ring = std::sync::Arc::new(table);
         self.change = None;
         first(Done::Ok)
@@ -262,7 +301,7 @@ impl RingState {
             return repeat(Done::Ok);
         }
         let change = self.change_mut(epoch, own)?;
-        if change.cancelled {
+        if change.is_cancelled() {
             return Err(Refused::Cancelled);
         }
         if let Some((to, _)) = change.outgoing.iter().find(|(_, outgoing)| !outgoing.is_over()) {

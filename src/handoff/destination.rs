@@ -3,7 +3,7 @@
 use crate::types::ClusterId;
 
 use super::decide::{Decided, first, repeat};
-use super::state::{Incoming, Receipt, RingState};
+use super::state::{Change, Incoming, Receipt, RingState};
 use super::{
     Attempt, Cursor, Done, Frozen, Handoff, Position, REVISION_MAX, Refused, Tally, is_next_attempt,
 };
@@ -61,7 +61,7 @@ impl RingState {
             Receipt::Receiving { .. } => Err(Refused::WrongCursor),
             _ => Err(Refused::WrongPhase {
                 step: "import".into(),
-                phase: format!("{:?}", incoming.receipt).to_lowercase(),
+                phase: incoming.receipt.name().into(),
             }),
         }
     }
@@ -102,9 +102,10 @@ impl RingState {
                 first(active(incoming))
             }
             Receipt::Receiving { .. } => Err(Refused::WrongCursor),
-            Receipt::Waiting => {
-                Err(Refused::WrongPhase { step: "activate".into(), phase: "waiting".into() })
-            }
+            Receipt::Waiting => Err(Refused::WrongPhase {
+                step: "activate".into(),
+                phase: incoming.receipt.name().into(),
+            }),
         }
     }
 
@@ -114,7 +115,7 @@ impl RingState {
         attempt: Attempt,
         own: &ClusterId,
     ) -> Decided {
-        let cancelled = self.change_to(handoff.epoch).is_some_and(|change| change.cancelled);
+        let cancelled = self.change_to(handoff.epoch).is_some_and(Change::is_cancelled);
         let incoming = self.incoming_mut(handoff, own)?;
         if incoming.receipt == Receipt::Active {
             return repeat(active(incoming));

@@ -16,7 +16,7 @@ impl RingState {
         facts: &dyn Facts,
     ) -> Decided {
         let start = self.position;
-        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
+        let cancelled = self.change_mut(handoff.epoch, facts.own())?.is_cancelled();
         let moves = self.moves(handoff);
         let outgoing = self.outgoing_mut(handoff, facts.own())?;
         if outgoing.attempt == attempt && outgoing.logs() {
@@ -84,7 +84,7 @@ impl RingState {
         facts: &dyn Facts,
     ) -> Decided {
         let position = self.position;
-        let cancelled = self.change_mut(handoff.epoch, facts.own())?.cancelled;
+        let cancelled = self.change_mut(handoff.epoch, facts.own())?.is_cancelled();
         let outgoing = self.outgoing_in(handoff, attempt, facts.own())?;
         if let (Sending::Frozen | Sending::Moved, Some(frozen)) =
             (outgoing.sending, &outgoing.frozen)
@@ -101,7 +101,7 @@ impl RingState {
             return Err(Refused::Uncounted);
         }
         let floors = facts.floors();
-        if json_bytes(&floors) > FLOORS_BYTES_MAX {
+        if floors_bytes(&floors) > FLOORS_BYTES_MAX {
             return Err(Refused::TooManyClients);
         }
         let frozen = Frozen { position, revision: facts.revision(), tally: outgoing.tally, floors };
@@ -150,8 +150,8 @@ impl RingState {
     }
 }
 
-/// What floors take as JSON, at most.
-fn json_bytes(floors: &[(String, u64)]) -> usize {
+/// What floors take in a step, at most.
+pub fn floors_bytes(floors: &[(String, u64)]) -> usize {
     /// Brackets, quotes, commas and a number of 20 digits.
     const EACH: usize = 26;
     // Of what names are made of, these two are escaped.
@@ -160,5 +160,5 @@ fn json_bytes(floors: &[(String, u64)]) -> usize {
 }
 
 fn wrong_phase(step: &str, phase: Sending) -> Refused {
-    Refused::WrongPhase { step: step.to_owned(), phase: format!("{phase:?}").to_lowercase() }
+    Refused::WrongPhase { step: step.to_owned(), phase: phase.name().to_owned() }
 }

@@ -39,17 +39,27 @@ pub struct Change {
     pub next: Arc<RingTable>,
     /// All handoffs, also those of others.
     pub plan: Vec<Pair>,
-    /// Whether nothing may freeze here any more.
-    pub cancelled: bool,
-    /// Whether this cluster was told that the change can only go forward. Clusters cancel one by one
-    /// while others freeze, so one may find itself cancelled in a change of which another has activated a
-    /// handoff. Such a change is sure to come: the source of that handoff can never cancel, and nobody
-    /// reverts before all sources have. Never together with `cancelled`.
-    pub decided: bool,
+    /// Where it is going, as far as this cluster was told.
+    pub course: Course,
     /// What this cluster gives, by who gets it.
     pub outgoing: BTreeMap<ClusterId, Outgoing>,
     /// What this cluster gets, by who gives it.
     pub incoming: BTreeMap<ClusterId, Incoming>,
+}
+
+/// Where a change is going.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Course {
+    /// Forward, unless it is cancelled.
+    #[default]
+    Open,
+    /// Back: nothing may freeze here any more.
+    Cancelled,
+    /// Forward for good. Clusters cancel one by one while others freeze, so one may find itself cancelled
+    /// in a change of which another has activated a handoff. Such a change is sure to come: the source of
+    /// that handoff can never cancel, and nobody reverts before all sources have.
+    Decided,
 }
 
 /// The source's side of a handoff.
@@ -108,6 +118,18 @@ pub enum Counted {
     All,
 }
 
+impl Sending {
+    /// Its name, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Sending => "sending",
+            Self::Frozen => "frozen",
+            Self::Moved => "moved",
+        }
+    }
+}
+
 impl Default for Counted {
     fn default() -> Self {
         Self::UpTo(Bytes::new())
@@ -156,6 +178,24 @@ pub enum Receipt {
     },
     /// The opened attempt has been activated: this cluster serves the keys.
     Active,
+}
+
+impl Receipt {
+    /// Its name, for messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Receiving { .. } => "receiving",
+            Self::Active => "active",
+        }
+    }
+}
+
+impl Change {
+    /// Whether nothing may freeze at this cluster any more.
+    pub fn is_cancelled(&self) -> bool {
+        self.course == Course::Cancelled
+    }
 }
 
 /// Who serves a key.

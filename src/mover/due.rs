@@ -31,7 +31,7 @@ pub(super) struct Stretch {
 
 /// What `own` receives from `from`, if it does. Nothing of a cancelled change: it would be thrown away.
 pub(super) fn receiving(state: &RingState, own: &ClusterId, from: &ClusterId) -> Option<Receiving> {
-    let change = state.change.as_ref().filter(|change| !change.cancelled)?;
+    let change = state.change.as_ref().filter(|change| !change.is_cancelled())?;
     let incoming = change.incoming.get(from)?;
     let Receipt::Receiving { cursor, .. } = &incoming.receipt else { return None };
     let (old, next) = (state.ring.ring(), change.next.ring());
@@ -120,7 +120,7 @@ impl Turns {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handoff::{Change, Incoming, Outgoing};
+    use crate::handoff::{Change, Course, Incoming, Outgoing};
     use crate::ring::{Ring, RingNode, RingTable};
 
     fn id(text: &str) -> ClusterId {
@@ -143,8 +143,7 @@ mod tests {
         state.change = Some(Change {
             next: std::sync::Arc::new(table(next)),
             plan: Vec::new(),
-            cancelled: false,
-            decided: false,
+            course: Course::Open,
             outgoing: [(id("y"), Outgoing::default())].into(),
             incoming: ["a", "b", "c", "d"].map(|from| (id(from), Incoming::default())).into(),
         });
@@ -174,7 +173,7 @@ mod tests {
         assert_eq!(receiving(&state, &x, &id("a")).unwrap().source.nodes[0].rpc, "old:1");
         change(&mut state).incoming.get_mut(&id("b")).unwrap().receipt = Receipt::Active;
         assert_eq!(receiving(&state, &x, &id("b")), None);
-        change(&mut state).cancelled = true;
+        change(&mut state).course = Course::Cancelled;
         assert_eq!(receiving(&state, &x, &id("a")), None);
     }
 

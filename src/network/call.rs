@@ -133,6 +133,20 @@ impl Call {
         })
     }
 
+    /// A question of this node's own: `GET path`.
+    pub(super) fn question(path: &str, deadline: Instant) -> Self {
+        Self {
+            method: Method::GET,
+            path: path.to_owned(),
+            query: None,
+            headers: HeaderMap::new(),
+            deadline,
+            hops: 0,
+            routing: Routing::PassOn,
+            body: BodySlot::default(),
+        }
+    }
+
     /// The same request for another body, which whoever passes it on gives by itself.
     pub fn with_content_type(&self, content_type: HeaderValue) -> Self {
         let mut headers = self.headers.clone();

@@ -24,6 +24,7 @@ use super::call::{
 };
 use super::error::{ApiError, Outcome};
 use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
+use crate::ring::RingCluster;
 use targets::Targets;
 
 /// How long a request waits for a leader: two elections with the default timing. Scripts and people
@@ -194,7 +195,39 @@ impl Forwarder {
             return Err(ApiError::TooManyHops { hops: call.hops });
         }
         self.targets.suspects_last(&mut addresses, Instant::now());
-        let mut failure = error;
+        self.send_to_one(call, body, effect, &addresses, error).await
+    }
+
+    /// Asks a cluster what it says under `path`: any of its nodes, which passes the question on to its
+    /// leader if it needs to. The answer, whatever its status, as that node gave it.
+    ///
+    /// # Errors
+    /// None of its nodes answered before `deadline`.
+    pub(super) async fn ask(
+        &self,
+        cluster: &RingCluster,
+        path: &str,
+        deadline: Instant,
+    ) -> Result<Response, ApiError> {
+        let mut addresses = addresses_of(cluster);
+        self.targets.suspects_last(&mut addresses, Instant::now());
+        let nobody = ApiError::Forward {
+            message: format!("cluster {} has no nodes", cluster.id),
+            outcome: Outcome::NotApplied,
+        };
+        let call = Call::question(path, deadline);
+        self.send_to_one(&call, &Bytes::new(), Effect::Read, &addresses, nobody).await
+    }
+
+    /// Sends the request to one address after the other until one answers; `failure` if there are none.
+    async fn send_to_one(
+        &self,
+        call: &Call,
+        body: &Bytes,
+        effect: Effect,
+        addresses: &[String],
+        mut failure: ApiError,
+    ) -> Result<Response, ApiError> {
         let mut rest = addresses.iter();
         while let Some(address) = rest.next() {
             let attempt_max = attempt_max(effect, rest.len());
@@ -280,15 +313,17 @@ fn attempt_max(effect: Effect, others: usize) -> Duration {
 fn addresses_in(error: &ApiError) -> Option<Vec<String>> {
     match error {
         ApiError::NotLeader { leader, .. } => Some(vec![leader.http.clone()]),
-        ApiError::WrongCluster { owner, .. } => {
-            let mut nodes: Vec<String> = owner.nodes.iter().map(|n| n.http.clone()).collect();
-            // Any of them will do; a random one spreads the load.
-            let first = rand::random_range(0..nodes.len().max(1));
-            nodes.rotate_left(first);
-            Some(nodes)
-        }
+        ApiError::WrongCluster { owner, .. } => Some(addresses_of(owner)),
         _ => None,
     }
+}
+
+/// Any of a cluster's nodes will do; a random one first spreads the load.
+fn addresses_of(cluster: &RingCluster) -> Vec<String> {
+    let mut nodes: Vec<String> = cluster.nodes.iter().map(|node| node.http.clone()).collect();
+    let first = rand::random_range(0..nodes.len().max(1));
+    nodes.rotate_left(first);
+    nodes
 }
 
 /// One node did not answer.

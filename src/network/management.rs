@@ -1,8 +1,8 @@
 //! `/cluster/*`: forming a cluster, giving it its first ring, and the steps of later changes of it.
 //!
 //! The routes and their bodies are the original's, but for `handoffs` and `step`, by which drivers change
-//! the ring (`crate::reshard`). `init` concerns the asked node alone, `metrics` as well; the others need
-//! the leader and are passed on to it like any write.
+//! the ring (`crate::reshard`), and `digest`. `init`, `metrics` and `digest` concern the asked node alone; the
+//! others need the leader and are passed on to it like any write.
 
 use std::collections::BTreeSet;
 
@@ -19,6 +19,7 @@ use super::call::Call;
 use super::error::{ApiError, Outcome};
 use super::forward::Effect;
 use super::json::Object;
+use super::witness;
 use crate::handoff::Step;
 use crate::metrics::Sizes;
 use crate::ring::{Ring, RingTable};
@@ -107,8 +108,7 @@ async fn step(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     let (Object(step), body) = call.read_json::<Object<Step>>(&state).await?;
     check_step(&step)?;
-    let app = &state.app;
-    let local = || app.step(step.clone(), call.deadline);
+    let local = || witness::take(&state, &step, call.deadline);
     // A repeat gets the first answer, but the caller is who repeats: this node may be cut off.
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
     served.respond(|done| Ok(Json(done).into_response()))

@@ -162,7 +162,7 @@ fn is_decided(views: &Views, transition: &Transition) -> bool {
 /// clusters while another activated a handoff. They go on.
 fn resume(views: &Views, transition: &Transition) -> Vec<Action> {
     let epoch = transition.next.epoch;
-    let cancelled = |id: &&ClusterId| matches!(transition.stage(views, id), Stage::Under(change) if change.cancelled);
+    let cancelled = |id: &&ClusterId| matches!(transition.stage(views, id), Stage::Under(change) if change.is_cancelled());
     let members = transition.members();
     members.iter().filter(cancelled).map(|id| action(id, Step::Resume { epoch })).collect()
 }
@@ -363,7 +363,7 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
     let stage = |id: &ClusterId| transition.stage(views, id);
     let cancel = |id: &ClusterId| action(id, Step::Cancel { epoch });
     match stage(&pivot) {
-        Stage::Under(change) if !change.cancelled => {
+        Stage::Under(change) if !change.is_cancelled() => {
             let frozen = transition.plan.iter().filter(|pair| pair.from == pivot);
             let undo = frozen.filter_map(|pair| unfreeze(views, transition, pair, hints));
             let undo: Vec<Action> = undo.collect();
@@ -373,7 +373,8 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
         _ => return Vec::new(),
     }
     let members = transition.members();
-    let open = members.iter().filter(|id| matches!(stage(id), Stage::Under(c) if !c.cancelled));
+    let open =
+        members.iter().filter(|id| matches!(stage(id), Stage::Under(c) if !c.is_cancelled()));
     let mut actions: Vec<Action> = Vec::new();
     for id in open {
         let of_cluster = transition.plan.iter().filter(|pair| pair.from == *id);
@@ -382,7 +383,7 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
         actions.extend(if undo.is_empty() { vec![cancel(id)] } else { undo });
     }
     let all_cancelled =
-        members.iter().all(|id| matches!(stage(id), Stage::Under(change) if change.cancelled));
+        members.iter().all(|id| matches!(stage(id), Stage::Under(change) if change.is_cancelled()));
     if !all_cancelled {
         return actions;
     }
@@ -441,7 +442,7 @@ fn revert_stragglers(views: &Views, ring: &Ring) -> Vec<Action> {
             continue;
         };
         let epoch = change.next.ring().epoch;
-        if !change.cancelled {
+        if !change.is_cancelled() {
             actions.push(action(id, Step::Cancel { epoch }));
         } else if change.incoming.values().all(is_clean) {
             actions.push(revert());

@@ -137,7 +137,7 @@ pub fn mentioned(views: &Views) -> BTreeMap<ClusterId, RingCluster> {
 impl Transition {
     fn new(old: &Ring, next: &Ring, views: &Views) -> Self {
         let cancelled =
-            |view: &RingState| view.change_to(next.epoch).is_some_and(|change| change.cancelled);
+            |view: &RingState| view.change_to(next.epoch).is_some_and(Change::is_cancelled);
         Self {
             old: old.clone(),
             next: next.clone(),

@@ -109,7 +109,7 @@ fn role_of(own: &ClusterId, state: &RingState) -> Option<Role> {
 mod tests {
     use super::super::testing::{id, ring};
     use super::*;
-    use crate::handoff::{Change, Outgoing, pairs};
+    use crate::handoff::{Change, Course, Outgoing, pairs};
     use crate::ring::RingTable;
 
     fn state(own: &str) -> RingState {
@@ -123,8 +123,7 @@ mod tests {
             incoming: Default::default(),
             next: Arc::new(RingTable::new(next).unwrap()),
             plan,
-            cancelled: false,
-            decided: false,
+            course: Course::Open,
         });
         state
     }

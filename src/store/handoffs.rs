@@ -38,6 +38,11 @@ impl StateReader {
         self.shared.machine().ring.clone()
     }
 
+    /// The floors of all clients, as applied here.
+    pub fn client_floors(&self) -> Vec<(String, u64)> {
+        self.shared.machine().dedupe.floors()
+    }
+
     /// The page that follows a destination's cursor, out of one view of this replica's state.
     ///
     /// # Errors

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// How what clusters ask each other in the middle of a change begins.
+const BETWEEN_CLUSTERS: &[u8] = b"GET /cluster/";
+
 /// How much of the stream towards the target may pass before the proxy holds everything.
 const NO_LIMIT: u64 = u64::MAX;
 
@@ -71,7 +74,7 @@ impl Proxy {
     }
 
     /// From now on the first of every `count` pieces that the target sends, such as an answer, is lost,
-    /// and its connection ends. 0: none.
+    /// and its connection ends, unless it answers what another cluster asked. 0: none.
     pub fn lose_every(&self, count: u64) {
         self.shared.came_back.store(0, Ordering::SeqCst);
         self.shared.loses_every.store(count, Ordering::SeqCst);
@@ -127,25 +130,47 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             continue;
         };
         let (there, back) = (Arc::clone(shared), Arc::clone(shared));
-        std::thread::spawn(move || carry(stream, onward, &there, true));
-        std::thread::spawn(move || carry(onward_back, stream_back, &back, false));
+        let asked = Arc::new(AtomicBool::new(false));
+        let asks = Arc::clone(&asked);
+        std::thread::spawn(move || carry(stream, onward, &there, Way::There(&asks)));
+        std::thread::spawn(move || carry(onward_back, stream_back, &back, Way::Back(&asked)));
     }
 }
 
-fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, counted: bool) {
+/// Which way pieces of a connection go, and whether another cluster asked last.
+#[derive(Clone, Copy)]
+enum Way<'a> {
+    There(&'a AtomicBool),
+    Back(&'a AtomicBool),
+}
+
+impl Way<'_> {
+    /// Whether the piece may go on.
+    fn lets(self, piece: &[u8], shared: &Shared) -> bool {
+        match self {
+            Self::There(asks) => {
+                asks.store(piece.starts_with(BETWEEN_CLUSTERS), Ordering::SeqCst);
+                !shared.bars(piece)
+            }
+            Self::Back(asked) => asked.load(Ordering::SeqCst) || !shared.loses(),
+        }
+    }
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: Way<'_>) {
     // Failures of these cost speed only.
     let _ = to.set_nodelay(true);
     let _ = from.set_read_timeout(Some(Duration::from_millis(100)));
     let mut chunk = [0; 8 << 10];
     while !shared.stop.load(Ordering::SeqCst) {
+        let counted = matches!(way, Way::There(_));
         if counted && shared.carried.load(Ordering::SeqCst) >= shared.limit.load(Ordering::SeqCst) {
             std::thread::sleep(Duration::from_millis(5));
             continue;
         }
         match from.read(&mut chunk) {
             Ok(0) => break,
-            Ok(_) if !counted && shared.loses() => break,
-            Ok(count) if counted && shared.bars(&chunk[..count]) => break,
+            Ok(count) if !way.lets(&chunk[..count], shared) => break,
             Ok(count) => {
                 if to.write_all(&chunk[..count]).is_err() {
                     break;

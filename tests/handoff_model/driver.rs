@@ -88,7 +88,7 @@ fn learned(scenario: &Scenario, cluster: &Cluster) -> Option<Sent> {
     let place = scenario.place(&cluster.id);
     match &cluster.ring.change {
         None => Some(Sent::Rests { cluster: place, epoch: cluster.ring.epoch() }),
-        Some(change) if change.cancelled => {
+        Some(change) if change.is_cancelled() => {
             Some(Sent::Cancelled { cluster: place, epoch: change.next.ring().epoch })
         }
         Some(_) => None,
@@ -239,7 +239,7 @@ pub fn concluded(
             }
             continue;
         };
-        if !change.cancelled {
+        if !change.is_cancelled() {
             continue;
         }
         let (old, next) = (ring.ring.ring(), change.next.ring());
@@ -350,10 +350,10 @@ fn advance(
     let is_decided = changes().any(active) || members.iter().any(has_finished);
     // Between the two rings' epochs nobody can be but by having reverted this change.
     let has_reverted = |id: &ClusterId| view(id).ring.epoch() == next.epoch + 1;
-    let is_cancelled = changes().any(|change| change.cancelled) || members.iter().any(has_reverted);
+    let is_cancelled = changes().any(Change::is_cancelled) || members.iter().any(has_reverted);
     let goes_back = is_cancelled && !is_decided;
     let cancelled =
-        |id: &ClusterId| view(id).ring.change_to(next.epoch).is_some_and(|change| change.cancelled);
+        |id: &ClusterId| view(id).ring.change_to(next.epoch).is_some_and(Change::is_cancelled);
     if goes_back {
         steps.send_all(&members, &Step::Cancel { epoch: next.epoch });
         // Also when its source has reverted, and no longer tells its attempt.

@@ -4,7 +4,7 @@
 //! after the product decides, or changes what the model does around it.
 
 use distrib_kv_store::handoff::{
-    Counted, Cursor, Receipt, RingState, Sending, Step, members_of_both,
+    Counted, Course, Cursor, Receipt, RingState, Sending, Step, members_of_both,
 };
 use distrib_kv_store::types::ClusterId;
 
@@ -86,7 +86,7 @@ impl Mutation {
                 }
             }
             (Self::FreezeAfterCancel, Step::Freeze { .. } | Step::Prepare { .. }) => {
-                ring.change.iter_mut().for_each(|change| change.cancelled = false);
+                ring.change.iter_mut().for_each(|change| change.course = Course::Open);
             }
             (Self::DigestUnchecked, Step::Activate { handoff, frozen, .. }) => {
                 if let Some(incoming) = ring.incoming_slot(handoff) {
@@ -122,7 +122,7 @@ impl Mutation {
             }
             (Self::FreezeAfterCancel, Step::Freeze { .. } | Step::Prepare { .. }) => {
                 if let (Some(change), Some(old)) = (&mut ring.change, &old.change) {
-                    change.cancelled = old.cancelled;
+                    change.course = old.course;
                 }
             }
             _ => {}

@@ -105,8 +105,8 @@ impl Hand {
                 let (http, step) =
                     (self.clusters.at(place).http(1).to_owned(), action.step.clone());
                 let taking = std::thread::spawn(move || post_step(&http, &step));
-                // A step takes about 2 ms.
-                let pause = self.below(4000) as u64;
+                // A step takes about 2 ms, and as long again for each cluster that has to confirm it.
+                let pause = self.below(10_000) as u64;
                 std::thread::sleep(Duration::from_micros(pause));
                 self.kill9(place);
                 self.restart(place);

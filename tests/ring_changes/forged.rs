@@ -107,6 +107,8 @@ fn without_a_change_there_is_nothing_to_step() {
         (0, short, Refused::BadPlan),
         (1, Step::Join { ring: boxed(&jump) }, Refused::NotConcerned(id(1))),
         (0, Step::Revert { ring: boxed(next) }, Refused::Stale { current: 1 }),
+        (0, Step::Revert { ring: boxed(&reverted(old)) }, gone(2, 0)),
+        (1, Step::Revert { ring: boxed(&reverted(old)) }, Refused::NotConfirmed(id(0))),
         (
             0,
             Step::Revert { ring: boxed(&Ring { epoch: 9, ..old.clone() }) },
@@ -162,6 +164,8 @@ fn late_and_forged_steps_of_a_handoff_change_nothing() {
     let _turn = ONE_AT_A_TIME.blocking_lock();
     let story = Story::begin();
     let (old, next, handoff) = (&story.old, &story.next, story.handoff.clone());
+    // What its sequencer has not begun, no cluster begins.
+    story.refuses(vec![(1, story.begin_step(old, next), Refused::NotConfirmed(id(0)))]);
     story.take(0, story.begin_step(old, next));
     story.take(1, story.begin_step(old, next));
     assert_eq!(story.take(1, story.begin_step(old, next)), Done::Ok, "a repeat is answered again");
@@ -184,15 +188,27 @@ fn late_and_forged_steps_of_a_handoff_change_nothing() {
     let first = story.clusters.view(0).unwrap().state.outgoing(&handoff).unwrap().frozen.clone();
     let first = Box::new(first.unwrap());
     let not_refused = Refused::WrongAttempt { attempt: 0, present: 1 };
-    story.refuses(vec![(0, Step::Thaw { handoff: handoff.clone(), refused: 0 }, not_refused)]);
+    let unconfirmed = || Refused::NotConfirmed(id(1));
+    let thaw = |refused| Step::Thaw { handoff: handoff.clone(), refused };
+    let release = Step::Release { handoff: handoff.clone(), attempt: 1, tally: first.tally };
+    story.refuses(vec![
+        (0, thaw(0), not_refused),
+        // Everything in them is right but that the destination has done its part.
+        (0, thaw(1), unconfirmed()),
+        (0, thaw(u64::MAX), unconfirmed()),
+        (0, release, unconfirmed()),
+        (0, Step::Resume { epoch: 2 }, unconfirmed()),
+        (1, Step::Resume { epoch: 2 }, Refused::NotConfirmed(id(0))),
+    ]);
     frozen_serves_nobody(&story);
+    assert!(refused_of_a_batch(&story) > 0, "some keys of the batch are frozen");
     let refuse = Step::Refuse { handoff: handoff.clone(), attempt: 1 };
     assert_eq!(story.take(1, refuse), Done::Refused { attempt: 1 });
     assert_eq!(story.take(0, Step::Thaw { handoff: handoff.clone(), refused: 1 }), Done::Ok);
     story.until(|outgoing, receipt| {
         outgoing.attempt == 2
-            && outgoing.sending == Sending::Frozen
-            && matches!(receipt, Receipt::Receiving { .. })
+            && matches!((&outgoing.frozen, receipt), (Some(frozen), Receipt::Receiving { cursor, .. })
+                if cursor.covers(frozen.position))
     });
     story.refuses(late_and_forged(&story, &first));
 
@@ -206,11 +222,38 @@ fn late_and_forged_steps_of_a_handoff_change_nothing() {
         (0, Step::Cancel { epoch: 2 }, Refused::TooLate),
         (1, Step::Cancel { epoch: 2 }, Refused::TooLate),
     ]);
+    assert_eq!(refused_of_a_batch(&story), 0, "what has moved is passed on");
     // What comes too late is told so, and undoes nothing.
     let states = story.states();
     let refuse = Step::Refuse { handoff, attempt: u64::MAX };
     assert!(matches!(story.take(1, refuse), Done::Active { attempt: 2, .. }));
     assert_eq!(story.states(), states);
+}
+
+/// The end of a change that is called off is taken by each cluster only once the others are as far as the
+/// step says.
+#[test]
+fn nobody_ends_a_change_before_its_time() {
+    let _turn = ONE_AT_A_TIME.blocking_lock();
+    let story = Story::begin();
+    let revert = || Step::Revert { ring: Box::new(reverted(&story.old)) };
+    let unconfirmed = |place| Refused::NotConfirmed(id(place));
+    for place in [0, 1] {
+        story.take(place, story.begin_step(&story.old, &story.next));
+    }
+    story.take(0, Step::Cancel { epoch: 2 });
+    story.refuses(vec![(0, revert(), unconfirmed(1))]);
+    story.take(1, Step::Cancel { epoch: 2 });
+    story.refuses(vec![
+        (1, revert(), unconfirmed(0)),
+        (0, Step::Resume { epoch: 2 }, unconfirmed(1)),
+        (1, Step::Resume { epoch: 2 }, unconfirmed(0)),
+    ]);
+    story.take(0, revert());
+    story.refuses(vec![(0, Step::Settle { epoch: 3 }, unconfirmed(1))]);
+    story.take(1, revert());
+    assert_eq!(story.take(0, Step::Settle { epoch: 3 }), Done::Ok);
+    assert_eq!(story.take(0, Step::Settle { epoch: 3 }), Done::Ok, "a repeat is answered again");
 }
 
 /// With attempt 2 frozen at the source and open at the destination.
@@ -229,6 +272,11 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
     let held = held.unwrap();
     let false_release = Refused::Differs { staged: false_tally, source_has: held.tally };
     let endless = Box::new(Frozen { revision: u64::MAX, ..held.clone() });
+    // The copy is whole, but the source froze at another revision, or with other floors.
+    let backward = Box::new(Frozen { revision: 0, ..held.clone() });
+    let floors = vec![("victim".to_owned(), u64::MAX)];
+    let forgetful = Box::new(Frozen { floors, ..held.clone() });
+    let unconfirmed = || Refused::NotConfirmed(id(0));
     vec![
         // The first attempt is over.
         (1, Step::Activate { handoff: h(), attempt: 1, frozen: first() }, wrong(1, 2)),
@@ -250,6 +298,8 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
             Step::Activate { handoff: h(), attempt: 2, frozen: endless },
             Refused::Implausible(u64::MAX),
         ),
+        (1, Step::Activate { handoff: h(), attempt: 2, frozen: backward }, unconfirmed()),
+        (1, Step::Activate { handoff: h(), attempt: 2, frozen: forgetful }, unconfirmed()),
         // Another epoch.
         (0, Step::Release { handoff: later.clone(), attempt: 2, tally: held.tally }, gone(0)),
         (1, Step::Activate { handoff: later.clone(), attempt: 2, frozen: first() }, gone(1)),
@@ -293,4 +343,24 @@ fn frozen_serves_nobody(story: &Story) {
         }
     }
     assert!(frozen > 0, "some keys move");
+}
+
+/// A batch over all keys, at either cluster: each is answered as it would be alone. How many are refused.
+fn refused_of_a_batch(story: &Story) -> usize {
+    let operations: Vec<Value> =
+        (0..KEYS).map(|n| json!({"op": "get", "key": format!("k{n}")})).collect();
+    let body = json!({ "operations": operations }).to_string();
+    let mut refused = 0;
+    for place in [0, 1] {
+        let answer = story.clusters.at(place).post(1, "/v1/batch", &body);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let results = answer.json()["results"].as_array().expect("one for each").clone();
+        for (n, result) in results.iter().enumerate() {
+            let http = story.clusters.at(place).http(1);
+            let alone = crate::common::get(http, &format!("/v1/kv/k{n}"));
+            assert_eq!(result["status"], alone.status, "k{n}: {result}");
+            refused += usize::from(alone.status != 200);
+        }
+    }
+    refused
 }

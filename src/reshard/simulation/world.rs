@@ -9,10 +9,10 @@ use bytes::Bytes;
 use super::Chance;
 use crate::handoff::{
     Attempt, Counted, Cursor, Done, Facts, Handoff, Prepared, Receipt, Refused, RingState, Sending,
-    Step, Tally,
+    Step, Tally, Witnesses,
 };
 use crate::reshard::{Action, Views};
-use crate::ring::{Ring, RingTable};
+use crate::ring::{Ring, RingCluster, RingTable};
 use crate::types::{ClusterId, Revision};
 
 /// How many keys there are.
@@ -137,8 +137,14 @@ impl World {
         incoming.is_some_and(|incoming| incoming.receipt == Receipt::Active)
     }
 
-    /// A step is applied.
+    /// A step is proposed, and applied if those whose word it needs give it.
     pub(super) fn take(&mut self, action: &Action) -> Result<Done, Refused> {
+        if let Some(Ok(decision)) =
+            self.clusters[&action.at].state.foresee(&action.step, &action.at)
+            && decision.changed
+        {
+            self.hear_witnesses(action)?;
+        }
         let cluster = self.clusters.get_mut(&action.at).unwrap();
         cluster.data.index += 1;
         let decided = cluster.state.decide(&action.step, &cluster.data).unwrap();
@@ -155,6 +161,16 @@ impl World {
             cluster.data.revision = cluster.data.revision.max(frozen.revision);
         }
         Ok(decision.done)
+    }
+
+    fn hear_witnesses(&self, action: &Action) -> Result<(), Refused> {
+        let confirms = |c: &RingCluster| self.clusters[&c.id].state.confirms(&action.step, &c.id);
+        let denied = match self.clusters[&action.at].state.witnesses(&action.step, &action.at) {
+            Witnesses::None => None,
+            Witnesses::All(all) => all.into_iter().find(|c| !confirms(c)).map(|c| c.id),
+            Witnesses::Any(any) => (!any.iter().any(confirms)).then(|| action.at.clone()),
+        };
+        denied.map_or(Ok(()), |cluster| Err(Refused::NotConfirmed(cluster)))
     }
 
     /// A client writes a key, wherever it is served; nowhere while it is frozen.

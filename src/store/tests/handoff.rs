@@ -367,3 +367,53 @@ async fn keys_and_answers_arrive_whole() {
         assert_eq!(mv.source.reader().key_count().unwrap(), mv.model.len() as u64 - moved);
     }
 }
+
+/// More rows than may be counted in one entry.
+const MANY: u32 = 25_000;
+
+/// A replica that comes to lead in the middle of counting, and has everything in memory still, goes on
+/// with stretches that may be counted: not with one that holds all the rest, which is refused for ever.
+#[test]
+fn a_new_leader_counts_on_from_memory() {
+    let (mut leader, mut follower) = (Site::new("c1"), Site::new("c1"));
+    let (old, new) = (ring(1, &["c1"]), ring(2, &["c1", "c2"]));
+    let handoff = Handoff { epoch: 2, from: "c1".parse().unwrap(), to: "c2".parse().unwrap() };
+    let both = |leader: &mut Site, follower: &mut Site, command: Command| {
+        let answer = leader.run(command.clone());
+        assert_eq!(follower.run(command), answer);
+        answer
+    };
+    both(&mut leader, &mut follower, Command::InstallRing(Box::new(old.clone())));
+    for part in 0..MANY / 1000 {
+        let keys = (part * 1000..(part + 1) * 1000).map(|n| format!("key{n:06}"));
+        let put = |key: String| Write::put(key.into(), Bytes::new(), Condition::Always);
+        let writes = keys.map(put).collect();
+        both(&mut leader, &mut follower, Command::Write { at_ms: 1, writes });
+    }
+    let step = |leader: &mut Site, follower: &mut Site, step: Step| match both(
+        leader,
+        follower,
+        Command::Step(Box::new(step)),
+    ) {
+        Applied::Step(decided) => decided.unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let plan = pairs(&old, &new);
+    let begin = Step::Begin { ring: Box::new(old), next: Box::new(new), plan };
+    step(&mut leader, &mut follower, begin);
+    step(&mut leader, &mut follower, Step::Prepare { handoff: handoff.clone(), attempt: 1 });
+    let mut stretches = 0;
+    loop {
+        let state = leader.reader().ring_state();
+        let counted = state.outgoing(&handoff).unwrap().counted.clone();
+        let Counted::UpTo(from) = counted else { break };
+        // The first two by the one, the rest by the other.
+        let counting = if stretches < 2 { &leader } else { &follower };
+        let to = counting.reader().stretch(&from, 2000).unwrap();
+        let count = Step::Count { handoff: handoff.clone(), attempt: 1, from, to };
+        step(&mut leader, &mut follower, count);
+        stretches += 1;
+    }
+    assert!(stretches >= MANY / 2000, "{stretches}");
+    assert_eq!(follower.reader().ring_state(), leader.reader().ring_state());
+}

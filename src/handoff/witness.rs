@@ -1,0 +1,158 @@
+//! Whose word a step needs.
+//!
+//! Many steps rest on what another cluster has done: it has begun the change, frozen, activated, refused.
+//! Whoever proposes such a step only claims that, and anybody may propose one. So a cluster that takes the
+//! step asks the one that it speaks of, at the address that its own rings name, before it hands the step to
+//! its log. A step that was forged, or comes from a driver that was misled, then changes nothing.
+//!
+//! The answer is older than the step's entry by the time that is applied. That does no harm, because
+//! nothing that is asked for is taken back while the step could still count: an attempt that is frozen
+//! thaws only after this very cluster has refused it, and what is active, refused for good, decided or
+//! settled stays so. All this comes on top of what is decided at apply, and replaces none of it.
+//!
+//! What needs nobody's word: `Cancel`, `Prepare`, `Count`, `Freeze` and `Refuse`, which anybody may ask for
+//! and which rest on the cluster's own state; `Finish`, whose conditions it knows; and `Join`, which comes
+//! to a cluster that knows no other.
+
+use crate::ring::RingCluster;
+use crate::types::{ClusterId, Epoch};
+
+use super::decide::{Beginning, Decided};
+use super::state::{Change, Course, Outgoing, Receipt, RingState, Sending};
+use super::{Attempt, Handoff, Step, members_of_both};
+
+/// The clusters that have to confirm a step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Witnesses {
+    /// None has to.
+    None,
+    /// Each of them.
+    All(Vec<RingCluster>),
+    /// One of them is enough.
+    Any(Vec<RingCluster>),
+}
+
+impl Step {
+    /// Whether the step rests on what another cluster has done, and that may have to confirm it.
+    pub fn needs_witness(&self) -> bool {
+        match self {
+            Self::Begin { .. }
+            | Self::Resume { .. }
+            | Self::Revert { .. }
+            | Self::Settle { .. }
+            | Self::Open { .. }
+            | Self::Activate { .. }
+            | Self::Thaw { .. }
+            | Self::Release { .. } => true,
+            Self::Join { .. }
+            | Self::Cancel { .. }
+            | Self::Finish { .. }
+            | Self::Prepare { .. }
+            | Self::Count { .. }
+            | Self::Freeze { .. }
+            | Self::Refuse { .. } => false,
+        }
+    }
+}
+
+impl RingState {
+    /// Whose word the step needs before cluster `own`, which this is the state of, may take it.
+    pub fn witnesses(&self, step: &Step, own: &ClusterId) -> Witnesses {
+        let others = |mut clusters: Vec<RingCluster>| {
+            clusters.retain(|cluster| cluster.id != *own);
+            clusters
+        };
+        let only = |id: &ClusterId| match id == own {
+            true => Witnesses::None,
+            false => Witnesses::All(self.known(id).into_iter().collect()),
+        };
+        let members = || match &self.change {
+            Some(change) => members_of_both(self.ring.ring(), change.next.ring()),
+            None => self.ring.ring().clusters.clone(),
+        };
+        let sequencer = self.ring.ring().sequencer.as_ref();
+        match step {
+            Step::Begin { .. } => sequencer.map_or(Witnesses::None, only),
+            // The sequencer ends a change for all: every member must have cancelled.
+            Step::Revert { .. } if sequencer == Some(own) => Witnesses::All(others(members())),
+            Step::Revert { .. } => sequencer.map_or(Witnesses::None, only),
+            Step::Resume { .. } => Witnesses::Any(others(members())),
+            Step::Settle { .. } => Witnesses::All(others(self.settling.clone())),
+            Step::Open { handoff, .. } | Step::Activate { handoff, .. } => only(&handoff.from),
+            Step::Thaw { handoff, .. } | Step::Release { handoff, .. } => only(&handoff.to),
+            _ => Witnesses::None,
+        }
+    }
+
+    /// A cluster of one of the two rings.
+    fn known(&self, id: &ClusterId) -> Option<RingCluster> {
+        let next = self.change.as_ref().and_then(|change| change.next.ring().cluster(id));
+        self.ring.ring().cluster(id).or(next).cloned()
+    }
+
+    /// Whether cluster `own`, which this is the state of, confirms what a step for another cluster says of
+    /// it.
+    pub fn confirms(&self, step: &Step, own: &ClusterId) -> bool {
+        match step {
+            Step::Begin { ring, next, plan } => {
+                self.beginning(ring, next, plan) == Ok(Beginning::Begun)
+            }
+            // The sequencer leads the way and is asked by the others; they are asked by it.
+            Step::Revert { ring } if ring.sequencer.as_ref() == Some(own) => {
+                *self.ring.ring() == **ring
+            }
+            Step::Revert { ring } => self.has_cancelled(ring.epoch.saturating_sub(1)),
+            Step::Resume { epoch } => self.is_through(*epoch) || self.is_decided(*epoch),
+            Step::Settle { epoch } => self.is_through(*epoch),
+            Step::Open { handoff, attempt, start } => self
+                .sends(handoff, *attempt)
+                .is_some_and(|outgoing| outgoing.logs() && outgoing.start == *start),
+            Step::Activate { handoff, attempt, frozen } => self
+                .sends(handoff, *attempt)
+                .is_some_and(|outgoing| outgoing.frozen.as_ref() == Some(&**frozen)),
+            Step::Thaw { handoff, refused } => {
+                self.incoming(handoff).is_some_and(|incoming| incoming.refused >= *refused)
+            }
+            Step::Release { handoff, attempt, tally } => {
+                // It finishes only what it activated, and it activated only what was equal.
+                self.is_through(handoff.epoch)
+                    || self.incoming(handoff).is_some_and(|incoming| {
+                        incoming.receipt == Receipt::Active
+                            && incoming.opened == *attempt
+                            && incoming.tally == *tally
+                    })
+            }
+            // Nobody is asked about them.
+            _ => false,
+        }
+    }
+
+    /// What the step would come to; `None` if that depends on the data, which it does for no step that
+    /// needs a witness.
+    pub fn foresee(&self, step: &Step, own: &ClusterId) -> Option<Decided> {
+        self.clone().decide_blindly(step, own)
+    }
+
+    fn has_cancelled(&self, epoch: Epoch) -> bool {
+        self.change_to(epoch).is_some_and(Change::is_cancelled)
+    }
+
+    /// Whether it lives by the ring of this epoch, and no other is to come.
+    fn is_through(&self, epoch: Epoch) -> bool {
+        self.epoch() == epoch && self.change.is_none()
+    }
+
+    /// Whether it knows that the change can only go forward.
+    fn is_decided(&self, epoch: Epoch) -> bool {
+        let moved = |change: &Change| {
+            change.outgoing.values().any(|outgoing| outgoing.sending == Sending::Moved)
+                || change.incoming.values().any(|incoming| incoming.receipt == Receipt::Active)
+        };
+        self.change_to(epoch)
+            .is_some_and(|change| change.course == Course::Decided || moved(change))
+    }
+
+    fn sends(&self, handoff: &Handoff, attempt: Attempt) -> Option<&Outgoing> {
+        self.outgoing(handoff).filter(|outgoing| outgoing.attempt == attempt)
+    }
+}
