@@ -94,6 +94,8 @@ struct Inner {
     parts: Parts,
     in_flight: Arc<Semaphore>,
     telemetry: Telemetry,
+    /// Held by whoever reads the whole state: it is much, and twice at once would be no faster.
+    digesting: tokio::sync::Mutex<()>,
     /// Membership changes, which outlive the requests that asked for them.
     tasks: TaskTracker,
 }
@@ -111,7 +113,8 @@ impl App {
     pub fn new(identity: Identity, limits: Limits, parts: Parts) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
         let (telemetry, tasks) = (Telemetry::new(), TaskTracker::new());
-        let inner = Inner { identity, limits, parts, in_flight, telemetry, tasks };
+        let digesting = tokio::sync::Mutex::default();
+        let inner = Inner { identity, limits, parts, in_flight, telemetry, digesting, tasks };
         Self { inner: Arc::new(inner) }
     }
 

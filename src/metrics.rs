@@ -37,6 +37,22 @@ pub struct HandoffView {
     pub disk_bytes: Option<u64>,
 }
 
+/// What a node's applied state comes to: the JSON of `GET /cluster/digest`. Replicas of a cluster that tell
+/// of the same entry tell the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeDigest {
+    /// Its cluster.
+    pub cluster: ClusterId,
+    /// The node.
+    pub node: NodeId,
+    /// The index of the last entry that the state contains; `null` before the first.
+    pub applied: Option<u64>,
+    /// How many keys have a row.
+    pub rows: u64,
+    /// A hash of records, revisions, ring and remembered writes, in hexadecimal.
+    pub digest: String,
+}
+
 /// The state of one node, as it sees itself. Also answered before the node is initialised.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeMetrics {

@@ -30,6 +30,7 @@
 //! Only this module and the ones below it know RocksDB.
 
 mod dedupe;
+mod digest;
 mod engine;
 mod flush;
 mod flusher;
@@ -60,6 +61,7 @@ use std::time::{Duration, Instant};
 use crate::config::{RaftConfig, StorageConfig};
 use crate::types::{ClusterId, NodeId};
 
+pub use digest::StateDigest;
 use engine::Engine;
 use flusher::Flusher;
 use formation::Formation;

@@ -5,8 +5,10 @@ use openraft::async_runtime::WatchReceiver;
 use openraft::errors::Fatal;
 use tokio::sync::watch;
 
-use crate::metrics::{NodeMetrics, NodeState};
+use crate::metrics::{NodeDigest, NodeMetrics, NodeState};
+use crate::network::error::{ApiError, Outcome};
 
+use super::refusal::storage;
 use super::{App, Metrics};
 
 impl App {
@@ -38,6 +40,23 @@ impl App {
             joint: membership.get_joint_config().len() > 1,
             failed,
         }
+    }
+
+    /// What this node's applied state comes to. Reads all of it, one request after the other.
+    pub async fn digest(&self) -> Result<NodeDigest, ApiError> {
+        self.check_serving()?;
+        let _turn = self.inner.digesting.try_lock().map_err(|_| ApiError::Overloaded)?;
+        let reader = self.inner.reader.clone();
+        let digest = tokio::task::spawn_blocking(move || reader.digest()).await;
+        let digest = digest.map_err(std::io::Error::other).flatten();
+        let digest = digest.map_err(|error| storage(error, Outcome::NotApplied))?;
+        Ok(NodeDigest {
+            cluster: self.inner.identity.cluster.clone(),
+            node: self.inner.identity.node_id,
+            applied: digest.applied.map(|id| id.index),
+            rows: digest.rows,
+            digest: format!("{:016x}", digest.hash),
+        })
     }
 
     /// Why the node is not ready; ready means: initialised, a leader is known that has committed, and

@@ -37,6 +37,7 @@ pub(super) fn routes() -> Router<ApiState> {
         .route("/cluster/update-hash-ring", post(update_hash_ring).fallback(only("POST")))
         .route("/cluster/handoffs", get(handoffs).fallback(only("GET, HEAD")))
         .route("/cluster/step", post(step).fallback(only("POST")))
+        .route("/cluster/digest", get(digest).fallback(only("GET, HEAD")))
         .route("/cluster/metrics", get(metrics).fallback(only("GET, HEAD")))
 }
 
@@ -112,6 +113,11 @@ async fn step(State(state): State<ApiState>, call: Call) -> Answer {
     // A repeat gets the first answer, but the caller is who repeats: this node may be cut off.
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
     served.respond(|done| Ok(Json(done).into_response()))
+}
+
+async fn digest(State(state): State<ApiState>, call: Call) -> Answer {
+    call.no_query()?;
+    Ok(Json(state.app.digest().await?).into_response())
 }
 
 async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {

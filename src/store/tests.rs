@@ -563,3 +563,26 @@ async fn a_failed_flush_is_final() {
     assert!(store.reader().get(b"k0").is_err());
     assert!(store.close().is_err());
 }
+
+/// Replicas that applied the same have one digest, whatever they have flushed; any other state has another.
+#[tokio::test]
+async fn a_digest_tells_states_apart() {
+    let entries = |value: &str| vec![put_entry(1, "a", "1"), put_entry(2, "b", value)];
+    let (first, second, other) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stores = [open(first.path()), open(second.path()), open(other.path())];
+    for (store, value) in stores.iter().zip(["2", "2", "3"]) {
+        let mut machine = store.state_machine();
+        for entry in entries(value) {
+            apply(&mut machine, vec![entry]).await;
+        }
+    }
+    let [first, second, other] = stores.each_ref().map(|store| store.reader().digest().unwrap());
+    assert_eq!((first.applied, first.rows), (Some(log_id(1, 2)), 2));
+    assert_eq!(first, second);
+    assert_ne!(first.hash, other.hash);
+    assert_eq!(stores[0].reader().digest().unwrap(), first, "nothing has changed");
+    let mut machine = stores[0].state_machine();
+    apply(&mut machine, vec![write_entry(3, Write::delete("b".into(), Condition::Always))]).await;
+    assert_ne!(stores[0].reader().digest().unwrap().hash, first.hash);
+}

@@ -17,9 +17,9 @@ use distrib_kv_store::ring::{Ring, RingCluster, RingNode, RingTable};
 use distrib_kv_store::types::ClusterId;
 
 use super::cluster::{Cluster, expect_ok};
-use super::eventually;
 use super::line::{Line, try_request};
 use super::proxy::Proxy;
+use super::{Answer, eventually};
 
 /// How long one look at a cluster or one step may take: some elections.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -202,6 +202,7 @@ impl Clusters {
                 };
                 cluster.await_node(node, &format!("{own} holds {keys} keys at {leads}"), same);
             }
+            check_digests(cluster);
             let state = &views[&own];
             assert_eq!(state.change, None, "{own}");
             // A cluster that is no member may live by the ring under which it left or joined.
@@ -239,6 +240,23 @@ impl Clusters {
             }
         }
     }
+}
+
+/// The whole state of each replica comes to the same, once they have applied the same.
+fn check_digests(cluster: &Cluster) {
+    let same = || {
+        let digests: Vec<_> =
+            cluster.ids().map(|node| cluster.get(node, "/cluster/digest")).collect();
+        digests.iter().for_each(expect_ok);
+        let digests: Vec<_> = digests.iter().map(Answer::json).collect();
+        let all = |name: &str| digests.iter().all(|digest| digest[name] == digests[0][name]);
+        if !all("applied") {
+            return None;
+        }
+        assert!(all("digest") && all("rows"), "replicas differ: {digests:?}");
+        Some(())
+    };
+    eventually("all replicas have applied the same", same);
 }
 
 /// The id of the cluster at this place, counted from 0.
