@@ -237,7 +237,7 @@ pub enum Step {
         epoch: Epoch,
     },
     /// The change goes on here although it was cancelled, because somewhere a handoff of it has been
-    /// activated or a cluster has finished it: it can only go forward. See [`Change::decided`].
+    /// activated or a cluster has finished it: it can only go forward. See [`Course::Decided`].
     Resume {
         /// The epoch that comes.
         epoch: Epoch,

@@ -5,7 +5,7 @@
 
 use tokio::time::Instant;
 
-use crate::handoff::{Done, Refused, Step, floors_bytes};
+use crate::handoff::{Attempt, Done, Handoff, Outgoing, Refused, Step, floors_bytes};
 use crate::metrics::{HandoffView, Sizes};
 use crate::network::error::{ApiError, Outcome};
 use crate::ring::Ring;
@@ -70,8 +70,8 @@ impl App {
             Ok(_) => return Err(bad_step("it is not itself after a journey")),
             Err(error) => return Err(bad_step(&error)),
         }
-        if matches!(step, Step::Freeze { .. }) {
-            self.check_floors()?;
+        if let Step::Freeze { handoff, attempt } = &step {
+            self.check_floors(handoff, *attempt)?;
         }
         match self.propose(Command::Step(Box::new(step)), deadline).await? {
             Applied::Step(decided) => {
@@ -83,7 +83,13 @@ impl App {
 
     /// What freezes must fit into the step that activates it: the body of a request and a message to the
     /// followers, as large as they may be here. The destination is taken to have the same limits.
-    fn check_floors(&self) -> Result<(), ApiError> {
+    fn check_floors(&self, handoff: &Handoff, attempt: Attempt) -> Result<(), ApiError> {
+        let state = self.inner.reader.ring_state();
+        let frozen = |outgoing: &Outgoing| outgoing.attempt == attempt && outgoing.frozen.is_some();
+        if state.outgoing(handoff).is_some_and(frozen) {
+            // A repeat, which gets the first answer.
+            return Ok(());
+        }
         let step_bytes_max = self.ring_bytes_max().min(self.inner.limits.http_body_bytes_max);
         let floors = self.inner.reader.client_floors();
         if floors_bytes(&floors) + ACTIVATE_BYTES_MAX <= step_bytes_max {

@@ -131,26 +131,39 @@ impl RingState {
         self.ring = std::sync::Arc::new(ring);
     }
 
-    fn join(&mut self, ring: &Ring, facts: &dyn Facts) -> io::Result<Decided> {
+    /// The table of a ring by which cluster `own` may live if it is empty; `None` if it does already.
+    pub(super) fn joining(
+        &self,
+        ring: &Ring,
+        own: &ClusterId,
+    ) -> Result<Option<RingTable>, Refused> {
         let current = self.epoch();
         if *self.ring.ring() == *ring {
-            return Ok(repeat(Done::Ok));
+            return Ok(None);
         }
-        let table = match checked(ring) {
-            Ok(table) => table,
-            Err(refused) => return Ok(Err(refused)),
-        };
+        let table = checked(ring)?;
         if let Some(change) = &self.change {
-            return Ok(Err(Refused::ChangeUnderWay { epoch: change.next.ring().epoch }));
+            return Err(Refused::ChangeUnderWay { epoch: change.next.ring().epoch });
         }
         if ring.epoch <= current {
-            return Ok(Err(Refused::Stale { current }));
+            return Err(Refused::Stale { current });
         }
-        if ring.cluster(facts.own()).is_some() {
-            return Ok(Err(Refused::NotConcerned(facts.own().clone())));
+        if ring.cluster(own).is_some() {
+            return Err(Refused::NotConcerned(own.clone()));
         }
-        let owns_something = current > 0 && self.ring.ring().cluster(facts.own()).is_some();
-        if owns_something || !facts.is_empty()? {
+        if current > 0 && self.ring.ring().cluster(own).is_some() {
+            return Err(Refused::NotEmpty(own.clone()));
+        }
+        Ok(Some(table))
+    }
+
+    fn join(&mut self, ring: &Ring, facts: &dyn Facts) -> io::Result<Decided> {
+        let table = match self.joining(ring, facts.own()) {
+            Ok(Some(table)) => table,
+            Ok(None) => return Ok(repeat(Done::Ok)),
+            Err(refused) => return Ok(Err(refused)),
+        };
+        if !facts.is_empty()? {
             return Ok(Err(Refused::NotEmpty(facts.own().clone())));
         }
         self.ring = std::sync::Arc::new(table);

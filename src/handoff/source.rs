@@ -143,6 +143,10 @@ impl RingState {
                 }
                 outgoing.sending = Sending::Moved;
                 outgoing.tally.answers = 0;
+                if let Some(frozen) = &mut outgoing.frozen {
+                    // The destination has them, and they may be much, once for each handoff.
+                    frozen.floors = Vec::new();
+                }
                 first(Done::Ok)
             }
             phase => Err(wrong_phase("release", phase)),

@@ -80,7 +80,7 @@ pub struct Outgoing {
     pub counted: Counted,
     /// What moves, as far as it was counted. After [`Sending::Moved`]: what is still to be deleted.
     pub tally: Tally,
-    /// What the source was when it froze in the present attempt.
+    /// What the source was when it froze in the present attempt; without the floors once all has moved.
     pub frozen: Option<Frozen>,
 }
 

@@ -10,16 +10,16 @@
 //! thaws only after this very cluster has refused it, and what is active, refused for good, decided or
 //! settled stays so. All this comes on top of what is decided at apply, and replaces none of it.
 //!
-//! What needs nobody's word: `Cancel`, `Prepare`, `Count`, `Freeze` and `Refuse`, which anybody may ask for
-//! and which rest on the cluster's own state; `Finish`, whose conditions it knows; and `Join`, which comes
-//! to a cluster that knows no other.
+//! What needs nobody's word: `Cancel`, `Prepare`, `Count`, `Freeze` and the refusal of single attempts, which
+//! anybody may ask for and which rest on the cluster's own state; `Finish`, whose conditions it knows; and
+//! the first `Join` of a cluster, which knows no other.
 
 use crate::ring::RingCluster;
 use crate::types::{ClusterId, Epoch};
 
-use super::decide::{Beginning, Decided};
+use super::decide::{Beginning, Decided, repeat};
 use super::state::{Change, Course, Outgoing, Receipt, RingState, Sending};
-use super::{Attempt, Handoff, Step, members_of_both};
+use super::{Attempt, Done, Handoff, Step, members_of_both};
 
 /// The clusters that have to confirm a step.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,14 +43,14 @@ impl Step {
             | Self::Open { .. }
             | Self::Activate { .. }
             | Self::Thaw { .. }
-            | Self::Release { .. } => true,
-            Self::Join { .. }
-            | Self::Cancel { .. }
+            | Self::Release { .. }
+            | Self::Join { .. } => true,
+            Self::Refuse { attempt, .. } => *attempt == Attempt::MAX,
+            Self::Cancel { .. }
             | Self::Finish { .. }
             | Self::Prepare { .. }
             | Self::Count { .. }
-            | Self::Freeze { .. }
-            | Self::Refuse { .. } => false,
+            | Self::Freeze { .. } => false,
         }
     }
 }
@@ -76,8 +76,16 @@ impl RingState {
             // The sequencer ends a change for all: every member must have cancelled.
             Step::Revert { .. } if sequencer == Some(own) => Witnesses::All(others(members())),
             Step::Revert { .. } => sequencer.map_or(Witnesses::None, only),
+            // It may have cancelled, and activated afterwards: then it knows by itself.
+            Step::Resume { epoch } if self.is_decided(*epoch) => Witnesses::None,
             Step::Resume { .. } => Witnesses::Any(others(members())),
             Step::Settle { .. } => Witnesses::All(others(self.settling.clone())),
+            // Those that it left, or was to join before, know the ring that there is now.
+            Step::Join { .. } if self.epoch() > 0 => Witnesses::Any(others(members())),
+            // For good, so that nothing is left for a change that goes on: every source must have cancelled.
+            Step::Refuse { attempt, .. } if *attempt == Attempt::MAX => {
+                Witnesses::All(others(self.ring.ring().clusters.clone()))
+            }
             Step::Open { handoff, .. } | Step::Activate { handoff, .. } => only(&handoff.from),
             Step::Thaw { handoff, .. } | Step::Release { handoff, .. } => only(&handoff.to),
             _ => Witnesses::None,
@@ -97,13 +105,19 @@ impl RingState {
             Step::Begin { ring, next, plan } => {
                 self.beginning(ring, next, plan) == Ok(Beginning::Begun)
             }
-            // The sequencer leads the way and is asked by the others; they are asked by it.
+            // The sequencer leads the way and is asked by the others; they are asked by it. It does not get
+            // beyond a change that it did not revert before all members have finished it, so who is still
+            // in one then may revert, too.
             Step::Revert { ring } if ring.sequencer.as_ref() == Some(own) => {
-                *self.ring.ring() == **ring
+                *self.ring.ring() == **ring || self.epoch() > ring.epoch
             }
             Step::Revert { ring } => self.has_cancelled(ring.epoch.saturating_sub(1)),
             Step::Resume { epoch } => self.is_through(*epoch) || self.is_decided(*epoch),
             Step::Settle { epoch } => self.is_through(*epoch),
+            Step::Join { ring } => *self.ring.ring() == **ring,
+            Step::Refuse { handoff, .. } => {
+                self.has_cancelled(handoff.epoch) || self.epoch() > handoff.epoch
+            }
             Step::Open { handoff, attempt, start } => self
                 .sends(handoff, *attempt)
                 .is_some_and(|outgoing| outgoing.logs() && outgoing.start == *start),
@@ -127,9 +141,15 @@ impl RingState {
         }
     }
 
-    /// What the step would come to; `None` if that depends on the data, which it does for no step that
-    /// needs a witness.
+    /// What the step would come to; `None` if that depends on the data.
     pub fn foresee(&self, step: &Step, own: &ClusterId) -> Option<Decided> {
+        if let Step::Join { ring } = step {
+            return match self.joining(ring, own) {
+                Ok(Some(_)) => None,
+                Ok(None) => Some(repeat(Done::Ok)),
+                Err(refused) => Some(Err(refused)),
+            };
+        }
         self.clone().decide_blindly(step, own)
     }
 

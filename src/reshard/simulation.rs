@@ -191,6 +191,35 @@ fn a_change_that_is_called_off_by_all_ends_with_the_old_ring() {
     }
 }
 
+/// A destination cancels while its source is frozen already, and then takes over: it knows by itself that
+/// the change can only go forward, and goes on, though nobody else can know.
+#[test]
+fn who_cancelled_and_then_took_over_goes_on() {
+    let (old, next) = kinds().remove(1);
+    let mut chance = Chance { random: SmallRng::seed_from_u64(3), orderly: true };
+    let mut world = World::new(&old, &next, &mut chance);
+    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
+    let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
+    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    let mut cancelled = false;
+    for _ in 0..MOVES_MAX {
+        world.work(&mut chance);
+        for action in next_actions(&world.views(), &Hints::new(Goal::Forward)) {
+            if matches!(action.step, Step::Activate { .. }) && !cancelled {
+                let cancel = Step::Cancel { epoch: 2 };
+                world.take(&Action { at: action.at.clone(), step: cancel }).unwrap();
+                cancelled = true;
+            }
+            world.take(&action).unwrap();
+        }
+        if let Scene::Quiet { ring, settled: Some(true) } = Scene::of(&world.views()) {
+            assert!(cancelled && ring == next);
+            return world.check_end(&next);
+        }
+    }
+    panic!("the change never ends: {:#?}", world.views());
+}
+
 #[test]
 fn nothing_but_the_pivot_freezes_before_it_is_active() {
     let (old, next) = kinds().remove(0);

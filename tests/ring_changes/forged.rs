@@ -241,19 +241,38 @@ fn nobody_ends_a_change_before_its_time() {
     for place in [0, 1] {
         story.take(place, story.begin_step(&story.old, &story.next));
     }
-    story.take(0, Step::Cancel { epoch: 2 });
-    story.refuses(vec![(0, revert(), unconfirmed(1))]);
+    let for_good = || Step::Refuse { handoff: story.handoff.clone(), attempt: u64::MAX };
     story.take(1, Step::Cancel { epoch: 2 });
+    story.refuses(vec![(1, for_good(), unconfirmed(0))]);
+    story.take(0, Step::Cancel { epoch: 2 });
+    assert_eq!(story.take(1, for_good()), Done::Refused { attempt: u64::MAX });
     story.refuses(vec![
         (1, revert(), unconfirmed(0)),
         (0, Step::Resume { epoch: 2 }, unconfirmed(1)),
         (1, Step::Resume { epoch: 2 }, unconfirmed(0)),
     ]);
-    story.take(0, revert());
+    assert_eq!(story.take(0, revert()), Done::Ok);
     story.refuses(vec![(0, Step::Settle { epoch: 3 }, unconfirmed(1))]);
     story.take(1, revert());
     assert_eq!(story.take(0, Step::Settle { epoch: 3 }), Done::Ok);
     assert_eq!(story.take(0, Step::Settle { epoch: 3 }), Done::Ok, "a repeat is answered again");
+}
+
+/// A cluster that cannot be asked confirms nothing: the step may be proposed again later.
+#[test]
+fn a_step_is_not_taken_while_its_witness_is_away() {
+    let _turn = ONE_AT_A_TIME.blocking_lock();
+    let mut story = Story::begin();
+    let begin = story.begin_step(&story.old, &story.next);
+    story.take(0, begin.clone());
+    story.clusters.at_mut(0).kill9(1);
+    let body = serde_json::to_string(&begin).unwrap();
+    let answer = story.clusters.at(1).post(1, "/cluster/step", &body);
+    answer.assert_error(503, "NO_LEADER", "not_applied");
+    assert_eq!(story.clusters.view(1).unwrap().state.change, None);
+    story.clusters.at_mut(0).restart(1);
+    story.clusters.at(0).await_ready();
+    assert_eq!(story.take(1, begin), Done::Ok);
 }
 
 /// With attempt 2 frozen at the source and open at the destination.
@@ -298,6 +317,7 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
             Step::Activate { handoff: h(), attempt: 2, frozen: endless },
             Refused::Implausible(u64::MAX),
         ),
+        (1, Step::Open { handoff: h(), attempt: 3, start: 0 }, unconfirmed()),
         (1, Step::Activate { handoff: h(), attempt: 2, frozen: backward }, unconfirmed()),
         (1, Step::Activate { handoff: h(), attempt: 2, frozen: forgetful }, unconfirmed()),
         // Another epoch.
