@@ -82,12 +82,31 @@ fill() {
         --threads 2
 }
 
+# The processor time that all nodes have taken, in clock ticks.
+ticks() {
+    for pid in $(printf '%s' "$KV_PIDS" | tr ',' ' '); do cat "/proc/$pid/stat"; done \
+        | awk '{ ticks += $14 + $15 } END { print ticks }'
+}
+
+# Waits until the nodes rest: what compaction has left to do would count as the load's. Four minutes at most.
+rest() {
+    nodes=$(printf '%s' "$KV_PIDS" | tr ',' '\n' | grep -c .)
+    for _ in $(seq 120); do
+        before=$(ticks)
+        sleep 2
+        # 3 % of a processor for each: heartbeats take a part of that.
+        if [ $(($(ticks) - before)) -lt $((nodes * 6)) ]; then return 0; fi
+    done
+    say 'the nodes do not come to rest; measuring all the same'
+}
+
 decimal() { printf '%s\n' "$BODY" | sed -n "s/.*$1\([0-9.]*\).*/\1/p"; }
 
 # measure LABEL KEYS VALUE_BYTES [TIMES]: a row for each workload, number of clients and kind of client.
 # With TIMES, so many times the clients are at work; the row still bears the number before.
 measure() {
     for workload in write read; do
+        rest
         for clients in 16 256; do
             for mode in kvclient http; do
                 bench --workload "$workload" --clients $((clients * ${4:-1})) --mode "$mode" --keys "$2" \
