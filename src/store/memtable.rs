@@ -11,15 +11,19 @@
 //! | --- | --- |
 //! | active | apply, a round at a time |
 //! | frozen | nobody: it is on its way to disk, and still read |
-//! | flushed | nobody: it is on disk, and kept until the next one is, because it is read faster here |
+//! | flushed | nobody: it is on disk, and kept for a while, because it is read faster here |
 //!
 //! A round's rows and the head that goes with them (last applied id, revision, membership, ring)
 //! become visible under one lock, and a table is frozen together with the head and the machine
 //! ([`super::machine`]) of that moment. So whatever reaches the disk is the state after some entry,
 //! whole.
 //!
-//! Memory: each of the three tables holds up to `storage.memtable_bytes`, plus one round; when the
-//! active one is full while the frozen one is not on disk yet, apply waits.
+//! There may be several flushed tables: one that is flushed before it is full, for a snapshot or a handoff,
+//! leaves older ones in memory, as long as they are few and small enough ([`Layers::keep_flushed`]).
+//!
+//! Memory: the active table, the frozen one and all flushed ones together hold up to
+//! `storage.memtable_bytes` each, plus one round; when the active one is full while the frozen one is not on
+//! disk yet, apply waits.
 
 use std::collections::HashMap;
 use std::io;
@@ -38,6 +42,9 @@ const ROW_OVERHEAD_BYTES: usize = 128;
 
 /// What a change costs beside its bytes.
 const CHANGE_OVERHEAD_BYTES: usize = 64;
+
+/// How many flushed tables are kept: a read that finds nothing in memory looks into all of them.
+const FLUSHED_MAX: usize = 4;
 
 /// A stored record, or `None` for a deleted key.
 pub(super) type Row = Option<Bytes>;
@@ -71,7 +78,8 @@ pub(super) struct Memtables {
 pub(super) struct Layers {
     active: Rows,
     frozen: Option<Arc<Frozen>>,
-    flushed: Option<Arc<Rows>>,
+    /// The newest first.
+    flushed: Vec<Arc<Rows>>,
     head: Head,
     /// Whether `head` or rows changed since the last freeze.
     changed: bool,
@@ -116,7 +124,8 @@ impl Rows {
 impl Layers {
     /// The newest row of a key, if it is in memory.
     pub(super) fn get(&self, key: &[u8]) -> Option<&Row> {
-        self.unflushed(key).or_else(|| self.flushed.as_ref()?.rows.get(key))
+        let flushed = || self.flushed.iter().find_map(|rows| rows.rows.get(key));
+        self.unflushed(key).or_else(flushed)
     }
 
     /// The newest row of a key, if it changed since the last flush.
@@ -163,7 +172,7 @@ impl Layers {
     #[cfg(test)]
     fn bytes(&self) -> usize {
         let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.bytes);
-        self.active.bytes + frozen + self.flushed.as_ref().map_or(0, |rows| rows.bytes)
+        self.active.bytes + frozen + self.flushed.iter().map(|rows| rows.bytes).sum::<usize>()
     }
 }
 
@@ -233,7 +242,7 @@ impl Memtables {
             let mut layers = self.write();
             let frozen = layers.frozen.take();
             let rows = frozen.as_ref().map(|frozen| frozen.rows.clone());
-            (frozen, std::mem::replace(&mut layers.flushed, rows))
+            (frozen, layers.keep_flushed(rows, self.bytes_max))
         };
         self.room.notify_waiters();
         // Takes its time with so many rows: outside the lock.
@@ -279,7 +288,20 @@ impl Memtables {
 impl Layers {
     fn new(head: Head) -> Self {
         let active = Rows { since: applied_index(&head), ..Rows::default() };
-        Self { active, frozen: None, flushed: None, head, changed: false }
+        Self { active, frozen: None, flushed: Vec::new(), head, changed: false }
+    }
+
+    /// One more table is on disk. Returns those that have to make room for it.
+    fn keep_flushed(&mut self, rows: Option<Arc<Rows>>, bytes_max: usize) -> Vec<Arc<Rows>> {
+        let Some(rows) = rows else { return Vec::new() };
+        let mut bytes = rows.bytes;
+        self.flushed.insert(0, rows);
+        let fit = |older: &&Arc<Rows>| {
+            bytes += older.bytes;
+            bytes <= bytes_max
+        };
+        let kept = 1 + self.flushed[1..].iter().take(FLUSHED_MAX - 1).take_while(fit).count();
+        self.flushed.split_off(kept)
     }
 
     fn freeze(&mut self, side: Side) {
@@ -331,6 +353,31 @@ mod tests {
         assert_eq!(tables.read().get(b"k"), Some(&None), "kept for readers");
         assert_eq!(tables.read().unflushed(b"k"), None);
         assert_eq!(tables.read().keys().count(), 0);
+    }
+
+    /// Tables that are flushed early stay in memory beside older ones, as far as there is room for them.
+    #[test]
+    fn small_tables_leave_larger_ones_in_memory() {
+        let key = |n: u8| Bytes::copy_from_slice(&[n]);
+        let value = || Some(Bytes::from_static(b"v"));
+        let each = 1 + 1 + ROW_OVERHEAD_BYTES;
+        let tables = tables(10 * each);
+        let flush = |keys: std::ops::Range<u8>| {
+            tables.apply(keys.map(|n| (key(n), value())), Vec::new(), |_| ());
+            assert!(tables.freeze(Side::default).is_some());
+            tables.thaw();
+        };
+        let there = |n: u8| tables.read().get(&key(n)).is_some();
+        flush(0..7);
+        flush(7..9);
+        assert!((0..9).all(there));
+        flush(20..22);
+        assert!(!there(0) && there(7) && there(20), "the oldest makes room");
+        (30..40).for_each(|n| flush(n..n + 1));
+        assert_eq!(tables.read().flushed.len(), FLUSHED_MAX);
+        assert!(!there(35) && there(36) && there(39));
+        flush(50..70);
+        assert!(tables.read().flushed.len() == 1 && there(69), "the newest always stays");
     }
 
     /// Bytes follow replaced rows, so that a key that is written again and again fills nothing.
