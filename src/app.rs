@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::LogIdOptionExt;
-use tokio::sync::Semaphore;
+use openraft::type_config::alias::WatchReceiverOf;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
@@ -93,9 +94,12 @@ struct Inner {
     limits: Limits,
     parts: Parts,
     in_flight: Arc<Semaphore>,
+    /// Kept, because each request looks at both, and a receiver costs more than a look.
+    failure: watch::Receiver<Option<String>>,
+    raft_metrics: WatchReceiverOf<TypeConfig, Metrics>,
     telemetry: Telemetry,
     /// Held by whoever reads the whole state: it is much, and twice at once would be no faster.
-    digesting: tokio::sync::Mutex<()>,
+    digesting: Arc<tokio::sync::Mutex<()>>,
     /// Membership changes, which outlive the requests that asked for them.
     tasks: TaskTracker,
 }
@@ -113,8 +117,18 @@ impl App {
     pub fn new(identity: Identity, limits: Limits, parts: Parts) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
         let (telemetry, tasks) = (Telemetry::new(), TaskTracker::new());
-        let digesting = tokio::sync::Mutex::default();
-        let inner = Inner { identity, limits, parts, in_flight, telemetry, digesting, tasks };
+        let (failure, raft_metrics) = (parts.reader.failure(), parts.raft.metrics());
+        let inner = Inner {
+            identity,
+            limits,
+            parts,
+            in_flight,
+            failure,
+            raft_metrics,
+            telemetry,
+            digesting: Arc::default(),
+            tasks,
+        };
         Self { inner: Arc::new(inner) }
     }
 

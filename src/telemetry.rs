@@ -23,6 +23,9 @@ pub enum Operation {
     GetStale,
 }
 
+const OPERATIONS: [Operation; 4] =
+    [Operation::Put, Operation::Delete, Operation::Get, Operation::GetStale];
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OperationLabel {
     operation: Operation,
@@ -39,7 +42,8 @@ type GaugeU64 = Gauge<u64, AtomicU64>;
 /// A node's metrics. Recording is lock-free or nearly so.
 pub struct Telemetry {
     registry: Registry,
-    seconds: Family<OperationLabel, Histogram>,
+    /// By operation, in the order of [`OPERATIONS`]: looked up once, not with every operation.
+    seconds: [Histogram; OPERATIONS.len()],
     failures: Family<FailureLabel, Counter>,
     term: GaugeU64,
     leader: GaugeU64,
@@ -63,13 +67,16 @@ impl Telemetry {
         let mut registry = Registry::with_prefix("kv");
         // 50 us to 13 s: a cached read up to the request deadline.
         let histogram = || Histogram::new(exponential_buckets(50e-6, 2.0, 18));
-        let seconds = Family::new_with_constructor(histogram as fn() -> Histogram);
+        let seconds: Family<OperationLabel, Histogram> =
+            Family::new_with_constructor(histogram as fn() -> Histogram);
         registry.register_with_unit(
             "operation_duration",
             "How long client operations took",
             Unit::Seconds,
             seconds.clone(),
         );
+        let seconds =
+            OPERATIONS.map(|operation| seconds.get_or_create_owned(&OperationLabel { operation }));
         let failures = Family::default();
         registry.register("operation_failures", "Failed operations", failures.clone());
         let mut gauge = |name: &str, help: &str| {
@@ -102,7 +109,7 @@ impl Telemetry {
 
     /// Records one finished operation; `failure` is the error's code.
     pub fn record(&self, operation: Operation, took: Duration, failure: Option<&'static str>) {
-        self.seconds.get_or_create(&OperationLabel { operation }).observe(took.as_secs_f64());
+        self.seconds[operation as usize].observe(took.as_secs_f64());
         if let Some(code) = failure {
             self.failures.get_or_create(&FailureLabel { operation, code }).inc();
         }
@@ -121,5 +128,17 @@ impl Telemetry {
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a String cannot fail");
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_lie_where_they_are_looked_for() {
+        for (place, operation) in OPERATIONS.into_iter().enumerate() {
+            assert_eq!(operation as usize, place);
+        }
     }
 }

@@ -18,8 +18,7 @@ impl App {
         let failed = self.storage_failed();
         // Counted before the metrics are looked at: who looks holds up Raft's next report.
         let keys = reader.key_count().ok();
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.raft_metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
         let identity = &self.inner.identity;
         NodeMetrics {
@@ -45,9 +44,15 @@ impl App {
     /// What this node's applied state comes to. Reads all of it, one request after the other.
     pub async fn digest(&self) -> Result<NodeDigest, ApiError> {
         self.check_serving()?;
-        let _turn = self.inner.digesting.try_lock().map_err(|_| ApiError::Overloaded)?;
+        let turn = self.inner.digesting.clone().try_lock_owned();
+        let turn = turn.map_err(|_| ApiError::Overloaded)?;
         let reader = self.inner.reader.clone();
-        let digest = tokio::task::spawn_blocking(move || reader.digest()).await;
+        let digest = tokio::task::spawn_blocking(move || {
+            // Goes with the work: whoever asked may be gone before it is done.
+            let _turn = turn;
+            reader.digest()
+        });
+        let digest = digest.await;
         let digest = digest.map_err(std::io::Error::other).flatten();
         let digest = digest.map_err(|error| storage(error, Outcome::NotApplied))?;
         Ok(NodeDigest {
@@ -65,8 +70,7 @@ impl App {
         if let Some(failure) = self.storage_failed() {
             return Err(failure);
         }
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.raft_metrics.borrow_watched();
         if state_of(&metrics) == NodeState::Uninitialized {
             return Err("the cluster is not initialized".into());
         }
@@ -102,11 +106,10 @@ impl App {
 
     /// Why storage or consensus has failed, if one of them has. Then the node serves nothing.
     pub fn storage_failed(&self) -> Option<String> {
-        if let Some(failure) = self.inner.reader.failure().borrow().clone() {
+        if let Some(failure) = self.inner.failure.borrow().clone() {
             return Some(failure);
         }
-        let metrics = self.inner.raft.metrics();
-        match &metrics.borrow_watched().running_state {
+        match &self.inner.raft_metrics.borrow_watched().running_state {
             Err(Fatal::StorageError(error)) => Some(error.to_string()),
             Err(Fatal::Panicked) => Some("consensus has stopped: its task panicked".into()),
             // The node is being stopped.

@@ -88,8 +88,7 @@ impl App {
         // A node alone may listen everywhere; with others it has to say where they find it.
         refuse_wildcard(&self.inner.identity.addrs)?;
         let known = {
-            let metrics = self.inner.raft.metrics();
-            let metrics = metrics.borrow_watched();
+            let metrics = self.inner.raft_metrics.borrow_watched();
             metrics.membership_config.membership().get_node(&id).cloned()
         };
         match known {
@@ -152,8 +151,7 @@ impl App {
 
     /// Which entry this node's effective membership is from.
     fn membership_id(&self) -> Option<LogId> {
-        let metrics = self.inner.raft.metrics();
-        let metrics = metrics.borrow_watched();
+        let metrics = self.inner.raft_metrics.borrow_watched();
         *metrics.membership_config.log_id()
     }
 
@@ -162,8 +160,7 @@ impl App {
         loop {
             self.await_read_index(Consistency::Linearizable, deadline).await?;
             let settled = {
-                let metrics = self.inner.raft.metrics();
-                let metrics = metrics.borrow_watched();
+                let metrics = self.inner.raft_metrics.borrow_watched();
                 *metrics.membership_config.log_id() <= metrics.last_applied
             };
             if settled {
@@ -182,8 +179,7 @@ impl App {
         let own_id = self.inner.identity.node_id;
         loop {
             {
-                let metrics = self.inner.raft.metrics();
-                let metrics = metrics.borrow_watched();
+                let metrics = self.inner.raft_metrics.borrow_watched();
                 let known = metrics.membership_config.membership();
                 let last = metrics.last_log_index.unwrap_or(0);
                 let close = |id: &NodeId| {

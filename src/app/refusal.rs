@@ -26,8 +26,7 @@ impl App {
     }
 
     pub(super) fn check_initialized(&self) -> Result<(), ApiError> {
-        let metrics = self.inner.raft.metrics();
-        match state_of(&metrics.borrow_watched()) {
+        match state_of(&self.inner.raft_metrics.borrow_watched()) {
             NodeState::Uninitialized => Err(ApiError::NotInitialized),
             _ => Ok(()),
         }
@@ -35,8 +34,7 @@ impl App {
 
     pub(super) fn check_leader(&self) -> Result<(), ApiError> {
         let to = {
-            let metrics = self.inner.raft.metrics();
-            let metrics = metrics.borrow_watched();
+            let metrics = self.inner.raft_metrics.borrow_watched();
             if metrics.state == openraft::ServerState::Leader {
                 return Ok(());
             }

@@ -23,7 +23,7 @@ use super::batch;
 use super::body::{BodyBudget, BodyLimit};
 use super::call::Call;
 use super::error::{ApiError, Outcome, etag};
-use super::forward::{Effect, Forwarder, Refusal};
+use super::forward::{Effect, Forwarder, Refusal, Served};
 use super::head::{BATCH_PATH, KV_PREFIX, PlainRequest};
 use super::json::Object;
 use super::management;
@@ -58,27 +58,44 @@ impl ApiState {
 /// What a handler returns.
 pub(super) type Answer = Result<Response, Refusal>;
 
+/// The answer to a plain request. What almost all of them are is told as it is: a response would only be
+/// taken apart again.
+pub(super) enum PlainAnswer {
+    /// A `PUT` took effect.
+    Stored(Revision),
+    /// A `GET` found a record.
+    Found(Record),
+    /// Anything else.
+    Other(Response),
+}
+
 /// Answers what the router would answer in the same way; without it if the request is on keys.
 pub(super) async fn answer_plain(
     state: &ApiState,
     router: &Router,
     request: PlainRequest,
-) -> Response {
+) -> PlainAnswer {
     let on_a_key = request.path.starts_with(KV_PREFIX);
     if !on_a_key && request.method == Method::GET {
-        return by_router(router.clone(), request).await;
+        return PlainAnswer::Other(by_router(router.clone(), request).await);
     }
     let own_timeout = Duration::from_millis(state.app.limits().request_timeout_ms);
     let answer = match Call::plain(request, own_timeout) {
         Ok(call) => match call.method {
-            Method::GET => get_key(state, &call).await,
-            Method::PUT => put_key(state, &call).await,
+            Method::GET => match read_key(state, &call).await {
+                Ok(Served::Here(Some(record))) => return PlainAnswer::Found(record),
+                other => other.and_then(found_or_not),
+            },
+            Method::PUT => match store_key(state, &call).await {
+                Ok(Served::Here(revision)) => return PlainAnswer::Stored(revision),
+                other => other.and_then(|served| served.respond(|revision| Ok(stored(revision)))),
+            },
             Method::DELETE => delete_key(state, &call).await,
             _ => batch::answer(state, &call).await,
         },
         Err(error) => Err(error.into()),
     };
-    answer.into_response()
+    PlainAnswer::Other(answer.into_response())
 }
 
 async fn by_router(mut router: Router, plain: PlainRequest) -> Response {
@@ -125,10 +142,10 @@ pub(super) fn only(
 }
 
 async fn put_kv(State(state): State<ApiState>, call: Call) -> Answer {
-    put_key(&state, &call).await
+    store_key(&state, &call).await?.respond(|revision| Ok(stored(revision)))
 }
 
-async fn put_key(state: &ApiState, call: &Call) -> Answer {
+async fn store_key(state: &ApiState, call: &Call) -> Result<Served<Revision>, Refusal> {
     call.no_query()?;
     let key = key_of(state, call)?;
     let condition = call.condition()?;
@@ -137,8 +154,11 @@ async fn put_key(state: &ApiState, call: &Call) -> Answer {
     let body = call.read_body(state, BodyLimit { what: "value", bytes_max }).await?;
     let put =
         || state.app.put(key.clone(), body.bytes.clone(), condition, once.clone(), call.deadline);
-    let served = state.forwarder.serve(call, &body.bytes, Effect::Write, put).await?;
-    served.respond(|revision| Ok(Json(Put { revision }).into_response()))
+    state.forwarder.serve(call, &body.bytes, Effect::Write, put).await
+}
+
+pub(super) fn stored(revision: Revision) -> Response {
+    Json(Put { revision }).into_response()
 }
 
 /// The answer to a `PUT`.
@@ -164,23 +184,25 @@ async fn delete_key(state: &ApiState, call: &Call) -> Answer {
 }
 
 async fn get_kv(State(state): State<ApiState>, call: Call) -> Answer {
-    get_key(&state, &call).await
+    read_key(&state, &call).await.and_then(found_or_not)
 }
 
-async fn get_key(state: &ApiState, call: &Call) -> Answer {
+async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>>, Refusal> {
     let key = key_of(state, call)?;
     let consistency = call.consistency()?;
     call.no_condition()?;
     let read = || state.app.get(&key, consistency, call.deadline);
-    let served = state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await?;
-    served.respond(|record| match record {
-        Some(Record { revision, value }) => {
-            let octets = HeaderValue::from_static("application/octet-stream");
-            let head = [(header::CONTENT_TYPE, octets), (header::ETAG, etag(revision))];
-            Ok((head, value).into_response())
-        }
-        None => Err(ApiError::KeyAbsent),
-    })
+    state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await
+}
+
+fn found_or_not(served: Served<Option<Record>>) -> Answer {
+    served.respond(|record| record.map(found).ok_or(ApiError::KeyAbsent))
+}
+
+pub(super) fn found(record: Record) -> Response {
+    let octets = HeaderValue::from_static("application/octet-stream");
+    let head = [(header::CONTENT_TYPE, octets), (header::ETAG, etag(record.revision))];
+    (head, record.value).into_response()
 }
 
 /// The key in the raw path, within its limit.

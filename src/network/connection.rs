@@ -26,6 +26,7 @@ mod socket;
 
 use std::convert::Infallible;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -91,11 +92,8 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
     let mut socket = Watched::new(stream, activity.clone());
     let mut guard = Guard::new(activity.clone(), shared.clone());
     if let Some(keys) = &service.keys {
-        // A token of its own: looking at one takes its lock.
-        let shutdown = shared.shutdown.child_token();
         let timeout = shared.header_timeout;
-        let router = &service.router;
-        let short = short::serve(&mut socket, keys, router, &activity, timeout, &shutdown);
+        let short = short::serve(&mut socket, keys, &service.router, &activity, timeout);
         let short = pin!(short);
         let at_stop = |_: Pin<&mut _>| if activity.is_idle() { Stop::AtOnce } else { Stop::Soon };
         match guard.watch(short, at_stop).await {
@@ -183,6 +181,7 @@ impl Guard {
                 }
                 () = self.shutdown.cancelled(), if self.stop_at.is_none() => {
                     self.stop_at = Some(Instant::now() + STOP_GRACE);
+                    self.activity.stopping.store(true, Ordering::Relaxed);
                     if let Stop::AtOnce = at_stop(connection.as_mut()) {
                         return None;
                     }
@@ -217,6 +216,8 @@ async fn sleep_until(when: Option<Instant>) {
 #[derive(Debug)]
 struct Activity {
     phase: Mutex<Phase>,
+    /// The server stops: what is being answered is the last.
+    stopping: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -239,7 +240,7 @@ enum Phase {
 
 impl Activity {
     fn new() -> Self {
-        Self { phase: Mutex::new(Phase::waiting(Instant::now())) }
+        Self { phase: Mutex::new(Phase::waiting(Instant::now())), stopping: AtomicBool::new(false) }
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -249,6 +250,10 @@ impl Activity {
 
     fn update(&self, change: impl FnOnce(&mut Phase)) {
         change(&mut self.phase());
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
     fn is_long_idle(&self) -> bool {

@@ -10,22 +10,22 @@
 //! [`PlainRequest`]: super::super::head::PlainRequest
 
 use std::cell::RefCell;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::response::Response;
+use axum::body::to_bytes;
 use bytes::Buf;
 use http::response::Parts;
 use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
 
-use super::super::api::{self, ApiState};
+use super::super::api::{self, ApiState, PlainAnswer};
 use super::super::head::Whole;
 use super::socket::Watched;
 use super::{Activity, Serving};
+use crate::types::{Record, Revision};
 
 /// How long a body may follow its head: it is often the next packet. Slower ones are hyper's, where the
 /// clocks for bodies are.
@@ -51,11 +51,10 @@ pub(super) async fn serve(
     router: &Router,
     activity: &Arc<Activity>,
     header_timeout: Duration,
-    shutdown: &CancellationToken,
 ) -> io::Result<End> {
     let mut out = Vec::new();
     let mut body_until = None;
-    while !shutdown.is_cancelled() {
+    while !activity.is_stopping() {
         let request = match socket.gate().whole() {
             Whole::Request(request) => *request,
             Whole::Other => return Ok(End::Hyper),
@@ -79,9 +78,9 @@ pub(super) async fn serve(
         };
         body_until = None;
         let serving = Serving::begin(activity.clone());
-        let response = api::answer_plain(state, router, request).await;
+        let answer = api::answer_plain(state, router, request).await;
         drop(serving);
-        write(socket, response, shutdown.is_cancelled(), &mut out).await?;
+        write(socket, answer, activity.is_stopping(), &mut out).await?;
     }
     socket.shutdown().await?;
     Ok(End::Closed)
@@ -89,15 +88,28 @@ pub(super) async fn serve(
 
 async fn write(
     socket: &mut Watched,
-    response: Response,
+    answer: PlainAnswer,
     last: bool,
     out: &mut Vec<u8>,
 ) -> io::Result<()> {
-    let (head, body) = response.into_parts();
-    // It is in memory already: handlers make no other bodies.
-    let body = axum::body::to_bytes(body, usize::MAX).await.map_err(io::Error::other)?;
     out.clear();
-    encode_head(&head, body.len(), last, out)?;
+    let body = match answer {
+        PlainAnswer::Stored(revision) => {
+            encode_stored(revision, last, out)?;
+            return socket.write_all(out).await;
+        }
+        PlainAnswer::Found(record) => {
+            encode_found(&record, last, out)?;
+            record.value
+        }
+        PlainAnswer::Other(response) => {
+            let (head, body) = response.into_parts();
+            // It is in memory already: handlers make no other bodies.
+            let body = to_bytes(body, usize::MAX).await.map_err(io::Error::other)?;
+            encode_head(&head, body.len(), last, out)?;
+            body
+        }
+    };
     if body.len() <= COPIED_BYTES_MAX {
         out.extend_from_slice(&body);
         return socket.write_all(out).await;
@@ -105,10 +117,36 @@ async fn write(
     socket.write_all_buf(&mut (&out[..]).chain(body)).await
 }
 
+/// The answer to a `PUT`, whole.
+fn encode_stored(revision: Revision, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
+    let body_bytes = br#"{"revision":}"#.len() + decimal_digits(revision);
+    write!(
+        out,
+        "HTTP/1.1 200 OK\r\ncontent-length: {body_bytes}\r\ncontent-type: application/json\r\n"
+    )?;
+    end_head(last, out);
+    write!(out, r#"{{"revision":{revision}}}"#)
+}
+
+/// The head of the answer to a `GET` of a key.
+fn encode_found(record: &Record, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
+    let (body_bytes, revision) = (record.value.len(), record.revision);
+    write!(
+        out,
+        "HTTP/1.1 200 OK\r\ncontent-length: {body_bytes}\r\ncontent-type: application/octet-stream\r\n\
+         etag: \"{revision}\"\r\n"
+    )?;
+    end_head(last, out);
+    Ok(())
+}
+
+fn decimal_digits(number: u64) -> usize {
+    number.checked_ilog10().map_or(1, |digits| digits as usize + 1)
+}
+
 /// The fields that handlers set, and those that are the server's: how long the body is, when it was sent,
 /// and whether the connection ends.
 fn encode_head(head: &Parts, body_bytes: usize, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
-    use io::Write;
     let reason = head.status.canonical_reason().unwrap_or_default();
     write!(out, "HTTP/1.1 {} {reason}\r\ncontent-length: {body_bytes}\r\n", head.status.as_u16())?;
     for (name, value) in &head.headers {
@@ -116,13 +154,17 @@ fn encode_head(head: &Parts, body_bytes: usize, last: bool, out: &mut Vec<u8>) -
             out.extend_from_slice(part);
         }
     }
+    end_head(last, out);
+    Ok(())
+}
+
+fn end_head(last: bool, out: &mut Vec<u8>) {
     if last {
         out.extend_from_slice(b"connection: close\r\n");
     }
     out.extend_from_slice(b"date: ");
     write_date(out);
     out.extend_from_slice(b"\r\n\r\n");
-    Ok(())
 }
 
 thread_local! {
@@ -146,9 +188,33 @@ fn write_date(out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
+    use axum::response::Response;
     use http::HeaderValue;
 
     use super::*;
+
+    /// What is written straight away is what the long way would write.
+    #[tokio::test]
+    async fn short_answers_are_the_same_answers() {
+        for (revision, value) in [(0, ""), (7, "v"), (10, "0123456789"), (u64::MAX, "long value")] {
+            let record = Record { revision, value: value.into() };
+            for last in [false, true] {
+                let (mut short, mut long) = (Vec::new(), Vec::new());
+                encode_stored(revision, last, &mut short).unwrap();
+                encode_found(&record, last, &mut short).unwrap();
+                for response in [api::stored(revision), api::found(record.clone())] {
+                    let (head, body) = response.into_parts();
+                    let body = to_bytes(body, usize::MAX).await.unwrap();
+                    encode_head(&head, body.len(), last, &mut long).unwrap();
+                    if head.headers["content-type"] == "application/json" {
+                        long.extend_from_slice(&body);
+                    }
+                }
+                let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+                assert_eq!(text(short), text(long));
+            }
+        }
+    }
 
     #[test]
     fn a_head_says_what_the_handler_and_the_server_say() {
