@@ -38,6 +38,10 @@ mod load;
 use frozen::{Handoffs, Moved};
 use load::{Counts, Load, key};
 
+/// The programs' allocator.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The clusters before the first change and after the second.
 const CLUSTERS: u32 = 3;
 

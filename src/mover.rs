@@ -24,7 +24,7 @@
 //! Bounds: handoffs that copy records side by side and the bytes they copy in a second are configured
 //! (`[reshard]`); those that only follow what changes do not wait for either, because their keys are, or
 //! are about to be, served by nobody. A job holds one page, or one batch of keys. Copying, counting and
-//! cleaning take turns with everything else: each is at work a seventh of the time ([`pace`]).
+//! cleaning take turns with everything else: each is at work an eleventh of the time ([`pace`]).
 
 mod clean;
 mod count;

@@ -14,7 +14,7 @@ const DEBT_MAX: Duration = Duration::from_secs(1);
 
 /// A pause is so many times as long as the work before it: those who wait for their keys to move can wait,
 /// and those who read and write cannot.
-const BREAK_TIMES: u32 = 6;
+const BREAK_TIMES: u32 = 10;
 
 /// The longest pause after a proposal. One that takes longer waits for other things than its own work.
 const BREAK_MAX: Duration = Duration::from_secs(1);
@@ -67,8 +67,8 @@ impl Budget {
     }
 }
 
-/// How long to pause after a piece of work that took so long, so that everything else has six
-/// sevenths of the time: several jobs run side by side.
+/// How long to pause after a piece of work that took so long, so that everything else has ten
+/// elevenths of the time: several jobs run side by side.
 pub(super) fn break_after(took: Duration) -> Duration {
     (took * BREAK_TIMES).clamp(BREAK_MIN, BREAK_MAX)
 }
@@ -104,7 +104,7 @@ mod tests {
     #[test]
     fn breaks_are_longer_than_the_work_and_bounded() {
         assert_eq!(break_after(Duration::ZERO), BREAK_MIN);
-        assert_eq!(break_after(Duration::from_millis(20)), Duration::from_millis(120));
+        assert_eq!(break_after(Duration::from_millis(20)), Duration::from_millis(200));
         assert_eq!(break_after(Duration::from_secs(20)), BREAK_MAX);
     }
 }
