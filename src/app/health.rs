@@ -4,6 +4,7 @@ use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::Fatal;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{NodeDigest, NodeMetrics, NodeState};
 use crate::network::error::{ApiError, Outcome};
@@ -47,10 +48,13 @@ impl App {
         let turn = self.inner.digesting.clone().try_lock_owned();
         let turn = turn.map_err(|_| ApiError::Overloaded)?;
         let reader = self.inner.reader.clone();
+        let asked = CancellationToken::new();
+        let given_up = asked.clone();
+        // Whoever asked may be gone before it is done, or the node stop: then this future is dropped.
+        let _asking = asked.drop_guard();
         let digest = tokio::task::spawn_blocking(move || {
-            // Goes with the work: whoever asked may be gone before it is done.
             let _turn = turn;
-            reader.digest()
+            reader.digest(|| !given_up.is_cancelled())
         });
         let digest = digest.await;
         let digest = digest.map_err(std::io::Error::other).flatten();

@@ -17,6 +17,9 @@ use super::engine::to_io;
 use super::meta;
 use super::reader::StateReader;
 
+/// After so many rows it is looked whether anybody still waits: some milliseconds, if they are large.
+const WANTED_EVERY: usize = 1024;
+
 /// What a replica's state comes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateDigest {
@@ -30,11 +33,11 @@ pub struct StateDigest {
 
 impl StateReader {
     /// Reads the whole state, as of one moment, from disk: seconds for a gigabyte. Blocks, and holds up
-    /// nobody else.
+    /// nobody else. Gives up soon after it is not `wanted` any more, so that a store can be closed.
     ///
     /// # Errors
-    /// The state cannot be written to disk, or not be read.
-    pub fn digest(&self) -> io::Result<StateDigest> {
+    /// The state cannot be written to disk, or not be read; or it was given up.
+    pub fn digest(&self, wanted: impl Fn() -> bool) -> io::Result<StateDigest> {
         self.shared.flush()?;
         let engine = &self.shared.engine;
         let data = self.shared.view().data.clone();
@@ -42,8 +45,12 @@ impl StateReader {
         let mut options = ReadOptions::default();
         options.fill_cache(false);
         let (mut hasher, mut applied, mut rows) = (Xxh3Default::new(), None, 0);
-        for item in engine.db().iterator_cf_opt(&family, options, IteratorMode::Start) {
+        let items = engine.db().iterator_cf_opt(&family, options, IteratorMode::Start);
+        for (looks, item) in items.enumerate() {
             let (stored, row) = item.map_err(to_io)?;
+            if looks.is_multiple_of(WANTED_EVERY) && !wanted() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             let is_record = stored.starts_with(meta::RECORDS);
             if *stored == *meta::KEY_HEAD {
                 applied = meta::decode_head(&row)?.applied();
