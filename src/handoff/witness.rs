@@ -36,21 +36,10 @@ impl Step {
     /// Whether the step rests on what another cluster has done, and that may have to confirm it.
     pub fn needs_witness(&self) -> bool {
         match self {
-            Self::Begin { .. }
-            | Self::Resume { .. }
-            | Self::Revert { .. }
-            | Self::Settle { .. }
-            | Self::Open { .. }
-            | Self::Activate { .. }
-            | Self::Thaw { .. }
-            | Self::Release { .. }
-            | Self::Join { .. } => true,
+            Self::Cancel { .. } | Self::Finish { .. } => false,
+            Self::Prepare { .. } | Self::Count { .. } | Self::Freeze { .. } => false,
             Self::Refuse { attempt, .. } => *attempt == Attempt::MAX,
-            Self::Cancel { .. }
-            | Self::Finish { .. }
-            | Self::Prepare { .. }
-            | Self::Count { .. }
-            | Self::Freeze { .. } => false,
+            _ => true,
         }
     }
 }
@@ -64,7 +53,11 @@ impl RingState {
         };
         let only = |id: &ClusterId| match id == own {
             true => Witnesses::None,
-            false => Witnesses::All(self.known(id).into_iter().collect()),
+            // Whom nobody knows cannot confirm anything.
+            false => match self.known(id) {
+                Some(cluster) => Witnesses::All(vec![cluster]),
+                None => Witnesses::Any(Vec::new()),
+            },
         };
         let members = || match &self.change {
             Some(change) => members_of_both(self.ring.ring(), change.next.ring()),

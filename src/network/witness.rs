@@ -27,7 +27,8 @@ const PATH: &str = "/cluster/handoffs";
 /// How many clusters are asked at once: of hundreds, some will be slow to answer.
 const AT_ONCE_MAX: usize = 16;
 
-/// The longest answer: the floors of a source's clients are most of it, and fit into a step.
+/// The longest answer. The floors of a source's clients are most of it: once for each handoff that is frozen,
+/// and each fits into a step.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// Takes the step, or says why not. A repeat gets the first answer.

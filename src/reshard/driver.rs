@@ -162,7 +162,10 @@ fn is_decided(views: &Views, transition: &Transition) -> bool {
 /// clusters while another activated a handoff. They go on.
 fn resume(views: &Views, transition: &Transition) -> Vec<Action> {
     let epoch = transition.next.epoch;
-    let cancelled = |id: &&ClusterId| matches!(transition.stage(views, id), Stage::Under(change) if change.is_cancelled());
+    let cancelled = |id: &&ClusterId| {
+        let stage = transition.stage(views, id);
+        matches!(stage, Stage::Under(change) if change.is_cancelled())
+    };
     let members = transition.members();
     members.iter().filter(cancelled).map(|id| action(id, Step::Resume { epoch })).collect()
 }
