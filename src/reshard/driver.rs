@@ -135,10 +135,12 @@ fn settle(views: &Views, ring: &Ring) -> Option<Action> {
 
 fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
     let begin = begin(views, transition);
-    if transition.cancelled && is_decided(views, transition) {
+    let decided = is_decided(views, transition);
+    if transition.cancelled && decided {
         return resume(views, transition);
     }
-    if transition.cancelled || hints.goal == Goal::Abort {
+    // Too late to call it off: who wished to has nothing left to do but to help it to its end.
+    if transition.cancelled || (hints.goal == Goal::Abort && !decided) {
         let off = call_off(views, transition, hints);
         return begin.into_iter().chain(off).collect();
     }

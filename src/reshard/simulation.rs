@@ -220,6 +220,38 @@ fn who_cancelled_and_then_took_over_goes_on() {
     panic!("the change never ends: {:#?}", world.views());
 }
 
+/// Who comes to call a change off after the first cluster has finished it takes it to its end.
+#[test]
+fn calling_off_too_late_goes_on() {
+    let (old, next) = kinds().remove(0);
+    let mut chance = Chance { random: SmallRng::seed_from_u64(5), orderly: true };
+    let mut world = World::new(&old, &next, &mut chance);
+    let join = Step::Join { ring: Box::new(old.clone()) };
+    world.take(&Action { at: id("d"), step: join }).unwrap();
+    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
+    let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
+    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    let mut hints = Hints::new(Goal::Forward);
+    for _ in 0..MOVES_MAX {
+        world.work(&mut chance);
+        let mut actions = next_actions(&world.views(), &hints);
+        // The pivot's cluster is the first to finish, and nobody else does before it is too late.
+        let finish = actions.iter().position(|action| matches!(action.step, Step::Finish { .. }));
+        if let Some(finish) = finish.filter(|_| hints.goal == Goal::Forward) {
+            hints.goal = Goal::Abort;
+            actions = vec![actions.swap_remove(finish)];
+        }
+        for action in actions {
+            world.take(&action).unwrap();
+        }
+        if let Scene::Quiet { ring, settled: Some(true) } = Scene::of(&world.views()) {
+            assert!(hints.goal == Goal::Abort && ring == next);
+            return world.check_end(&next);
+        }
+    }
+    panic!("the change never ends: {:#?}", world.views());
+}
+
 #[test]
 fn nothing_but_the_pivot_freezes_before_it_is_active() {
     let (old, next) = kinds().remove(0);
