@@ -5,7 +5,8 @@
 //! ports and in a temporary directory, writes the keys, and lets every task write and read keys that
 //! nobody else touches, so that each answer can be checked: a value that was acknowledged and is gone is
 //! **lost**, one that is older than what was acknowledged is **stale**, and whatever reaches the caller
-//! as an error is an **error**. One of them, and the exit code is 1.
+//! as an error is an **error**. One of them, or keys moved that are more than 1 % off those that must move,
+//! and the exit code is 1.
 //!
 //! | variable | means | default |
 //! | --- | --- | ---: |
@@ -93,6 +94,11 @@ impl Outcome {
     fn moved(&self) -> u64 {
         self.handoffs.iter().map(|handoff| handoff.keys).sum()
     }
+
+    /// Whether those are the keys that must move, to 1 %.
+    fn is_exact(&self) -> bool {
+        self.moved().abs_diff(self.must_move) * 100 <= self.must_move
+    }
 }
 
 fn main() -> ExitCode {
@@ -101,7 +107,7 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be made");
     let outcomes = runtime.block_on(measure(&settings, &handoffs));
     print(&settings, &outcomes);
-    let clean = outcomes.iter().all(|outcome| outcome.counts.is_clean());
+    let clean = outcomes.iter().all(|outcome| outcome.counts.is_clean() && outcome.is_exact());
     if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

@@ -160,8 +160,13 @@ pub struct ReshardConfig {
     /// handoffs together; 0 means as fast as it goes. What changes at the end of a handoff, while keys
     /// are about to be frozen or are, is counted but does not wait.
     pub handoff_bytes_per_s: u64,
-    /// Handoffs whose records are copied side by side; further ones wait for their turn.
+    /// Handoffs whose records are copied side by side, and that a leader which drives a change lets send
+    /// at once; further ones wait for their turn.
     pub handoffs_at_once: usize,
+    /// How long copying, counting and deleting pause after each piece of work, as a multiple of it. More
+    /// leaves more to those who read and write, and takes longer; 0: no pause. Shorter by itself when
+    /// keys change faster than they are copied.
+    pub pause_times: u32,
     /// About how many bytes are copied at a time: one message, and one entry of the log.
     pub page_bytes: usize,
 }
@@ -261,7 +266,12 @@ impl Default for RaftConfig {
 
 impl Default for ReshardConfig {
     fn default() -> Self {
-        Self { handoff_bytes_per_s: 32 << 20, handoffs_at_once: 4, page_bytes: 256 << 10 }
+        Self {
+            handoff_bytes_per_s: 32 << 20,
+            handoffs_at_once: 4,
+            pause_times: 10,
+            page_bytes: 256 << 10,
+        }
     }
 }
 
@@ -397,6 +407,7 @@ impl ReshardConfig {
     fn check(&self) -> Result<(), OutOfRange> {
         within("reshard.handoff_bytes_per_s", self.handoff_bytes_per_s, 0..=1 << 40)?;
         within("reshard.handoffs_at_once", self.handoffs_at_once, 1..=64)?;
+        within("reshard.pause_times", self.pause_times, 0..=1000)?;
         within("reshard.page_bytes", self.page_bytes, 1 << 10..=ENTRY_BYTES_MAX)
     }
 }
@@ -478,6 +489,7 @@ mod tests {
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
             ("reshard.handoffs_at_once = 0", "reshard.handoffs_at_once"),
+            ("reshard.pause_times = 1001", "reshard.pause_times"),
             ("reshard.page_bytes = 1048577", "reshard.page_bytes"),
             ("runtime.worker_threads = 1025", "runtime.worker_threads"),
         ] {

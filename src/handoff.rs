@@ -20,7 +20,7 @@
 //! when it is applied, by [`RingState::decide`], from what that cluster knows and nothing else. Whoever
 //! proposes steps keeps no state: any number may drive a change at once, be killed and start again.
 //!
-//! Invariants, each of which the model in `tests/handoff_model.rs` checks, and checks to be needed:
+//! Invariants. The model in `tests/handoff_model.rs` checks them, and that the rules behind them are needed:
 //! 1. At any moment at most one cluster serves a key, for writes and for linearizable reads.
 //! 2. What D serves from `Activate(a)` on is what S held at `Freeze(a)`: its cursor covers S's final
 //!    position, and the digests agree.
@@ -29,8 +29,9 @@
 //!    the first answer; attempts only grow.
 //! 5. A change is finished here only when what moved away is deleted and what was staged in vain, too:
 //!    a later change never meets leftovers.
-//! 6. A change is reverted only when every source has cancelled it. One that freezes first cannot, so
-//!    once it has moved, the change can only go forward; those that had cancelled then resume.
+//! 6. A change is reverted only when every cluster of the old ring has cancelled it: then nothing can freeze
+//!    any more. A source that freezes first cannot cancel, so once it has moved, the change can only go
+//!    forward; those that had cancelled then resume.
 //!
 //! This module does no I/O and sees no clock. The store carries out what is decided here, and the model
 //! runs the same code.
@@ -54,15 +55,20 @@ use serde::{Deserialize, Serialize};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch, Revision};
 
-pub use decide::{Beginning, Decision, Facts};
+pub use decide::{Decision, Facts};
 pub use page::{Clean, Import, Page, PageRequest};
 pub use plan::pairs;
-pub use source::floors_bytes;
+pub(crate) use source::floors_bytes;
 pub use state::{
     Change, Counted, Course, Incoming, Outgoing, Ownership, Prepared, Receipt, RingState, Sending,
     Tag,
 };
 pub use witness::Witnesses;
+
+/// An attempt that has logged this many changes is given up, and the next one begins anew: its log would
+/// only grow if the destination is slower than the writers. A write of a moving key with an answer to keep
+/// is two of them: when it comes, and when the answer falls. On disk this is about 200 MB.
+pub(crate) const LOG_CHANGES_MAX: u64 = 1 << 21;
 
 /// The number of a try at a handoff. Grows; a number that was used or refused never comes again.
 pub type Attempt = u64;
@@ -70,18 +76,18 @@ pub type Attempt = u64;
 /// How far an attempt may lie above the highest one before it. Drivers add one, and several who do so at
 /// once, or whose attempts one side never hears of, come to a handful. The bound is there for steps that
 /// no driver of ours sent: a number near the end of all numbers would leave none for another attempt.
-pub const ATTEMPT_JUMP_MAX: u64 = 1 << 20;
+pub(crate) const ATTEMPT_JUMP_MAX: u64 = 1 << 20;
 
 /// How many bytes the floors of a source's clients may take in [`Step::Activate`], as JSON: all that a
 /// cluster remembers by itself, with the longest names, and still no more than a request's body and half
 /// a peer's frame may have, by default. Clients are taken over with every handoff, so there can be more;
 /// then nothing freezes, because it could not be activated. Where limits are lower, a leader does not even
 /// propose it.
-pub const FLOORS_BYTES_MAX: usize = 6 << 20;
+pub(crate) const FLOORS_BYTES_MAX: usize = 6 << 20;
 
 /// The highest revision with which a destination takes over: no cluster gets there by writing, and one
 /// that is told more would have none left for its own writes.
-pub const REVISION_MAX: Revision = Revision::MAX >> 1;
+pub(crate) const REVISION_MAX: Revision = Revision::MAX >> 1;
 
 /// Whether an attempt may come after `highest`.
 pub(crate) fn is_next_attempt(attempt: Attempt, highest: Attempt) -> bool {
@@ -404,8 +410,8 @@ pub enum Done {
     },
 }
 
-/// Why a step was not taken; nothing changed. Decided at apply, so every replica agrees, but for
-/// [`Self::NotConfirmed`].
+/// Why a step or a request for a page was not taken; nothing changed. A step is decided at apply, where all
+/// replicas agree; the leader may refuse it before, by what it knows then and by its own limits.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Refused {
@@ -419,7 +425,9 @@ pub enum Refused {
         current: Epoch,
     },
     /// Epochs follow one another.
-    #[error("the cluster lives by the ring of epoch {current}; epoch {offered} does not follow it")]
+    #[error(
+        "the cluster lives by the ring of epoch {current}: the step does not lead from there to epoch {offered}"
+    )]
     Gap {
         /// The epoch in force.
         current: Epoch,
@@ -457,13 +465,18 @@ pub enum Refused {
     /// The step rests on what another cluster has done, and that cluster knows nothing of it.
     #[error("cluster {0} does not confirm what the step says of it")]
     NotConfirmed(ClusterId),
+    /// The step needs another cluster's word, and none is known, or none of those that are gives it.
+    #[error("no cluster confirms what the step says of others")]
+    NobodyConfirms,
     /// A cluster that joins must be empty, and own nothing by the ring that it lives by.
     #[error(
         "cluster {0} holds records or lives by a ring that it owns keys of: only an empty cluster can join"
     )]
     NotEmpty(ClusterId),
     /// The cluster is a member already, or has no part in it.
-    #[error("the ring and cluster {0} do not go together")]
+    #[error(
+        "cluster {0} cannot take that ring: it is a member already, has no part in it, or lives by another"
+    )]
     NotConcerned(ClusterId),
     /// The plan leaves out a pair of clusters, or names one of no change.
     #[error("the plan of handoffs does not fit the two rings")]

@@ -49,9 +49,10 @@ use crate::store::StateReader;
 use crate::types::ClusterId;
 
 use here::{Here, Pages, ThisCluster};
-use pace::Budget;
+use pace::{Breaks, Budget};
 
-/// Between two looks while a change is under way. What a driver has begun starts this late at most.
+/// Between two looks while a change is under way. What a driver has begun starts this late at most, but for
+/// a change's first step, which is seen within [`IDLE_LOOK`].
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Between two looks otherwise.
@@ -79,6 +80,7 @@ struct Tools {
     here: Arc<dyn Here>,
     pages: Arc<dyn Pages>,
     budget: Arc<Budget>,
+    breaks: Breaks,
     config: ReshardConfig,
     /// The largest import that followers can be sent.
     import_bytes_max: usize,
@@ -110,6 +112,7 @@ impl Mover {
             here,
             pages,
             budget: Arc::new(Budget::new(reshard.handoff_bytes_per_s)),
+            breaks: Breaks::new(reshard.pause_times),
             config: reshard,
             import_bytes_max: config.limits.peer_frame_bytes_max - APPEND_OVERHEAD_BYTES,
         };

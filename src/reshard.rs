@@ -10,7 +10,7 @@
 //! driver     where it stands -> the next steps                               pure
 //! progress   where it stands -> what people want to know                     pure
 //! run        looks, decides, proposes, again and again                       over HTTP
-//! service    in every node: a leader runs the driver when a change concerns it
+//! service    in every node: a source's or a sequencer's leader runs the driver
 //! request    what `admin` does: checks, begins a change, watches it
 //! ```
 //!
@@ -36,14 +36,12 @@ mod simulation;
 #[cfg(test)]
 mod testing;
 
-pub use driver::{
-    Action, FREEZE_LAG_MAX, Goal, HANDOFFS_AT_ONCE, Hints, frozen, is_hot, next_actions,
-};
-pub use plan::{Basis, Holdings, Plan, PlannedHandoff, SAMPLE_KEYS, estimate};
+pub use driver::{Action, Goal, Hints, next_actions};
+pub use plan::{Basis, Holdings, Plan, PlannedHandoff, estimate};
 pub use progress::{HandoffProgress, Phase, Progress};
 pub use request::{
     Change, ChangeError, Outlook, Survey, abort, begin, follow, holdings, outlook, survey,
 };
-pub use rings::{Request, RequestError, check_weight, next_ring, reverted};
+pub use rings::{Request, RequestError, next_ring, reverted};
 pub use run::{Clusters, Drive, DriveError, HttpClusters, Role};
-pub use scene::{Scene, Stage, Transition, Views, mentioned};
+pub use scene::{Scene, Stage, Transition, Views};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use distrib_kv_store::cluster_manager::ClusterManager;
@@ -12,7 +12,7 @@ use distrib_kv_store::node::{Node, NodeOptions};
 use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
 use distrib_kv_store::ring::Ring;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long a change may take. Generous: test machines are busy.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Tasks that write and read all the time.
 const TASKS: usize = 8;
 
-/// Keys that are there before the change.
+/// Keys of all tasks together, each written once before the first change.
 const KEYS: usize = 2000;
 
 fn config(dir: &Path, clusters: u32) -> Config {
@@ -48,21 +48,45 @@ async fn blank_node(dir: &Path, config: &Config) -> Node {
     Node::start(options).await.unwrap()
 }
 
-/// Writes keys of its own, each a few times, and reads each back at once, until it is told to stop.
-/// Returns how often each was written.
-fn load(client: KVClient, task: usize, stop: Arc<AtomicBool>) -> JoinHandle<Vec<u64>> {
+/// What all tasks have to do with each other.
+#[derive(Default)]
+struct Shared {
+    stop: AtomicBool,
+    /// Acknowledged writes, and how many of them were a key's first.
+    written: AtomicUsize,
+    first: AtomicUsize,
+}
+
+impl Shared {
+    async fn until_all_are_written(&self) {
+        let wait = async {
+            while self.first.load(Ordering::SeqCst) < KEYS {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, wait).await.expect("the tasks write all keys");
+    }
+
+    fn written(&self) -> usize {
+        self.written.load(Ordering::SeqCst)
+    }
+}
+
+/// Writes keys of its own, all once and then again and again, and reads each back at once, until it is told
+/// to stop. Returns how often each was written.
+fn load(client: KVClient, task: usize, shared: Arc<Shared>) -> JoinHandle<Vec<u64>> {
     tokio::spawn(async move {
         let mut written = vec![0u64; KEYS / TASKS];
-        while !stop.load(Ordering::Relaxed) {
-            for (n, count) in written.iter_mut().enumerate() {
-                let (key, next) = (key(task, n), *count + 1);
-                client.write(&key, next.to_string()).await.unwrap();
-                *count = next;
-                let found = client.consistent_read(&key).await.unwrap();
-                assert_eq!(found.expect("it was acknowledged"), next.to_string(), "{key}");
-                if stop.load(Ordering::Relaxed) {
-                    break;
-                }
+        for n in (0..KEYS / TASKS).cycle() {
+            let (key, next) = (key(task, n), written[n] + 1);
+            client.write(&key, next.to_string()).await.unwrap();
+            written[n] = next;
+            shared.written.fetch_add(1, Ordering::SeqCst);
+            shared.first.fetch_add(usize::from(next == 1), Ordering::SeqCst);
+            let found = client.consistent_read(&key).await.unwrap();
+            assert_eq!(found.expect("it was acknowledged"), next.to_string(), "{key}");
+            if shared.stop.load(Ordering::SeqCst) {
+                break;
             }
         }
         written
@@ -91,23 +115,30 @@ async fn a_cluster_joins_and_leaves_under_load() {
     let manager = ClusterManager::start_on_free_ports(config.clone()).await.unwrap();
     let fourth = blank_node(dir.path(), &config).await;
     let client = KVClient::new(&config.nodes_file).await.unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let tasks: Vec<_> = (0..TASKS).map(|n| load(client.clone(), n, stop.clone())).collect();
+    let shared = Arc::new(Shared::default());
+    let tasks: Vec<_> = (0..TASKS).map(|n| load(client.clone(), n, shared.clone())).collect();
+    shared.until_all_are_written().await;
 
     let add = Change::Add {
         id: "c4".parse().unwrap(),
         nodes: vec![(fourth.http_addr().to_string(), fourth.rpc_addr().to_string())],
         weight: 1.0,
     };
+    let before = shared.written();
     let four = change(&manager.nodes(), add).await;
+    let between = shared.written();
+    assert!(between > before, "the tasks write meanwhile");
     assert_eq!((four.epoch, four.clusters.len()), (2, 4));
     let three = change(&manager.nodes(), Change::Remove("c4".parse().unwrap())).await;
     assert_eq!((three.epoch, three.clusters.len()), (3, 3));
 
-    stop.store(true, Ordering::Relaxed);
+    assert!(shared.written() > between, "the tasks write meanwhile");
+
+    shared.stop.store(true, Ordering::SeqCst);
     let fresh = KVClient::new(&config.nodes_file).await.unwrap();
     for (task, running) in tasks.into_iter().enumerate() {
-        for (n, count) in running.await.unwrap().into_iter().enumerate().filter(|(_, c)| *c > 0) {
+        for (n, count) in running.await.unwrap().into_iter().enumerate() {
+            assert!(count > 0, "{}", key(task, n));
             let found = fresh.consistent_read(key(task, n)).await.unwrap();
             assert_eq!(found.expect("it was acknowledged"), count.to_string(), "{}", key(task, n));
         }

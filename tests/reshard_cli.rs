@@ -119,7 +119,7 @@ async fn one_change_at_a_time() {
     });
     let dir = directory(&nodes);
     let output = admin(dir.path(), &["cluster", "weight", "c1", "2"]).await;
-    expect(&output, 1, "a change to the ring of epoch 2 is under way; nothing was changed");
+    expect(&output, 1, "a change to the ring of epoch 2 is under way; no other was begun");
     let output = admin(dir.path(), &["migration", "status"]).await;
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("changing from epoch 1 to 2"), "{text}");

@@ -14,7 +14,7 @@ use crate::types::{Applied, Command};
 use super::refusal::storage;
 use super::{App, Consistency};
 
-/// What [`Step::Activate`] has besides the floors: two ids of clusters and six numbers.
+/// What [`Step::Activate`] has besides the floors: two ids of clusters and seven numbers.
 const ACTIVATE_BYTES_MAX: usize = 1 << 10;
 
 impl App {

@@ -238,8 +238,8 @@ impl RingState {
         }
         let frozen =
             |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
-        let active = |incoming: &Incoming| incoming.receipt == Receipt::Active;
-        let is_busy = change.outgoing.values().any(frozen) || change.incoming.values().any(active);
+        let is_busy = change.outgoing.values().any(frozen)
+            || change.incoming.values().any(Incoming::is_active);
         if change.course == Course::Decided || is_busy {
             return Err(Refused::TooLate);
         }
@@ -270,7 +270,7 @@ impl RingState {
             Ring { epoch: ours.epoch, ..ring.clone() } == *ours
         };
         if current.checked_add(2) != Some(ring.epoch) {
-            return Err(if ring.epoch <= current.saturating_add(1) {
+            return Err(if ring.epoch <= current {
                 Refused::Stale { current }
             } else {
                 Refused::Gap { current, offered: ring.epoch }
@@ -339,8 +339,11 @@ impl RingState {
         if let Some(change) = &self.change {
             return Err(Refused::ChangeUnderWay { epoch: change.next.ring().epoch });
         }
-        if epoch != current {
+        if epoch < current {
             return Err(Refused::Stale { current });
+        }
+        if epoch > current {
+            return Err(Refused::Gap { current, offered: epoch });
         }
         if self.ring.ring().sequencer.as_ref() != Some(own) {
             return Err(Refused::NotSequencer { cluster: own.clone(), epoch });

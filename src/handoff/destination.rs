@@ -117,7 +117,7 @@ impl RingState {
     ) -> Decided {
         let cancelled = self.change_to(handoff.epoch).is_some_and(Change::is_cancelled);
         let incoming = self.incoming_mut(handoff, own)?;
-        if incoming.receipt == Receipt::Active {
+        if incoming.is_active() {
             return repeat(active(incoming));
         }
         if attempt <= incoming.refused {

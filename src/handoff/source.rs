@@ -65,7 +65,8 @@ impl RingState {
             // A repeat, or somebody else's stretch came first.
             _ => return Ok(Err(Refused::WrongCursor)),
         }
-        let Some(records) = facts.records(&moves, from, to, outgoing.prepared())? else {
+        let Some(records) = facts.records(&moves, from, to, outgoing.prepared(handoff.epoch))?
+        else {
             return Ok(Err(Refused::TooMuch));
         };
         outgoing.tally.records += records.records;

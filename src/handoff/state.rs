@@ -87,6 +87,8 @@ pub struct Outgoing {
 /// When an attempt was prepared, by the cluster's log: what has a higher revision is newer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Prepared {
+    /// The epoch that the change leads to: what has been staged for it does not count.
+    pub epoch: Epoch,
     /// The revision counter.
     pub revision: Revision,
     /// The index of the entry.
@@ -250,8 +252,7 @@ impl RingState {
                 _ => Ownership::Here,
             };
         }
-        let active = |incoming: &Incoming| incoming.receipt == Receipt::Active;
-        if new.id == *own && change.incoming.get(&old.id).is_some_and(active) {
+        if new.id == *own && change.incoming.get(&old.id).is_some_and(Incoming::is_active) {
             return Ownership::Here;
         }
         // Whether it has moved is not known here; the old owner knows, and says so.
@@ -279,9 +280,7 @@ impl RingState {
             return false;
         };
         let from = self.ring.owner(key).and_then(|old| change.incoming.get(&old.id));
-        from.is_some_and(|incoming| {
-            incoming.receipt == Receipt::Active && incoming.opened == tag.attempt
-        })
+        from.is_some_and(|incoming| incoming.is_active() && incoming.opened == tag.attempt)
     }
 
     /// Whether a row that a handoff to this cluster staged can never count.
@@ -386,8 +385,8 @@ impl Outgoing {
     }
 
     /// When the present attempt was prepared.
-    pub(super) fn prepared(&self) -> Prepared {
-        Prepared { revision: self.prepared_revision, index: self.prepared_index }
+    pub(super) fn prepared(&self, epoch: Epoch) -> Prepared {
+        Prepared { epoch, revision: self.prepared_revision, index: self.prepared_index }
     }
 
     /// A record of a moving key changes while this attempt sends: from what it was (its revision and
@@ -410,8 +409,13 @@ impl Outgoing {
 }
 
 impl Incoming {
+    /// Whether the keys are served here.
+    pub fn is_active(&self) -> bool {
+        self.receipt == Receipt::Active
+    }
+
     /// Whether the keys are served here, and nothing is left of attempts that came to nothing.
     pub fn is_over(&self) -> bool {
-        self.receipt == Receipt::Active && self.garbage == 0
+        self.is_active() && self.garbage == 0
     }
 }

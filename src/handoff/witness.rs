@@ -18,7 +18,7 @@ use crate::ring::RingCluster;
 use crate::types::{ClusterId, Epoch};
 
 use super::decide::{Beginning, Decided, repeat};
-use super::state::{Change, Course, Outgoing, Receipt, RingState, Sending};
+use super::state::{Change, Course, Incoming, Outgoing, RingState, Sending};
 use super::{Attempt, Done, Handoff, Step, members_of_both};
 
 /// The clusters that have to confirm a step.
@@ -66,8 +66,11 @@ impl RingState {
         let sequencer = self.ring.ring().sequencer.as_ref();
         match step {
             Step::Begin { .. } => sequencer.map_or(Witnesses::None, only),
-            // The sequencer ends a change for all: every member must have cancelled.
-            Step::Revert { .. } if sequencer == Some(own) => Witnesses::All(others(members())),
+            // The sequencer ends a change for all: everybody that could give keys away must have cancelled.
+            // Those that were to join can only take keys, and may never come back.
+            Step::Revert { .. } if sequencer == Some(own) => {
+                Witnesses::All(others(self.ring.ring().clusters.clone()))
+            }
             Step::Revert { .. } => sequencer.map_or(Witnesses::None, only),
             // It may have cancelled, and activated afterwards: then it knows by itself.
             Step::Resume { epoch } if self.is_decided(*epoch) => Witnesses::None,
@@ -124,7 +127,7 @@ impl RingState {
                 // It finishes only what it activated, and it activated only what was equal.
                 self.is_through(handoff.epoch)
                     || self.incoming(handoff).is_some_and(|incoming| {
-                        incoming.receipt == Receipt::Active
+                        incoming.is_active()
                             && incoming.opened == *attempt
                             && incoming.tally == *tally
                     })
@@ -159,7 +162,7 @@ impl RingState {
     fn is_decided(&self, epoch: Epoch) -> bool {
         let moved = |change: &Change| {
             change.outgoing.values().any(|outgoing| outgoing.sending == Sending::Moved)
-                || change.incoming.values().any(|incoming| incoming.receipt == Receipt::Active)
+                || change.incoming.values().any(Incoming::is_active)
         };
         self.change_to(epoch)
             .is_some_and(|change| change.course == Course::Decided || moved(change))

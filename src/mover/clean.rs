@@ -14,7 +14,6 @@ use crate::handoff::{Clean, Handoff};
 use crate::types::Command;
 
 use super::here::Unanswered;
-use super::pace::break_after;
 use super::{Tools, due};
 
 /// The most keys in one entry ...
@@ -82,7 +81,8 @@ async fn clean_some(
         Ok(_) => tracing::debug!(%handoff, keys = count, "deleted what is of no use"),
         Err(refused) => tracing::debug!(%handoff, %refused, "nothing was deleted"),
     }
-    sleep(break_after(began.elapsed())).await;
+    // Nobody's log grows until it is done.
+    sleep(tools.breaks.after(began.elapsed(), 0)).await;
     Ok(Some(last))
 }
 

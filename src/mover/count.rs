@@ -11,7 +11,6 @@ use tokio::time::{Instant, sleep};
 use crate::handoff::Step;
 use crate::types::Command;
 
-use super::pace::break_after;
 use super::{Tools, due};
 
 /// The records that one stretch takes in, whether they move or not. Reading so many small ones takes a
@@ -28,7 +27,7 @@ pub(super) async fn run(tools: Tools) {
         && let Some(next) = due::next_count(&here.state(), here.own())
     {
         let began = Instant::now();
-        let due::Stretch { handoff, attempt, from } = next;
+        let due::Stretch { handoff, attempt, from, logged } = next;
         let to = match here.stretch(from.clone(), STRETCH_KEYS_MAX).await {
             Ok(to) => to,
             Err(error) => return tracing::debug!(%handoff, %error, "cannot read what to count"),
@@ -44,6 +43,6 @@ pub(super) async fn run(tools: Tools) {
             }
             Err(error) => return tracing::debug!(%handoff, %error, "counting stops"),
         }
-        sleep(break_after(began.elapsed())).await;
+        sleep(tools.breaks.after(began.elapsed(), logged)).await;
     }
 }

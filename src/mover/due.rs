@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
-use crate::handoff::{Attempt, Counted, Cursor, Handoff, Receipt, RingState, Sending};
+use crate::handoff::{Attempt, Counted, Cursor, Handoff, Position, Receipt, RingState, Sending};
 use crate::ring::RingCluster;
 use crate::types::ClusterId;
 
@@ -18,27 +18,32 @@ pub(super) struct Receiving {
     pub(super) handoff: Handoff,
     pub(super) attempt: Attempt,
     pub(super) cursor: Cursor,
+    /// Where the source's log of changes begins for it.
+    pub(super) start: Position,
     pub(super) source: RingCluster,
 }
 
-/// The next stretch of records to count: of which handoff, and after which key.
+/// The next stretch of records to count: of which handoff, after which key, and how many changes have been
+/// logged for its attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Stretch {
     pub(super) handoff: Handoff,
     pub(super) attempt: Attempt,
     pub(super) from: Bytes,
+    pub(super) logged: u64,
 }
 
 /// What `own` receives from `from`, if it does. Nothing of a cancelled change: it would be thrown away.
 pub(super) fn receiving(state: &RingState, own: &ClusterId, from: &ClusterId) -> Option<Receiving> {
     let change = state.change.as_ref().filter(|change| !change.is_cancelled())?;
     let incoming = change.incoming.get(from)?;
-    let Receipt::Receiving { cursor, .. } = &incoming.receipt else { return None };
+    let Receipt::Receiving { cursor, start } = &incoming.receipt else { return None };
     let (old, next) = (state.ring.ring(), change.next.ring());
     // Where the newer ring says, if it says: the older one may be out of date.
     let source = next.cluster(from).or_else(|| old.cluster(from))?.clone();
     let handoff = Handoff { epoch: next.epoch, from: from.clone(), to: own.clone() };
-    Some(Receiving { handoff, attempt: incoming.opened, cursor: cursor.clone(), source })
+    let (attempt, cursor, start) = (incoming.opened, cursor.clone(), *start);
+    Some(Receiving { handoff, attempt, cursor, start, source })
 }
 
 /// The stretch to count next, if one is left.
@@ -50,6 +55,7 @@ pub(super) fn next_count(state: &RingState, own: &ClusterId) -> Option<Stretch> 
             handoff: Handoff { epoch, from: own.clone(), to: to.clone() },
             attempt: outgoing.attempt,
             from: last.clone(),
+            logged: state.position.saturating_sub(outgoing.start),
         }),
         _ => None,
     })
@@ -180,13 +186,15 @@ mod tests {
     #[test]
     fn only_what_is_sent_and_not_counted_is_counted() {
         let (mut state, x) = (changing(), id("x"));
+        state.position = 10;
         assert_eq!(next_count(&state, &x), None);
         let outgoing = change(&mut state).outgoing.get_mut(&id("y")).unwrap();
         outgoing.attempt = 2;
+        outgoing.start = 3;
         outgoing.sending = Sending::Sending;
         outgoing.counted = Counted::UpTo("k".into());
         let handoff = Handoff { epoch: 2, from: id("x"), to: id("y") };
-        let stretch = Stretch { handoff, attempt: 2, from: "k".into() };
+        let stretch = Stretch { handoff, attempt: 2, from: "k".into(), logged: 7 };
         assert_eq!(next_count(&state, &x), Some(stretch));
         change(&mut state).outgoing.get_mut(&id("y")).unwrap().counted = Counted::All;
         assert_eq!(next_count(&state, &x), None);

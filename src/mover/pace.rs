@@ -5,16 +5,14 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
+use crate::handoff::LOG_CHANGES_MAX;
+
 /// Credit for time in which nothing was copied.
 const CREDIT_MAX: Duration = Duration::from_millis(100);
 
 /// What is spent without waiting makes others wait no longer than this: copying goes on, slowly, however
 /// much changes meanwhile.
 const DEBT_MAX: Duration = Duration::from_secs(1);
-
-/// A pause is so many times as long as the work before it: those who wait for their keys to move can wait,
-/// and those who read and write cannot.
-const BREAK_TIMES: u32 = 10;
 
 /// The longest pause after a proposal. One that takes longer waits for other things than its own work.
 const BREAK_MAX: Duration = Duration::from_secs(1);
@@ -67,10 +65,27 @@ impl Budget {
     }
 }
 
-/// How long to pause after a piece of work that took so long, so that everything else has ten
-/// elevenths of the time: several jobs run side by side.
-pub(super) fn break_after(took: Duration) -> Duration {
-    (took * BREAK_TIMES).clamp(BREAK_MIN, BREAK_MAX)
+/// The pauses after pieces of work: so many times as long as the work, because those who wait for their
+/// keys to move can wait, and those who read and write cannot.
+///
+/// A source that logs changes does not wait for ever, though: beyond [`LOG_CHANGES_MAX`] all that was copied
+/// and counted is for nothing. So pauses become shorter as its log grows, and end when half of it is full.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Breaks {
+    times: u32,
+}
+
+impl Breaks {
+    pub(super) fn new(times: u32) -> Self {
+        Self { times }
+    }
+
+    /// After work that took so long, for an attempt that has logged so many changes.
+    pub(super) fn after(self, took: Duration, logged: u64) -> Duration {
+        let left = 1.0 - 2.0 * logged as f64 / LOG_CHANGES_MAX as f64;
+        let pause = f64::from(self.times) * left.max(0.0) * took.as_secs_f64();
+        Duration::from_secs_f64(pause.min(BREAK_MAX.as_secs_f64())).max(BREAK_MIN)
+    }
 }
 
 #[cfg(test)]
@@ -103,8 +118,20 @@ mod tests {
 
     #[test]
     fn breaks_are_longer_than_the_work_and_bounded() {
-        assert_eq!(break_after(Duration::ZERO), BREAK_MIN);
-        assert_eq!(break_after(Duration::from_millis(20)), Duration::from_millis(200));
-        assert_eq!(break_after(Duration::from_secs(20)), BREAK_MAX);
+        let breaks = Breaks::new(10);
+        assert_eq!(breaks.after(Duration::ZERO, 0), BREAK_MIN);
+        assert_eq!(breaks.after(Duration::from_millis(20), 0), Duration::from_millis(200));
+        assert_eq!(breaks.after(Duration::from_secs(20), 0), BREAK_MAX);
+        assert_eq!(Breaks::new(0).after(Duration::from_secs(20), 0), BREAK_MIN);
+    }
+
+    /// Who runs out of log hurries.
+    #[test]
+    fn breaks_end_before_the_log_is_full() {
+        let after = |logged| Breaks::new(10).after(Duration::from_millis(20), logged);
+        assert_eq!(after(LOG_CHANGES_MAX / 4), Duration::from_millis(100));
+        for logged in [LOG_CHANGES_MAX / 2, LOG_CHANGES_MAX, u64::MAX] {
+            assert_eq!(after(logged), BREAK_MIN);
+        }
     }
 }

@@ -16,15 +16,16 @@ use crate::types::{ClusterId, Command};
 use super::Tools;
 use super::due::{self, Receiving};
 use super::here::Unanswered;
-use super::pace::break_after;
+use super::pace::Breaks;
 
 /// A source whose change log ends so few changes ahead is nearly caught up with. It may freeze any
-/// moment, so nothing waits for the budget, or for long, any more.
+/// moment, so nothing waits for the budget any more.
 const NEAR_CHANGES: u64 = 2000;
 
-/// Between two pages then. With every write that moves the source has something new; this lets a few
-/// come together, and takes no noticeable part of the time for which keys may be frozen.
-const NEAR_PAUSE: Duration = Duration::from_millis(5);
+/// Between two pages of changes. With every write that moves the source has something new; this lets a few
+/// come together, and takes no noticeable part of the time for which keys may be frozen. Longer pauses
+/// would let writers get away.
+const CHANGES_PAUSE: Duration = Duration::from_millis(5);
 
 /// After a failure, the first time, ...
 const FAILURE_PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -78,8 +79,7 @@ pub(super) async fn run(tools: Tools, from: ClusterId) {
         match step(&tools, open, &mut progress).await {
             Stepped::Staged | Stepped::Nothing => {
                 progress.failing = None;
-                let pause = if progress.near { NEAR_PAUSE } else { break_after(began.elapsed()) };
-                sleep(pause).await;
+                sleep(progress.pause(&tools.breaks, began.elapsed())).await;
             }
             Stepped::Failed(failure) => {
                 tracing::debug!(%from, %failure, "no page was staged");
@@ -99,7 +99,7 @@ pub(super) async fn run(tools: Tools, from: ClusterId) {
 
 /// Fetches the page at the cursor and stages it.
 async fn step(tools: &Tools, open: Receiving, progress: &mut Progress) -> Stepped {
-    let Receiving { handoff, attempt, cursor, source } = &open;
+    let Receiving { handoff, attempt, cursor, source, .. } = &open;
     let request = PageRequest {
         handoff: handoff.clone(),
         attempt: *attempt,
@@ -162,7 +162,11 @@ struct Progress {
     began: Option<Instant>,
     pages: u64,
     bytes: u64,
-    /// Whether the source's end was in sight with the last page.
+    /// How many changes the source has logged for this attempt, as of the last page.
+    logged: u64,
+    /// Whether that page led to the log of changes ...
+    in_changes: bool,
+    /// ... and its end was in sight.
     near: bool,
     /// Whether the job has said that it got there.
     caught_up: bool,
@@ -184,11 +188,18 @@ impl Progress {
 
     /// How far the source is ahead of a page's end.
     fn look_at(&mut self, page: &Page, open: &Receiving) {
+        self.logged = page.end.saturating_sub(open.start);
+        self.in_changes = matches!(page.to, Cursor::Changes { .. });
         self.near = page.to.covers(page.end.saturating_sub(NEAR_CHANGES));
         if page.to.covers(page.end) && !std::mem::replace(&mut self.caught_up, true) {
             let (handoff, Self { pages, bytes, .. }) = (&open.handoff, self);
             tracing::info!(%handoff, pages, bytes, "all keys are here; following what changes");
         }
+    }
+
+    /// How long to pause after a page that took so long.
+    fn pause(&self, breaks: &Breaks, took: Duration) -> Duration {
+        if self.in_changes { CHANGES_PAUSE } else { breaks.after(took, self.logged) }
     }
 
     /// `None` when it is time to make room for others.

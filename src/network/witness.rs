@@ -19,7 +19,6 @@ use super::error::{ApiError, Outcome};
 use crate::handoff::{Done, Refused, Step, Witnesses};
 use crate::metrics::{HandoffView, Sizes};
 use crate::ring::RingCluster;
-use crate::types::ClusterId;
 
 /// What a cluster says of itself.
 const PATH: &str = "/cluster/handoffs";
@@ -44,7 +43,7 @@ pub(super) async fn take(
     }
     let view = app.handoffs(Sizes::Omitted, deadline).await?;
     match view.state.foresee(step, own) {
-        Some(Err(refused)) => return Err(ApiError::StepRefused(Box::new(refused))),
+        Some(Err(why)) => return Err(refused(why)),
         Some(Ok(decision)) if !decision.changed => return Ok(decision.done),
         _ => {}
     }
@@ -68,28 +67,27 @@ async fn hear(
         let confirmed = confirms(state, &cluster, step, deadline).await;
         (cluster.id, confirmed)
     };
-    let mut denial = one_is_enough.then(|| state.app.identity().cluster.clone());
     let mut failure = None;
     let mut answers = std::pin::pin!(stream::iter(clusters).map(ask).buffer_unordered(AT_ONCE_MAX));
     while let Some((cluster, confirmed)) = answers.next().await {
         match confirmed {
             Ok(true) if one_is_enough => return Ok(()),
             Ok(true) => {}
-            Ok(false) if one_is_enough => denial = Some(cluster),
-            Ok(false) => return Err(not_confirmed(cluster)),
+            Ok(false) if one_is_enough => {}
+            Ok(false) => return Err(refused(Refused::NotConfirmed(cluster))),
             Err(error) => failure = Some(error),
         }
     }
     // Whoever did not answer might have confirmed it, or denied it.
-    match (failure, denial) {
-        (Some(failure), _) => Err(failure),
-        (None, Some(cluster)) => Err(not_confirmed(cluster)),
-        (None, None) => Ok(()),
+    match failure {
+        Some(failure) => Err(failure),
+        None if one_is_enough => Err(refused(Refused::NobodyConfirms)),
+        None => Ok(()),
     }
 }
 
-fn not_confirmed(cluster: ClusterId) -> ApiError {
-    ApiError::StepRefused(Box::new(Refused::NotConfirmed(cluster)))
+fn refused(why: Refused) -> ApiError {
+    ApiError::StepRefused(Box::new(why))
 }
 
 async fn confirms(

@@ -31,14 +31,18 @@ use crate::types::{ClusterId, Epoch};
 use super::rings::reverted;
 use super::scene::{Scene, Stage, Transition, Views};
 
-/// How many changes may be left to copy when a source freezes: a page or two, which take some
-/// milliseconds to stage.
-pub const FREEZE_LAG_MAX: u64 = 512;
+/// How many changes may be left to copy when a source freezes, at the first attempt: a page or two, which
+/// take some milliseconds to stage ...
+const FREEZE_LAG_MAX: u64 = 512;
+
+/// ... and half as many at each further one, but never fewer than this: with values of a megabyte each is a
+/// page of its own, and what is frozen for too long is thawed and copied anew.
+const FREEZE_LAG_MIN: u64 = 64;
 
 /// How many handoffs send at once, of those that a driver sees, besides the pivot: enough that one that
 /// waits for its disk does not hold up the others, few enough that serving clients stays the clusters'
 /// main work.
-pub const HANDOFFS_AT_ONCE: usize = 4;
+const HANDOFFS_AT_ONCE: usize = 4;
 
 /// Where a driver wants to get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +60,7 @@ pub struct Hints {
     pub goal: Goal,
     /// Attempts that have been frozen for too long, or that can never be activated.
     pub overdue: BTreeSet<(Handoff, Attempt)>,
-    /// How many handoffs may send at once, of those that the views show.
+    /// How many handoffs besides the pivot may send at once, of those that the views show.
     pub at_once_max: usize,
 }
 
@@ -91,12 +95,12 @@ pub fn next_actions(views: &Views, hints: &Hints) -> Vec<Action> {
 }
 
 /// The attempts that are frozen and not activated, as far as the views tell: a driver measures how long.
-pub fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
+pub(super) fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
     let Scene::Changing(transition) = Scene::of(views) else { return Vec::new() };
     let frozen = |pair: &Pair| {
         let outgoing = transition.outgoing(views, pair)?;
         let active = transition.is_finished(views, &pair.to)
-            || transition.incoming(views, pair).is_some_and(is_active);
+            || transition.incoming(views, pair).is_some_and(Incoming::is_active);
         (outgoing.sending == Sending::Frozen && !active)
             .then(|| (transition.handoff(pair), outgoing.attempt))
     };
@@ -104,7 +108,7 @@ pub fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
 }
 
 /// Whether something is frozen, or nearly: then milliseconds count.
-pub fn is_hot(views: &Views) -> bool {
+pub(super) fn is_hot(views: &Views) -> bool {
     let Scene::Changing(transition) = Scene::of(views) else { return false };
     let (_, pivot) = transition.pivot();
     let committed = is_committed(views, &transition);
@@ -151,10 +155,10 @@ fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> 
 }
 
 /// Whether some handoff has been activated: from there the change can only go forward.
-fn is_decided(views: &Views, transition: &Transition) -> bool {
+pub(super) fn is_decided(views: &Views, transition: &Transition) -> bool {
     let moved = |pair: &Pair| {
         transition.outgoing(views, pair).is_some_and(|o| o.sending == Sending::Moved)
-            || transition.incoming(views, pair).is_some_and(is_active)
+            || transition.incoming(views, pair).is_some_and(Incoming::is_active)
     };
     transition.plan.iter().any(moved)
         || transition.members().iter().any(|id| transition.is_finished(views, id))
@@ -199,7 +203,8 @@ fn go_on(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
         let outgoing = transition.outgoing(views, pair);
         outgoing.is_some_and(|o| matches!(o.sending, Sending::Sending | Sending::Frozen))
     };
-    let mut room = hints.at_once_max.saturating_sub(transition.plan.iter().filter(sends).count());
+    let besides = transition.plan.iter().filter(|pair| Some(*pair) != pivot);
+    let mut room = hints.at_once_max.saturating_sub(besides.filter(sends).count());
     let mut actions = Vec::new();
     let others = transition.plan.iter().filter(|pair| Some(*pair) != pivot);
     for pair in pivot.into_iter().chain(others) {
@@ -235,7 +240,7 @@ fn is_committed(views: &Views, transition: &Transition) -> bool {
             let moved = |o: &Outgoing| o.sending == Sending::Moved;
             let frozen = |o: &Outgoing| o.sending == Sending::Frozen;
             let (from, to) = (transition.outgoing(views, pair), transition.incoming(views, pair));
-            let active = to.is_some_and(is_active);
+            let active = to.is_some_and(Incoming::is_active);
             // As a source it stays frozen from the destination's activation to its own release.
             from.is_some_and(moved) || (active && (pair.to == cluster || from.is_some_and(frozen)))
         })
@@ -276,7 +281,7 @@ fn next_of_handoff(
     }
     let incoming = transition.incoming(views, pair)?;
     // The view of the source is older than that of the destination: wait for a newer one.
-    if is_active(incoming) || outgoing.sending == Sending::Moved {
+    if incoming.is_active() || outgoing.sending == Sending::Moved {
         return None;
     }
     let attempt = outgoing.attempt;
@@ -296,11 +301,15 @@ fn next_of_handoff(
     }
     let end = views.get(&pair.from)?.position;
     let close = matches!(cursor(incoming), Some(Cursor::Changes { position })
-        if end.saturating_sub(*position) <= FREEZE_LAG_MAX);
+        if end.saturating_sub(*position) <= freeze_lag(attempt));
     if outgoing.counted == Counted::All && close {
         return at_source(Step::Freeze { handoff, attempt });
     }
     None
+}
+
+fn freeze_lag(attempt: Attempt) -> u64 {
+    (FREEZE_LAG_MAX >> attempt.saturating_sub(1).min(63)).max(FREEZE_LAG_MIN)
 }
 
 fn next_of_frozen(
@@ -320,7 +329,7 @@ fn next_of_frozen(
         return release(frozen.tally);
     }
     let incoming = transition.incoming(views, pair)?;
-    if is_active(incoming) {
+    if incoming.is_active() {
         return release(incoming.tally);
     }
     if incoming.refused >= attempt {
@@ -345,10 +354,6 @@ fn next_of_frozen(
 fn nearer(attempt: Attempt, incoming: &Incoming) -> Option<Attempt> {
     let reach = incoming.opened.max(incoming.refused).saturating_add(ATTEMPT_JUMP_MAX);
     (attempt > reach).then_some(reach)
-}
-
-fn is_active(incoming: &Incoming) -> bool {
-    incoming.receipt == Receipt::Active
 }
 
 fn cursor(incoming: &Incoming) -> Option<&Cursor> {
@@ -387,9 +392,12 @@ fn call_off(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action
             of_cluster.filter_map(|pair| unfreeze(views, transition, pair, hints)).collect();
         actions.extend(if undo.is_empty() { vec![cancel(id)] } else { undo });
     }
-    let all_cancelled =
-        members.iter().all(|id| matches!(stage(id), Stage::Under(change) if change.is_cancelled()));
-    if !all_cancelled {
+    // Who was to join and does not answer is not waited for: it may be gone for good, and cannot freeze.
+    let is_awaited = |id: &&ClusterId| {
+        transition.old.cluster(id).is_some() || !matches!(stage(id), Stage::Unseen)
+    };
+    let mut awaited = members.iter().filter(is_awaited);
+    if !awaited.all(|id| matches!(stage(id), Stage::Under(change) if change.is_cancelled())) {
         return actions;
     }
     let changes = members.iter().filter_map(|id| match stage(id) {

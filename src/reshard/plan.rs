@@ -29,7 +29,7 @@ use crate::types::ClusterId;
 
 /// How many keys are counted where there is no formula: the error of a share is then below 0.34 %, and
 /// counting takes a fraction of a second.
-pub const SAMPLE_KEYS: u32 = 200_000;
+const SAMPLE_KEYS: u32 = 200_000;
 
 /// Where the shares come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -22,7 +22,7 @@ use crate::network::error::Outcome;
 use crate::ring::{Ring, RingCluster, RingError, RingNode};
 use crate::types::{ClusterId, Epoch};
 
-use super::driver::Goal;
+use super::driver::{Goal, is_decided};
 use super::plan::{Holdings, Plan};
 use super::progress::Progress;
 use super::rings::{Request, RequestError, check_weight, next_ring};
@@ -72,7 +72,7 @@ pub enum ChangeError {
     Request(#[from] RequestError),
     /// One at a time.
     #[error(
-        "a change to the ring of epoch {epoch} is under way; nothing was changed. `admin migration status` shows it"
+        "a change to the ring of epoch {epoch} is under way; no other was begun. `admin migration status` shows it"
     )]
     UnderWay {
         /// The epoch that is being changed to.
@@ -92,7 +92,7 @@ pub enum ChangeError {
         trouble: String,
     },
     /// A cluster of the ring does not answer, so the change would come to a halt.
-    #[error("cluster {cluster} cannot be asked: {message}; nothing was changed")]
+    #[error("cluster {cluster} cannot be asked: {message}; the ring was not changed")]
     Unreachable {
         /// The cluster.
         cluster: ClusterId,
@@ -100,7 +100,7 @@ pub enum ChangeError {
         message: String,
     },
     /// A node of the new cluster does not answer.
-    #[error("{0}; all nodes of a new cluster must answer; nothing was changed")]
+    #[error("{0}; all nodes of a new cluster must answer; the ring was not changed")]
     NodeUnreachable(String),
     /// A node is not what it was said to be.
     #[error("the node at {http} {message}; nothing was changed")]
@@ -123,11 +123,11 @@ pub enum ChangeError {
     Members(#[from] InstallError),
     /// The new cluster has data, or a ring of its own.
     #[error(
-        "cluster {0} holds keys or lives by a ring: only an empty cluster can be added; nothing was changed"
+        "cluster {0} holds keys or lives by a ring: only an empty cluster can be added; the ring was not changed"
     )]
     NotEmpty(ClusterId),
     /// A cluster refused to begin.
-    #[error("cluster {cluster} refuses: {refused}; nothing was changed")]
+    #[error("cluster {cluster} refuses: {refused}; the ring was not changed")]
     Refused {
         /// The cluster.
         cluster: ClusterId,
@@ -218,7 +218,8 @@ async fn ask_sizes(
     join_all(clusters.map(ask)).await
 }
 
-/// Begins a change: returns the ring that is being changed to. Refused, nothing has changed.
+/// Begins a change: returns the ring that is being changed to. Refused, the ring has not changed; a new
+/// cluster may have been formed, and have joined, already: that only lets it be added later.
 ///
 /// Cancelled in its middle, the change may have begun: it then goes on by itself.
 pub async fn begin(
@@ -241,7 +242,7 @@ pub async fn begin(
             let added = new_cluster(id, nodes, *weight, ring).await?;
             let next = next_ring(ring, &Request::Add(added.clone()))?;
             form_if_blank(&added).await?;
-            join(http, &added, ring).await?;
+            join(http, addresses, &added, ring).await?;
             next
         }
     };
@@ -272,25 +273,27 @@ pub async fn follow(
     }
 }
 
-/// Calls the change under way off: the old ring goes on as a new epoch. Refused once keys are frozen or
-/// have moved. Safe to cancel: what has begun goes on.
+/// Calls the change under way off: the old ring goes on as a new epoch. Refused with
+/// [`DriveError::TooLate`] once keys are frozen or have moved; the change then goes on. Safe to cancel: what
+/// has begun goes on.
 pub async fn abort(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
     let seen = survey(http, addresses).await?;
-    match Scene::of(&seen.views) {
-        Scene::Changing(transition) => {
-            let finished = |id: &ClusterId| transition.is_finished(&seen.views, id);
-            if transition.members().iter().any(finished) {
-                return Err(DriveError::TooLate(Refused::TooLate).into());
-            }
+    let too_late = || ChangeError::from(DriveError::TooLate(Refused::TooLate));
+    let next = match Scene::of(&seen.views) {
+        Scene::Changing(transition) if is_decided(&seen.views, &transition) => {
+            return Err(too_late());
         }
-        Scene::Reverting(_) => {}
+        Scene::Changing(transition) => Some(transition.epoch()),
+        Scene::Reverting(_) => None,
         Scene::NoRing | Scene::Quiet { .. } => return Err(ChangeError::NothingUnderWay),
-    }
-    drive(http, addresses, Role::Helper, Goal::Abort, watch).await
+    };
+    let ring = drive(http, addresses, Role::Helper, Goal::Abort, watch).await?;
+    // Whoever called off after it was decided has helped it to its end.
+    if Some(ring.epoch) == next { Err(too_late()) } else { Ok(ring) }
 }
 
 async fn drive(
@@ -404,15 +407,32 @@ async fn form_if_blank(cluster: &RingCluster) -> Result<(), ChangeError> {
         let formed = cluster_manager::form(&cluster.id, &cluster.nodes).await;
         formed.map_err(|source| ChangeError::Form { cluster: cluster.id.clone(), source })?;
     }
-    cluster_manager::survey(&addresses).await?;
-    Ok(())
+    match cluster_manager::survey(&addresses).await {
+        Ok(_) => Ok(()),
+        Err(InstallError::Unreachable(message)) => Err(ChangeError::NodeUnreachable(message)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Whether the cluster holds anything is decided here and nowhere before: a node that was started a moment
 /// ago, or follows from afar, still tells of keys and of a ring that its cluster has given up.
-async fn join(http: &HttpClusters, added: &RingCluster, ring: &Ring) -> Result<(), ChangeError> {
+async fn join(
+    http: &HttpClusters,
+    addresses: &[Vec<String>],
+    added: &RingCluster,
+    ring: &Ring,
+) -> Result<(), ChangeError> {
     let join = Step::Join { ring: Box::new(ring.clone()) };
-    match propose(http, added, &join).await {
+    let mut joined = propose(http, added, &join).await;
+    if matches!(joined, Err(ChangeError::UnderWay { .. })) {
+        // It was to join in a change that was called off while it was away: it gets out of that first.
+        let nodes = added.nodes.iter().map(|node| node.http.clone()).collect();
+        let mut addresses = addresses.to_vec();
+        addresses.push(nodes);
+        drive(http, &addresses, Role::Helper, Goal::Forward, |_, _| {}).await?;
+        joined = propose(http, added, &join).await;
+    }
+    match joined {
         Err(ChangeError::Refused { refused, .. })
             if matches!(*refused, Refused::NotEmpty(_) | Refused::Stale { .. }) =>
         {

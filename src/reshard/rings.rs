@@ -125,7 +125,7 @@ fn check_new(ring: &Ring, cluster: &RingCluster) -> Result<(), RequestError> {
 }
 
 /// Whether a weight is one: checked where it is given, too.
-pub fn check_weight(id: &ClusterId, weight: f32) -> Result<(), RequestError> {
+pub(super) fn check_weight(id: &ClusterId, weight: f32) -> Result<(), RequestError> {
     if weight.is_finite() && weight > 0.0 {
         return Ok(());
     }

@@ -31,11 +31,11 @@ use super::scene::{Scene, Views, mentioned};
 
 /// How long a step that is somebody else's may be left undone: well above what its owner takes, well
 /// below what a client waits.
-pub const PATIENCE: Duration = Duration::from_millis(700);
+const PATIENCE: Duration = Duration::from_millis(700);
 
 /// How long an attempt may be frozen before the destination is asked to refuse it: well above the tens of
 /// milliseconds that a healthy destination takes, well below the deadline of clients that wait it out.
-pub const FROZEN_MAX: Duration = Duration::from_secs(2);
+const FROZEN_MAX: Duration = Duration::from_secs(2);
 
 /// Between two looks at a cluster when something is frozen or nearly: a look takes about as long.
 const LOOK_HOT: Duration = Duration::from_millis(3);
@@ -172,6 +172,8 @@ struct Contact {
     cluster: RingCluster,
     look_at: Instant,
     looking: bool,
+    /// Whether it has answered, or was found to be away: before that nobody knows what it is in.
+    asked: bool,
     /// Counts the steps that it took: a look that began before the last one is out of date.
     steps: u64,
     /// Whether its view is newer than its last step.
@@ -234,7 +236,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         self
     }
 
-    /// How many handoffs may send at once besides the pivot; [`super::HANDOFFS_AT_ONCE`] unless set.
+    /// How many handoffs besides the pivot may send at once; as many as [`Hints::new`] has unless set.
     #[must_use]
     pub fn at_once(mut self, handoffs: usize) -> Self {
         self.hints.at_once_max = handoffs;
@@ -270,6 +272,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
                     cluster: cluster.clone(),
                     look_at: Instant::now(),
                     looking: false,
+                    asked: false,
                     steps: 0,
                     fresh: false,
                     pause: PAUSE_FIRST,
@@ -302,7 +305,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
         match event {
             Event::Looked(id, steps, Ok(view)) => self.seen(id, steps, view),
             Event::Looked(id, _, Err(error)) => {
-                self.contact(&id).looking = false;
+                let contact = self.contact(&id);
+                contact.looking = false;
+                contact.asked = true;
                 self.trouble(&id, &error);
             }
             Event::Stepped(action, result) => return self.stepped(action, result),
@@ -314,6 +319,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         let look_in = self.interval();
         let contact = self.contact(&id);
         contact.looking = false;
+        contact.asked = true;
         if contact.steps != steps {
             return;
         }
@@ -477,7 +483,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
     // --- Ending ----------------------------------------------------------------------------------
 
     fn end(&self) -> Option<Scene> {
-        if !self.under_way.is_empty() {
+        if !self.under_way.is_empty() || !self.contacts.values().all(|contact| contact.asked) {
             return None;
         }
         let scene = Scene::of(&self.views);

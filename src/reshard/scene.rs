@@ -120,7 +120,7 @@ fn sequencer_of<'a>(views: &'a Views, ring: &Ring) -> Option<&'a RingState> {
 }
 
 /// All clusters that these views speak of, with where their nodes are: whom to ask next.
-pub fn mentioned(views: &Views) -> BTreeMap<ClusterId, RingCluster> {
+pub(super) fn mentioned(views: &Views) -> BTreeMap<ClusterId, RingCluster> {
     let mut mentioned = BTreeMap::new();
     let mut by_epoch: Vec<&RingState> = views.values().collect();
     // The newest ring knows best where a cluster's nodes are.

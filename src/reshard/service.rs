@@ -1,8 +1,8 @@
 //! In every node: a change of the ring goes on by itself.
 //!
-//! The leader of a cluster that a change concerns runs the driver ([`super::run`]): for the handoffs of
-//! which its cluster is the source, and for the whole change if its cluster is the sequencer of the ring
-//! or of the next one. So whoever began the change may be killed at any moment. When nothing runs it
+//! The leader of a cluster that gives keys away, or is the sequencer of the ring or of the next one, runs
+//! the driver ([`super::run`]): for the handoffs of which its cluster is the source, and as a sequencer for
+//! the whole change. So whoever began the change may be killed at any moment. When nothing runs it
 //! costs a look at this node's own state, four times a second.
 //!
 //! A leader that loses its office stops driving within a look; until then two drive, which is allowed.

@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use super::driver::frozen;
 use super::testing::{id, ring};
 use super::*;
 use crate::handoff::{Refused, Step, pairs};

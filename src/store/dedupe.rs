@@ -279,14 +279,15 @@ impl Dedupe {
 
     /// Makes room for a new client and takes it in; false when there is none.
     fn admit(&mut self, name: &ClientName) -> bool {
-        // Handovers bring clients beyond the bound: two go for each that comes.
-        for _ in 0..2 {
-            if self.clients.len() < self.bounds.clients_max || !self.forget_idle_client() {
-                break;
+        // Handovers bring clients beyond the bound: two go for each that comes, until they are gone.
+        let is_full = |table: &Self| table.clients.len() >= table.bounds.clients_max;
+        if is_full(self) {
+            if !self.forget_idle_client() {
+                return false;
             }
-        }
-        if self.clients.len() >= self.bounds.clients_max {
-            return false;
+            if is_full(self) {
+                self.forget_idle_client();
+            }
         }
         let now = self.log_time_ms;
         self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });

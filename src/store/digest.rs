@@ -3,8 +3,8 @@
 //! Replicas that have applied the same entries hold the same records with the same revisions, the same
 //! ring, and remember the same writes that happen at most once. The digest covers all of these, so two
 //! digests of the same applied entry that differ tell of a broken disk or a bug. What may lie about
-//! differently is left out: changes that no handoff needs any more, and answers of attempts that are
-//! copied, which the destination's own count covers.
+//! differently is left out: the change log, which is trimmed when there is time, and answers of attempts
+//! that are copied, which the destination's own count covers.
 
 use std::io;
 

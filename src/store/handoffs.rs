@@ -30,7 +30,7 @@ const LOOKS_MAX: usize = 20_000;
 const STRETCH_BYTES_MAX: usize = 4 << 20;
 
 /// A page holds no more changes than this: the machine stands still while their keys are looked up.
-const CHANGES_MAX: u64 = 512;
+const PAGE_CHANGES_MAX: u64 = 512;
 
 impl StateReader {
     /// The ring, the change under way and this cluster's part in it, as applied here.
@@ -132,7 +132,7 @@ impl StateReader {
             answers: Vec::new(),
         };
         let (mut bytes, mut seen) = (0, HashSet::new());
-        for next in position..end.min(position + CHANGES_MAX) {
+        for next in position..end.min(position + PAGE_CHANGES_MAX) {
             let change = self.change(next)?;
             bytes += self.add_change(request, &machine, &change, &mut seen, &mut page)?;
             page.to = Cursor::Changes { position: next + 1 };

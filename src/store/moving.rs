@@ -15,6 +15,7 @@ use std::io;
 use bytes::Bytes;
 use rocksdb::{Direction, IteratorMode, ReadOptions};
 
+use crate::handoff::LOG_CHANGES_MAX;
 use crate::handoff::{
     Clean, Done, Facts, Handoff, Import, Prepared, Receipt, Refused, Sending, Step, Tag, Tally,
 };
@@ -25,11 +26,6 @@ use super::engine::to_io;
 use super::machine::Machine;
 use super::meta;
 use super::round::{Round, falls};
-
-/// An attempt that has logged this many changes is given up, and the next one begins anew: its log would
-/// only grow if the destination is slower than the writers. A write of a moving key with an answer to keep
-/// is two of them: when it comes, and when the answer falls. On disk this is about 200 MB.
-const CHANGES_MAX: u64 = 1 << 21;
 
 /// So many rows are read within one entry at most: ten times what the mover asks for. Everybody else waits
 /// meanwhile.
@@ -70,11 +66,11 @@ impl Round<'_> {
     /// Takes down a change of a moving key. The attempt is given up when its log becomes too long.
     fn log_change(&mut self, key: &[u8], change: Bytes) {
         let ring = &mut self.machine.ring;
-        let position = ring.log_change(CHANGES_MAX);
+        let position = ring.log_change(LOG_CHANGES_MAX);
         self.changes.push((position, change));
         if ring.sending(&self.shared.cluster, key).is_none() {
             tracing::warn!(
-                changes = CHANGES_MAX,
+                changes = LOG_CHANGES_MAX,
                 "keys change faster than they are handed over: the attempt begins anew"
             );
             self.ring_changed = true;
@@ -317,7 +313,8 @@ impl Facts for RoundFacts<'_, '_> {
 
     /// Rows in memory are in no order, so all of a table are looked at, unless it was begun after the
     /// attempt was prepared: whatever it holds of moving keys is newer. Rows on disk, only those in the
-    /// stretch.
+    /// stretch. Rows that were staged in this change keep the revisions of where they come from, and each
+    /// replica has them in other tables, so they are not even looked at: they do not move away.
     fn records(
         &self,
         moves: &dyn Fn(&[u8]) -> bool,
@@ -328,7 +325,12 @@ impl Facts for RoundFacts<'_, '_> {
         let (mut tally, mut looks) = (Tally::default(), 0);
         let inside = |key: &[u8]| key > from && to.is_none_or(|to| key <= to);
         let mut count = |key: &[u8], row: &[u8]| -> io::Result<bool> {
-            if inside(key) && meta::decode_row(row)?.0 <= prepared.revision {
+            if !inside(key) {
+                return Ok(true);
+            }
+            let (revision, tag, _) = meta::decode_row(row)?;
+            let is_staged = tag.is_some_and(|tag| tag.epoch == prepared.epoch);
+            if revision <= prepared.revision && !is_staged {
                 looks += 1;
                 if moves(key) {
                     tally.add_record(meta::record_hash(key, row)?);

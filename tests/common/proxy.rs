@@ -91,6 +91,11 @@ impl Proxy {
         *self.shared.barred.lock().unwrap() = Some(beginning);
     }
 
+    /// Carries what was barred, too.
+    pub fn unbar(&self) {
+        *self.shared.barred.lock().unwrap() = None;
+    }
+
     /// Carries everything again.
     pub fn release(&self) {
         self.shared.limit.store(NO_LIMIT, Ordering::SeqCst);

@@ -30,7 +30,7 @@ pub enum Mutation {
     StagingMixedWithData,
     /// Answers are scanned with the records, so those of absent keys are passed over.
     AbsentAnswersSkipped,
-    /// A source trims answers of keys that are on their way.
+    /// A source trims answers of moving keys without logging it, and those of frozen keys, too.
     TrimWhileMoving,
     /// That all have finished is recorded at the old ring's sequencer: the new one never learns it.
     SettledAtOldSequencer,

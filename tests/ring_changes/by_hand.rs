@@ -40,14 +40,14 @@ struct Hand {
     clusters: Clusters,
     kill: Kill,
     random: u64,
-    /// How often each step was taken here.
-    taken: BTreeMap<&'static str, u32>,
+    /// How often each step was proposed here.
+    proposed: BTreeMap<&'static str, u32>,
     kills: u32,
 }
 
 impl Hand {
     fn new(clusters: Clusters, kill: Kill, seed: u64) -> Self {
-        Self { clusters, kill, random: splitmix(seed), taken: BTreeMap::new(), kills: 0 }
+        Self { clusters, kill, random: splitmix(seed), proposed: BTreeMap::new(), kills: 0 }
     }
 
     fn below(&mut self, end: usize) -> usize {
@@ -114,7 +114,7 @@ impl Hand {
             }
             _ => self.clusters.step(&action.at, &action.step),
         };
-        *self.taken.entry(action.step.name()).or_default() += 1;
+        *self.proposed.entry(action.step.name()).or_default() += 1;
         match self.kill {
             Kill::EachInTurn => (0..self.clusters.len()).for_each(|place| {
                 self.kill9(place);
@@ -181,13 +181,13 @@ fn story_with_abort(
     let ring = hand.clusters.ring();
     println!(
         "{kill:?}, seed {seed}: {} kills, {:?}, {} operations, longest {:?}",
-        hand.kills, hand.taken, outcome.operations, outcome.longest
+        hand.kills, hand.proposed, outcome.operations, outcome.longest
     );
     if abort_after.is_none() {
         assert_eq!(ring, next, "seed {seed}");
         let steps =
             ["begin", "prepare", "open", "freeze", "activate", "release", "finish", "settle"];
-        assert!(steps.iter().all(|step| hand.taken.contains_key(step)), "{:?}", hand.taken);
+        assert!(steps.iter().all(|step| hand.proposed.contains_key(step)), "{:?}", hand.proposed);
     }
     hand.clusters.check(&outcome.expected);
     (ring, next)
@@ -226,14 +226,15 @@ fn whoever_takes_a_step_is_killed_meanwhile() {
     story(2, 1, one_more, Kill::WhoeverTakesIt, 13);
 }
 
-/// A change is called off after any number of steps, with kills: one ring or the other is in force
-/// everywhere in the end, and nothing of the other is left.
+/// A change is called off after few, some and many steps, with kills: one ring or the other is in force
+/// everywhere in the end, the old one if nothing can have been frozen yet, and nothing of the other is left.
 #[test]
 fn a_change_is_called_off_at_any_step_with_kills() {
     for (seed, steps) in [(21, 2), (22, 10), (23, 25)] {
         let (ring, next) =
             story_with_abort(2, 1, one_more, Kill::WhoeverTakesIt, seed, Some(steps));
         let old = Ring { epoch: 1, clusters: ring.clusters[..2].to_vec(), ..ring.clone() };
-        assert!(ring == next || ring == reverted(&old), "seed {seed}: {ring:?}");
+        let called_off = ring == reverted(&old);
+        assert!(called_off || (ring == next && steps > 2), "seed {seed}: {ring:?}");
     }
 }

@@ -100,13 +100,13 @@ fn without_a_change_there_is_nothing_to_step() {
         (1, Step::Activate { handoff, attempt: 1, frozen: frozen() }, gone(2, 1)),
         (0, Step::Cancel { epoch: 2 }, gone(2, 0)),
         (0, Step::Finish { epoch: 2 }, gone(2, 0)),
-        (0, Step::Settle { epoch: 2 }, Refused::Stale { current: 1 }),
+        (0, Step::Settle { epoch: 2 }, Refused::Gap { current: 1, offered: 2 }),
         (1, Step::Settle { epoch: 1 }, Refused::NotSequencer { cluster: id(1), epoch: 1 }),
         (0, story.begin_step(&stranger, next), Refused::Stale { current: 1 }),
         (0, story.begin_step(old, &jump), Refused::Gap { current: 1, offered: 3 }),
         (0, short, Refused::BadPlan),
         (1, Step::Join { ring: boxed(&jump) }, Refused::NotConcerned(id(1))),
-        (0, Step::Revert { ring: boxed(next) }, Refused::Stale { current: 1 }),
+        (0, Step::Revert { ring: boxed(next) }, Refused::Gap { current: 1, offered: 2 }),
         (0, Step::Revert { ring: boxed(&reverted(old)) }, gone(2, 0)),
         (1, Step::Revert { ring: boxed(&reverted(old)) }, Refused::NotConfirmed(id(0))),
         (
@@ -197,8 +197,8 @@ fn late_and_forged_steps_of_a_handoff_change_nothing() {
         (0, thaw(1), unconfirmed()),
         (0, thaw(u64::MAX), unconfirmed()),
         (0, release, unconfirmed()),
-        (0, Step::Resume { epoch: 2 }, unconfirmed()),
-        (1, Step::Resume { epoch: 2 }, Refused::NotConfirmed(id(0))),
+        (0, Step::Resume { epoch: 2 }, Refused::NobodyConfirms),
+        (1, Step::Resume { epoch: 2 }, Refused::NobodyConfirms),
     ]);
     frozen_serves_nobody(&story);
     assert!(refused_of_a_batch(&story) > 0, "some keys of the batch are frozen");
@@ -248,8 +248,8 @@ fn nobody_ends_a_change_before_its_time() {
     assert_eq!(story.take(1, for_good()), Done::Refused { attempt: u64::MAX });
     story.refuses(vec![
         (1, revert(), unconfirmed(0)),
-        (0, Step::Resume { epoch: 2 }, unconfirmed(1)),
-        (1, Step::Resume { epoch: 2 }, unconfirmed(0)),
+        (0, Step::Resume { epoch: 2 }, Refused::NobodyConfirms),
+        (1, Step::Resume { epoch: 2 }, Refused::NobodyConfirms),
     ]);
     assert_eq!(story.take(0, revert()), Done::Ok);
     story.refuses(vec![(0, Step::Settle { epoch: 3 }, unconfirmed(1))]);
@@ -358,6 +358,12 @@ fn frozen_serves_nobody(story: &Story) {
             if source.status == 503 {
                 source.assert_error(503, "FROZEN", "not_applied");
                 frozen += 1;
+                let put = |place: usize| {
+                    let http = story.clusters.at(place).http(1);
+                    crate::common::request(http, "PUT", &format!("/v1/kv/k{n}"), &direct, b"x")
+                };
+                put(0).assert_error(503, "FROZEN", "not_applied");
+                put(1).assert_error(421, "WRONG_CLUSTER", "not_applied");
             }
             assert_eq!(served, usize::from(source.status != 503), "{path}");
         }

@@ -224,6 +224,8 @@ fn story(changes: usize, seed: u64) {
         outcome.operations,
         outcome.longest,
     );
+    assert!(kills > 0, "seed {seed}: nobody was killed");
+    assert!(done < 20 || operator.called_off > 0, "seed {seed}: nothing was called off");
     let clusters = clusters.lock().unwrap();
     assert_eq!(clusters.ring(), operator.ring, "seed {seed}");
     clusters.check(&outcome.expected);

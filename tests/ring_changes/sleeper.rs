@@ -1,5 +1,7 @@
 //! A client that sleeps through many changes of the ring.
 
+use std::time::Duration;
+
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
 use tokio::time::timeout;
@@ -9,6 +11,9 @@ use crate::common::clusters::{CHANGE_PATIENCE, Clusters, id};
 use crate::{ONE_AT_A_TIME, SMALL_PAGES};
 
 const KEYS: u32 = 200;
+
+/// How long a cluster is away: longer than the client's pauses between two tries, well within its patience.
+const AWAY: Duration = Duration::from_secs(2);
 
 /// Two clients sleep through ten changes, after which one of the clusters they know is out of the ring:
 /// one wakes while it still runs and redirects, the other when it is dead. Both find what was written
@@ -104,7 +109,7 @@ async fn a_cluster_that_is_away_for_two_seconds_costs_no_caller_an_error() {
         let client = client.clone();
         async move { client.consistent_read("k").await }
     });
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    tokio::time::sleep(AWAY).await;
     assert!(!writing.is_finished() && !reading.is_finished(), "they wait");
     clusters.at_mut(owner).restart(1);
     writing.await.unwrap().unwrap();

@@ -122,9 +122,9 @@ pub async fn migration(verb: MigrationVerb) -> Result<(), Failure> {
             let addresses = target.clusters().await?.clusters;
             let mut reporter = reporter(&target, &http, &addresses).await;
             let off = reshard::abort(&http, &addresses, |progress, _| reporter.show(progress));
-            let ring = interruptible(off).await?;
+            let ring = interruptible(off).await;
             reporter.end();
-            finished(&target, &ring)
+            finished(&target, &ring?)
         }
     }
 }

@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 use super::Chance;
 use crate::handoff::{
-    Attempt, Counted, Cursor, Done, Facts, Handoff, Prepared, Receipt, Refused, RingState, Sending,
-    Step, Tally, Witnesses,
+    Attempt, Counted, Cursor, Done, Facts, Handoff, Incoming, Prepared, Receipt, Refused,
+    RingState, Sending, Step, Tally, Witnesses,
 };
 use crate::reshard::{Action, Views};
 use crate::ring::{Ring, RingCluster, RingTable};
@@ -134,7 +134,7 @@ impl World {
     pub(super) fn is_active(&self, from: &ClusterId, to: &ClusterId) -> bool {
         let state = &self.clusters[to].state;
         let incoming = state.change.as_ref().and_then(|change| change.incoming.get(from));
-        incoming.is_some_and(|incoming| incoming.receipt == Receipt::Active)
+        incoming.is_some_and(Incoming::is_active)
     }
 
     /// A step is proposed, and applied if those whose word it needs give it.
@@ -165,12 +165,15 @@ impl World {
 
     fn hear_witnesses(&self, action: &Action) -> Result<(), Refused> {
         let confirms = |c: &RingCluster| self.clusters[&c.id].state.confirms(&action.step, &c.id);
-        let denied = match self.clusters[&action.at].state.witnesses(&action.step, &action.at) {
-            Witnesses::None => None,
-            Witnesses::All(all) => all.into_iter().find(|c| !confirms(c)).map(|c| c.id),
-            Witnesses::Any(any) => (!any.iter().any(confirms)).then(|| action.at.clone()),
-        };
-        denied.map_or(Ok(()), |cluster| Err(Refused::NotConfirmed(cluster)))
+        match self.clusters[&action.at].state.witnesses(&action.step, &action.at) {
+            Witnesses::None => Ok(()),
+            Witnesses::All(all) => match all.into_iter().find(|cluster| !confirms(cluster)) {
+                Some(cluster) => Err(Refused::NotConfirmed(cluster.id)),
+                None => Ok(()),
+            },
+            Witnesses::Any(any) if any.iter().any(confirms) => Ok(()),
+            Witnesses::Any(_) => Err(Refused::NobodyConfirms),
+        }
     }
 
     /// A client writes a key, wherever it is served; nowhere while it is frozen.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use bytes::{BufMut, Bytes};
 
 use super::encoding::{get_written, put_written};
-use super::{Answer, Client, Dedupe, Falls, Moves};
+use super::{Answer, CLIENT_IDLE_MIN_MS, Client, Dedupe, Falls, Moves};
 use crate::codec::{DecodeError, Reader};
 use crate::handoff::Tally;
 use crate::once::{ClientName, SEQ_MAX};
@@ -77,9 +77,15 @@ impl Dedupe {
         tally
     }
 
-    /// The floors of all clients.
+    /// The floors of all clients, but for those that may be forgotten: they would only take up room
+    /// elsewhere, too.
     pub(in crate::store) fn floors(&self) -> Vec<(String, u64)> {
-        self.clients.iter().map(|(name, client)| (name.to_string(), client.floor)).collect()
+        let now = self.log_time_ms;
+        let is_idle = |client: &Client| {
+            client.answers.is_empty() && now - client.last_ms >= CLIENT_IDLE_MIN_MS
+        };
+        let clients = self.clients.iter().filter(|(_, client)| !is_idle(client));
+        clients.map(|(name, client)| (name.to_string(), client.floor)).collect()
     }
 
     /// The answer at this place as it travels, if there is one.

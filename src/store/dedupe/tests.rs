@@ -172,6 +172,38 @@ fn clients_are_bounded_and_active_ones_stay() {
     assert_eq!(run(&mut table, &once("a", 5, 5), &put("k"), wrote(4)), Written::OnceForgotten);
 }
 
+/// Clients beyond the bound, which a handover has brought, keep no new one out once they may be forgotten,
+/// and become fewer.
+#[test]
+fn clients_of_a_handover_make_room() {
+    let mut table = Dedupe::with_bounds(Bounds { clients_max: 2, ..BOUNDS });
+    let floors = ["a", "b", "c", "d", "e"].map(|name| (name.to_owned(), 7));
+    table.take_over(&floors, Travelling::new(), &gone);
+    let new = |table: &mut Dedupe, name| run(table, &once(name, 5, 0), &put("k"), wrote(2));
+    table.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
+    assert_eq!(new(&mut table, "x"), Written::TooManyClients);
+    table.advance(CLIENT_IDLE_MIN_MS, &gone);
+    for (name, left) in [("x", 4), ("y", 3), ("z", 3)] {
+        assert_eq!(new(&mut table, name), wrote(2));
+        assert_eq!(table.clients.len(), left);
+    }
+    assert_eq!(new(&mut table, "w"), Written::TooManyClients, "all have written just now");
+}
+
+/// What may be forgotten does not go along in a handover.
+#[test]
+fn idle_clients_do_not_travel() {
+    let mut table = Dedupe::default();
+    for (at, client) in [(0, "a"), (1, "b")] {
+        table.advance(at, &gone);
+        run(&mut table, &once(client, 5, 5), &put("k"), wrote(1));
+    }
+    table.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
+    assert_eq!(table.floors(), [("a".to_owned(), 6), ("b".to_owned(), 6)]);
+    table.advance(CLIENT_IDLE_MIN_MS, &gone);
+    assert_eq!(table.floors(), [("b".to_owned(), 6)]);
+}
+
 /// Of an answer that falls while its key is being copied somebody is told, with what it had added to the
 /// tally; one whose key is frozen stays until it is let go.
 #[test]

@@ -368,6 +368,22 @@ async fn keys_and_answers_arrive_whole() {
     }
 }
 
+/// Two replicas apply an entry, and answer alike.
+#[track_caller]
+fn both(leader: &mut Site, follower: &mut Site, command: Command) -> Applied {
+    let answer = leader.run(command.clone());
+    assert_eq!(follower.run(command), answer);
+    answer
+}
+
+#[track_caller]
+fn both_step(leader: &mut Site, follower: &mut Site, step: Step) -> Result<Done, Refused> {
+    match both(leader, follower, Command::Step(Box::new(step))) {
+        Applied::Step(decided) => *decided,
+        other => panic!("{other:?}"),
+    }
+}
+
 /// More rows than may be counted in one entry.
 const MANY: u32 = 25_000;
 
@@ -378,11 +394,6 @@ fn a_new_leader_counts_on_from_memory() {
     let (mut leader, mut follower) = (Site::new("c1"), Site::new("c1"));
     let (old, new) = (ring(1, &["c1"]), ring(2, &["c1", "c2"]));
     let handoff = Handoff { epoch: 2, from: "c1".parse().unwrap(), to: "c2".parse().unwrap() };
-    let both = |leader: &mut Site, follower: &mut Site, command: Command| {
-        let answer = leader.run(command.clone());
-        assert_eq!(follower.run(command), answer);
-        answer
-    };
     both(&mut leader, &mut follower, Command::InstallRing(Box::new(old.clone())));
     for part in 0..MANY / 1000 {
         let keys = (part * 1000..(part + 1) * 1000).map(|n| format!("key{n:06}"));
@@ -390,18 +401,11 @@ fn a_new_leader_counts_on_from_memory() {
         let writes = keys.map(put).collect();
         both(&mut leader, &mut follower, Command::Write { at_ms: 1, writes });
     }
-    let step = |leader: &mut Site, follower: &mut Site, step: Step| match both(
-        leader,
-        follower,
-        Command::Step(Box::new(step)),
-    ) {
-        Applied::Step(decided) => decided.unwrap(),
-        other => panic!("{other:?}"),
-    };
     let plan = pairs(&old, &new);
     let begin = Step::Begin { ring: Box::new(old), next: Box::new(new), plan };
-    step(&mut leader, &mut follower, begin);
-    step(&mut leader, &mut follower, Step::Prepare { handoff: handoff.clone(), attempt: 1 });
+    both_step(&mut leader, &mut follower, begin).unwrap();
+    let prepare = Step::Prepare { handoff: handoff.clone(), attempt: 1 };
+    both_step(&mut leader, &mut follower, prepare).unwrap();
     let mut stretches = 0;
     loop {
         let state = leader.reader().ring_state();
@@ -411,9 +415,68 @@ fn a_new_leader_counts_on_from_memory() {
         let counting = if stretches < 2 { &leader } else { &follower };
         let to = counting.reader().stretch(&from, 2000).unwrap();
         let count = Step::Count { handoff: handoff.clone(), attempt: 1, from, to };
-        step(&mut leader, &mut follower, count);
+        both_step(&mut leader, &mut follower, count).unwrap();
         stretches += 1;
     }
     assert!(stretches >= MANY / 2000, "{stretches}");
     assert_eq!(follower.reader().ring_state(), leader.reader().ring_state());
+}
+
+/// What is staged while a source counts is not counted, wherever a replica has it: the one has flushed
+/// between the attempt and the import, the other has not.
+#[test]
+fn what_is_staged_meanwhile_is_not_counted() {
+    let (mut leader, mut follower) = (Site::new("c1"), Site::new("c1"));
+    let weighted = |epoch, weights: [f32; 3]| {
+        let mut ring = ring(epoch, &["c1", "c2", "c3"]);
+        ring.clusters.iter_mut().zip(weights).for_each(|(cluster, weight)| cluster.weight = weight);
+        ring
+    };
+    let (old, new) = (weighted(1, [1.0; 3]), weighted(2, [20.0, 1.0, 40.0]));
+    let tables = [&old, &new].map(|ring| RingTable::new(ring.clone()).unwrap());
+    let owners = |key: &String| {
+        [0, 1].map(|n| tables[n].owner(key.as_bytes()).unwrap().id.as_str().to_owned())
+    };
+    let keys = || (0..).map(|n| format!("key{n:06}"));
+    let handoff = |from: &str, to: &str| Handoff {
+        epoch: 2,
+        from: from.parse().unwrap(),
+        to: to.parse().unwrap(),
+    };
+    let (out, into) = (handoff("c1", "c3"), handoff("c2", "c1"));
+
+    both(&mut leader, &mut follower, Command::InstallRing(Box::new(old.clone())));
+    let own = keys().filter(|key| owners(key)[0] == "c1").take(100);
+    let put = |key: String| Write::put(key.into(), Bytes::new(), Condition::Always);
+    let writes = own.map(put).collect();
+    both(&mut leader, &mut follower, Command::Write { at_ms: 1, writes });
+    both_step(&mut leader, &mut follower, Step::Settle { epoch: 1 }).unwrap();
+    let plan = pairs(&old, &new);
+    let begin = Step::Begin { ring: Box::new(old), next: Box::new(new), plan };
+    both_step(&mut leader, &mut follower, begin).unwrap();
+    let prepare = Step::Prepare { handoff: out.clone(), attempt: 1 };
+    both_step(&mut leader, &mut follower, prepare).unwrap();
+    // Flushes, as whoever cuts the first stretch does.
+    leader.reader().stretch(b"", 10).unwrap();
+    let open = Step::Open { handoff: into.clone(), attempt: 1, start: 0 };
+    both_step(&mut leader, &mut follower, open).unwrap();
+    let moving: Vec<String> =
+        keys().filter(|key| owners(key) == ["c2", "c1"]).take(MANY as usize).collect();
+    let row = || Some(Bytes::from(meta::encode_record(1, b"")));
+    let mut from = Cursor::start();
+    for part in moving.chunks(2500) {
+        let after = Bytes::from(part.last().unwrap().clone());
+        let records = part.iter().map(|key| (Bytes::from(key.clone()), row())).collect();
+        let to = Cursor::Records { after };
+        let page = Page { to: to.clone(), end: 0, records, answers: Vec::new() };
+        let import = Import { handoff: into.clone(), attempt: 1, from, page };
+        let imported = both(&mut leader, &mut follower, Command::Import(Box::new(import)));
+        assert!(matches!(imported, Applied::Step(decided) if decided.is_ok()));
+        from = to;
+    }
+    let count = Step::Count { handoff: out.clone(), attempt: 1, from: Bytes::new(), to: None };
+    both_step(&mut leader, &mut follower, count).unwrap();
+    let state = leader.reader().ring_state();
+    assert_eq!(state.outgoing(&out).unwrap().counted, Counted::All);
+    assert_eq!(follower.reader().ring_state(), state);
 }
