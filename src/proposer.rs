@@ -1,10 +1,12 @@
 //! Writes on their way into the log: those that come at the same moment share an entry.
 //!
 //! An entry costs openraft, the log and the state machine about the same whether it carries one write
-//! or a hundred, so the proposer takes all writes that wait and proposes them together. It does not
-//! wait for more to come: while fewer than [`PROPOSALS_MAX`] entries are on their way, a write goes
-//! out at once; else it goes with those that come until one of them is answered. A lone write is never
-//! delayed, and under load entries grow by themselves.
+//! or a hundred, so the proposer takes all writes that wait and proposes them together. While nothing is
+//! on its way it does not wait for more to come: a lone write is never delayed. While an entry is on its
+//! way, another follows as soon as it is at least as large, up to [`PROPOSALS_MAX`]; else what waits goes
+//! when one of them is answered. So under load entries grow by themselves, and do not fall apart again:
+//! writers that were answered together come back one after the other, and an entry for the first few of
+//! them would leave the rest to another.
 //!
 //! Each write has an answer of its own: what the state machine said of it, or, if the entry failed,
 //! what became of the entry. Writes of one [`Proposer::propose`] take effect in their order; what is
@@ -180,12 +182,16 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
     let mut waiting = VecDeque::new();
     let mut received = Vec::new();
     let mut under_way = FuturesUnordered::new();
+    // How many writes the newest entry has.
+    let mut newest = 0;
     let mut open = true;
     while open || !under_way.is_empty() {
         tokio::select! {
             biased;
             Some(()) = under_way.next() => {}
-            count = requests.recv_many(&mut received, QUEUE_MAX), if open && waiting.is_empty() => {
+            count = requests.recv_many(&mut received, QUEUE_MAX - waiting.len()),
+                if open && waiting.len() < QUEUE_MAX =>
+            {
                 open = count > 0;
             }
             else => {}
@@ -198,12 +204,26 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
         }
         waiting.extend(received.drain(..));
         while under_way.len() < PROPOSALS_MAX
+            && (under_way.is_empty() || count(&waiting, newest) >= newest)
             && let Some(entry) = next_entry(&mut waiting)
         {
+            newest = count(&entry, usize::MAX);
             let at_ms = clock.stamp(reader.log_time_ms(), Instant::now());
             under_way.push(propose(&raft, at_ms, entry).await);
         }
     }
+}
+
+/// How many writes the requests have; counts no further than `enough`.
+fn count<'a>(requests: impl IntoIterator<Item = &'a Request>, enough: usize) -> usize {
+    let mut writes = 0;
+    for request in requests {
+        writes += request.writes.len();
+        if writes >= enough {
+            break;
+        }
+    }
+    writes
 }
 
 /// Takes the requests of the next entry; `None` when nothing waits.
@@ -320,6 +340,15 @@ mod tests {
         }
         let expected = [vec![10, 10, ENTRY_BYTES_MAX - 20], vec![10], vec![sizes[4]], vec![10]];
         assert_eq!(entries, expected);
+    }
+
+    /// Counting stops when there are enough.
+    #[test]
+    fn writes_are_counted_as_far_as_needed() {
+        let (requests, _waiting): (Vec<_>, Vec<_>) =
+            [2, 3, 4].map(|writes| request(vec![put(10); writes])).into_iter().unzip();
+        assert_eq!([0, 2, 3, 6, 99].map(|enough| count(&requests, enough)), [2, 2, 5, 9, 9]);
+        assert_eq!(count(&[], 1), 0);
     }
 
     /// A write that was told "not proposed" is never proposed, and one that was taken is never told so.
