@@ -308,7 +308,8 @@ fn next_of_handoff(
     None
 }
 
-fn freeze_lag(attempt: Attempt) -> u64 {
+/// How many changes may be left when this attempt freezes.
+pub(super) fn freeze_lag(attempt: Attempt) -> u64 {
     (FREEZE_LAG_MAX >> attempt.saturating_sub(1).min(63)).max(FREEZE_LAG_MIN)
 }
 

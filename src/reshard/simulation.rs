@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-use super::driver::frozen;
+use super::driver::{freeze_lag, frozen};
 use super::testing::{id, ring};
 use super::*;
 use crate::handoff::{Refused, Step, pairs};
@@ -251,6 +251,12 @@ fn calling_off_too_late_goes_on() {
         }
     }
     panic!("the change never ends: {:#?}", world.views());
+}
+
+/// An attempt that took too long while it was frozen is followed by one that freezes later.
+#[test]
+fn later_attempts_freeze_with_less_left() {
+    assert_eq!([0, 1, 2, 3, 4, 99, u64::MAX].map(freeze_lag), [512, 512, 256, 128, 64, 64, 64]);
 }
 
 #[test]
