@@ -53,6 +53,10 @@ pub struct NodeDigest {
     pub digest: String,
 }
 
+/// How many keys are counted; a larger number of them is an estimate, in which keys that were overwritten or
+/// deleted not long ago may count several times.
+pub const COUNTED_KEYS_MAX: u64 = 10_000;
+
 /// The state of one node, as it sees itself. Also answered before the node is initialised.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeMetrics {

@@ -113,7 +113,9 @@ pub enum ApiError {
         outcome: Outcome,
     },
     /// The request was passed on too often: rings or leaders disagree at the moment.
-    #[error("the request was passed on {hops} times without finding its place; try again shortly")]
+    #[error(
+        "the request was passed on {hops} times without finding its place: the ring is changing, or the node that was asked first left it long ago"
+    )]
     TooManyHops {
         /// How often.
         hops: u8,

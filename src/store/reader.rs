@@ -15,6 +15,7 @@ use rocksdb::{Direction, IteratorMode};
 use tokio::sync::watch;
 
 use crate::handoff::RingState;
+use crate::metrics::COUNTED_KEYS_MAX;
 use crate::ring::RingTable;
 use crate::types::{ClusterId, LogId, Record, Revision};
 
@@ -24,10 +25,12 @@ use super::machine::{CHUNKED, Machine, stored_chunks};
 use super::memtable::Memtables;
 use super::meta::{self, Progress};
 
-/// Up to this many keys, and this many bytes of data, [`StateReader::key_count`] counts: that takes
-/// milliseconds. Above, it takes RocksDB's estimate.
-const COUNT_KEYS_MAX: u64 = 10_000;
+/// Up to this many bytes of data, and [`COUNTED_KEYS_MAX`] keys by RocksDB's estimate,
+/// [`StateReader::key_count`] counts: that takes milliseconds. Above, it takes the estimate.
 const COUNT_BYTES_MAX: u64 = 32 << 20;
+
+/// An estimate that is too low by more than this factor is noticed while counting, and counting ends.
+const ESTIMATE_FACTOR_MAX: u64 = 10;
 
 /// What the state machine and its readers share.
 pub(super) struct StateShared {
@@ -220,7 +223,7 @@ impl StateReader {
             others += u64::from(stored_chunks(engine.db(), &family, prefix)?);
         }
         let estimate = (on_disk + there).saturating_sub(others);
-        if estimate > COUNT_KEYS_MAX || bytes > COUNT_BYTES_MAX {
+        if estimate > COUNTED_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
         let mut count = there;
@@ -228,7 +231,7 @@ impl StateReader {
         for item in engine.db().iterator_cf(&family, records) {
             let (stored, _) = item.map_err(to_io)?;
             count += u64::from(newer.unflushed(meta::key_of(&stored)?).is_none());
-            if count > COUNT_KEYS_MAX {
+            if count > ESTIMATE_FACTOR_MAX * COUNTED_KEYS_MAX {
                 return Ok(count.max(estimate));
             }
         }

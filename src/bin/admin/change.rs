@@ -29,7 +29,7 @@ pub enum ClusterVerb {
         #[arg(long, required = true, value_name = "HTTP/RPC,...", value_delimiter = ',', value_parser = parse_node)]
         nodes: Vec<(String, String)>,
         /// Its share relative to the others
-        #[arg(long, value_name = "W", default_value = "1", value_parser = parse_weight)]
+        #[arg(long, value_name = "W", default_value = "1", value_parser = parse_weight, allow_negative_numbers = true)]
         weight: f32,
         #[command(flatten)]
         target: Target,

@@ -105,13 +105,15 @@ fn bytes(progress: &Progress, held: &BTreeMap<ClusterId, Holdings>) -> f64 {
 fn line(progress: &Progress, rate: f64, held: &BTreeMap<ClusterId, Holdings>) -> String {
     let (copied, all) = progress.keys();
     let to_delete: u64 = progress.handoffs.iter().map(|h| h.keys_to_delete).sum();
-    let done = if all == 0 { 0.0 } else { copied as f64 / all as f64 };
+    // Before all is counted nobody knows how much of it there is, and what is called off leads nowhere.
+    let is_known = progress.is_counted() && all > 0 && !progress.cancelled;
+    let done = if is_known { copied as f64 / all as f64 } else { 0.0 };
     let filled = (done * BAR_WIDTH as f64) as usize;
     let bar = format!("{}{}", "#".repeat(filled), "-".repeat(BAR_WIDTH - filled.min(BAR_WIDTH)));
-    let about = if progress.is_counted() { "" } else { "at least " };
+    let of_all =
+        if progress.is_counted() { format!(" of {all} keys") } else { " keys so far".into() };
     let megabytes = bytes(progress, held) / 1e6;
-    let mut line =
-        format!("[{bar}] {copied} of {about}{all} keys, ~{megabytes:.1} MB, {rate:.0} keys/s");
+    let mut line = format!("[{bar}] {copied}{of_all}, ~{megabytes:.1} MB, {rate:.0} keys/s");
     if progress.is_counted() && rate > 0.0 && copied < all {
         line += &format!(", {:.0} s left", (all - copied) as f64 / rate);
     }
@@ -160,5 +162,11 @@ mod tests {
             told,
             "[######------------------] 100 of 400 keys, ~2.0 MB, 50 keys/s, 6 s left"
         );
+        let cancelled = Progress { cancelled: true, ..progress.clone() };
+        assert!(line(&cancelled, 50.0, &held).starts_with("[------------------------] 100 of"));
+        let mut uncounted = progress;
+        uncounted.handoffs[0].keys = None;
+        let told = line(&uncounted, 50.0, &held);
+        assert_eq!(told, "[------------------------] 100 keys so far, ~2.0 MB, 50 keys/s");
     }
 }

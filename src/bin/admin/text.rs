@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use distrib_kv_store::cluster_manager::{ClusterManager, ClusterStatus, NodeStatus};
 use distrib_kv_store::config::Config;
-use distrib_kv_store::metrics::NodeState;
+use distrib_kv_store::metrics::{COUNTED_KEYS_MAX, NodeState};
 use distrib_kv_store::reshard::{self, Basis, Holdings, Outlook, Progress, Scene};
 use distrib_kv_store::ring::Ring;
 use distrib_kv_store::types::ClusterId;
@@ -90,7 +90,7 @@ pub fn status(clusters: &[ClusterStatus], unplaced: &[NodeStatus]) -> String {
             role(node).to_owned(),
             shown(metrics.map(|m| m.term)),
             shown(metrics.and_then(|m| m.last_applied)),
-            shown(metrics.and_then(|m| m.keys)),
+            shown(metrics.and_then(|m| m.keys).map(about)),
             node.http.clone(),
             if node.reachable { "yes" } else { "NO" }.to_owned(),
         ]);
@@ -103,6 +103,11 @@ pub fn status(clusters: &[ClusterStatus], unplaced: &[NodeStatus]) -> String {
     }
     let gap = if reasons.is_empty() { "" } else { "\n" };
     format!("{}{gap}{reasons}", table(&rows))
+}
+
+/// A number of keys, marked where it is an estimate.
+fn about(keys: u64) -> String {
+    if keys > COUNTED_KEYS_MAX { format!("~{keys}") } else { keys.to_string() }
 }
 
 /// What a cluster is called in tables and messages.
