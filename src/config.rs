@@ -269,7 +269,7 @@ impl Default for ReshardConfig {
         Self {
             handoff_bytes_per_s: 32 << 20,
             handoffs_at_once: 4,
-            pause_times: 10,
+            pause_times: 16,
             page_bytes: 256 << 10,
         }
     }
