@@ -221,17 +221,23 @@ fn who_cancelled_and_then_took_over_goes_on() {
     panic!("the change never ends: {:#?}", world.views());
 }
 
+/// A world in which `d` has joined and `a`, the sequencer, has begun the change.
+fn joined_and_begun(old: &Ring, next: &Ring, chance: &mut Chance) -> World {
+    let mut world = World::new(old, next, chance);
+    let join = Step::Join { ring: Box::new(old.clone()) };
+    world.take(&Action { at: id("d"), step: join }).unwrap();
+    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
+    let begin = Step::Begin { ring, next: to, plan: pairs(old, next) };
+    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    world
+}
+
 /// Who comes to call a change off after the first cluster has finished it takes it to its end.
 #[test]
 fn calling_off_too_late_goes_on() {
     let (old, next) = kinds().remove(0);
     let mut chance = Chance { random: SmallRng::seed_from_u64(5), orderly: true };
-    let mut world = World::new(&old, &next, &mut chance);
-    let join = Step::Join { ring: Box::new(old.clone()) };
-    world.take(&Action { at: id("d"), step: join }).unwrap();
-    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
-    let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
-    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    let mut world = joined_and_begun(&old, &next, &mut chance);
     let mut hints = Hints::new(Goal::Forward);
     for _ in 0..MOVES_MAX {
         world.work(&mut chance);
@@ -263,12 +269,7 @@ fn later_attempts_freeze_with_less_left() {
 fn nothing_but_the_pivot_freezes_before_it_is_active() {
     let (old, next) = kinds().remove(0);
     let mut chance = Chance { random: SmallRng::seed_from_u64(7), orderly: true };
-    let mut world = World::new(&old, &next, &mut chance);
-    let join = Step::Join { ring: Box::new(old.clone()) };
-    world.take(&Action { at: id("d"), step: join }).unwrap();
-    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
-    let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
-    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    let mut world = joined_and_begun(&old, &next, &mut chance);
     let mut hints = Hints::new(Goal::Forward);
     let mut frozen_first = None;
     for _ in 0..MOVES_MAX {
