@@ -29,6 +29,9 @@ use super::driver::{Action, Goal, Hints, frozen, is_hot, next_actions};
 use super::progress::Progress;
 use super::scene::{Scene, Views, mentioned};
 
+#[cfg(test)]
+mod tests;
+
 /// How long a step that is somebody else's may be left undone: well above what its owner takes, well
 /// below what a client waits.
 const PATIENCE: Duration = Duration::from_millis(700);
@@ -316,16 +319,15 @@ impl<'a, C: Clusters> Drive<'a, C> {
     }
 
     fn seen(&mut self, id: ClusterId, steps: u64, view: RingState) {
-        let look_in = self.interval();
         let contact = self.contact(&id);
         contact.looking = false;
         contact.asked = true;
         if contact.steps != steps {
             return;
         }
-        contact.look_at = Instant::now() + look_in;
         contact.fresh = true;
         contact.trouble = None;
+        contact.look_at = Instant::now() + PAUSE_MAX;
         if self.views.get(&id) != Some(&view) {
             self.contact(&id).pause = PAUSE_FIRST;
             self.moved_at = Instant::now();
@@ -336,6 +338,17 @@ impl<'a, C: Clusters> Drive<'a, C> {
                     self.meet(cluster);
                 }
             }
+        }
+        self.hurry();
+    }
+
+    /// Puts the next looks as near as the views ask for now. At all clusters and not only at the one that was
+    /// seen: the other side of a handoff may have been seen when nothing was hot yet, and what is frozen
+    /// would wait for it.
+    fn hurry(&mut self) {
+        let due = Instant::now() + self.interval();
+        for contact in self.contacts.values_mut().filter(|contact| contact.fresh) {
+            contact.look_at = contact.look_at.min(due);
         }
     }
 
