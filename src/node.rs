@@ -23,6 +23,7 @@ use crate::caretaker;
 use crate::config::{Config, Limits, RaftConfig};
 use crate::mover;
 use crate::network::http_server::HttpServer;
+use crate::network::listener;
 use crate::network::raft::PeerServer;
 use crate::network::raft_network_impl::{PeerIdentity, PeerNetwork};
 use crate::proposer::Proposer;
@@ -261,7 +262,7 @@ async fn open_store(options: &NodeOptions, open_files_max: i32) -> Result<Store,
 
 async fn listen(address: &str, insecure: bool) -> Result<(TcpListener, SocketAddr), StartError> {
     let bind_error = |source| StartError::Bind { address: address.to_owned(), source };
-    let listener = TcpListener::bind(address).await.map_err(bind_error)?;
+    let listener = listener::listen(address).await.map_err(bind_error)?;
     let local = listener.local_addr().map_err(bind_error)?;
     if !local.ip().is_loopback() && !insecure {
         return Err(StartError::NotLoopback { address: address.to_owned() });
