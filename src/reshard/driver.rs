@@ -39,6 +39,9 @@ const FREEZE_LAG_MAX: u64 = 512;
 /// page of its own, and what is frozen for too long is thawed and copied anew.
 const FREEZE_LAG_MIN: u64 = 64;
 
+/// A source with fewer changes than this left to copy may freeze any moment.
+const HOT_LAG: u64 = 4 * FREEZE_LAG_MAX;
+
 /// How many handoffs send at once, of those that a driver sees, besides the pivot: enough that one that
 /// waits for its disk does not hold up the others, few enough that serving clients stays the clusters'
 /// main work.
@@ -107,21 +110,32 @@ pub(super) fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
     transition.plan.iter().filter_map(frozen).collect()
 }
 
-/// Whether something is frozen, or nearly: then milliseconds count.
-pub(super) fn is_hot(views: &Views) -> bool {
+/// Whether something is frozen, or nearly, and both sides answer: then milliseconds count.
+pub(super) fn is_hot(views: &Views, answers: impl Fn(&ClusterId) -> bool) -> bool {
     let Scene::Changing(transition) = Scene::of(views) else { return false };
     let (_, pivot) = transition.pivot();
     let committed = is_committed(views, &transition);
     // Who waits for the pivot to come first may wait for long.
-    transition.plan.iter().filter(|pair| committed || Some(*pair) == pivot).any(|pair| {
-        let outgoing = transition.outgoing(views, pair);
-        let sending = |o: &Outgoing| o.sending == Sending::Sending && o.counted == Counted::All;
-        let caught_up =
-            |i: &Incoming| cursor(i).is_some_and(|c| matches!(c, Cursor::Changes { .. }));
-        outgoing.is_some_and(|o| o.sending == Sending::Frozen)
-            || (outgoing.is_some_and(sending)
-                && transition.incoming(views, pair).is_some_and(caught_up))
+    let may_freeze = |pair: &&Pair| committed || Some(*pair) == pivot;
+    transition.plan.iter().filter(may_freeze).any(|pair| {
+        let Some(outgoing) = transition.outgoing(views, pair) else { return false };
+        let is_near = || left_to_copy(views, &transition, pair).is_some_and(|n| n <= HOT_LAG);
+        let hot = match outgoing.sending {
+            Sending::Frozen => true,
+            Sending::Sending => outgoing.counted == Counted::All && is_near(),
+            Sending::Idle | Sending::Moved => false,
+        };
+        hot && answers(&pair.from) && answers(&pair.to)
     })
+}
+
+/// How many changes the destination is behind its source, when all else is copied.
+fn left_to_copy(views: &Views, transition: &Transition, pair: &Pair) -> Option<u64> {
+    let end = views.get(&pair.from)?.position;
+    match cursor(transition.incoming(views, pair)?)? {
+        Cursor::Changes { position } => Some(end.saturating_sub(*position)),
+        Cursor::Records { .. } | Cursor::Answers { .. } => None,
+    }
 }
 
 // --- A change as a whole -----------------------------------------------------------------------------
@@ -299,10 +313,9 @@ fn next_of_handoff(
         let start = outgoing.start;
         return Some(action(&pair.to, Step::Open { handoff, attempt, start }));
     }
-    let end = views.get(&pair.from)?.position;
-    let close = matches!(cursor(incoming), Some(Cursor::Changes { position })
-        if end.saturating_sub(*position) <= freeze_lag(attempt));
-    if outgoing.counted == Counted::All && close {
+    let is_close =
+        || left_to_copy(views, transition, pair).is_some_and(|left| left <= freeze_lag(attempt));
+    if outgoing.counted == Counted::All && is_close() {
         return at_source(Step::Freeze { handoff, attempt });
     }
     None

@@ -365,7 +365,8 @@ impl<'a, C: Clusters> Drive<'a, C> {
 
     fn interval(&self) -> Duration {
         let leads = !matches!(self.role, Role::Helper | Role::Onlooker);
-        if leads && is_hot(&self.views) { LOOK_HOT } else { LOOK_WARM }
+        let answers = |id: &ClusterId| self.contacts.get(id).is_some_and(|c| c.trouble.is_none());
+        if leads && is_hot(&self.views, answers) { LOOK_HOT } else { LOOK_WARM }
     }
 
     fn contact(&mut self, id: &ClusterId) -> &mut Contact {

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::ReshardConfig;
 use crate::handoff::RingState;
 use crate::node::Raft;
+use crate::ring::RingCluster;
 use crate::store::StateReader;
 use crate::types::ClusterId;
 
@@ -64,7 +65,12 @@ impl Service {
     async fn drive(&self, role: Role) {
         tracing::info!(?role, "a change of the ring goes on");
         let views = Views::from([(self.cluster.clone(), self.reader.ring_state())]);
-        let known = mentioned(&views).into_values();
+        // A source's leader learns from there whom its handoffs concern.
+        let is_asked = |cluster: &RingCluster| match &role {
+            Role::Source(own) => cluster.id == *own,
+            _ => true,
+        };
+        let known = mentioned(&views).into_values().filter(is_asked);
         let drive = Drive::new(&*self.clusters, known, role.clone(), Goal::Forward);
         let mut drive = drive.at_once(self.at_once_max);
         tokio::select! {

@@ -63,6 +63,26 @@ async fn all_looks_come_forward_when_milliseconds_count() {
     assert!(drive.contacts.values().all(|contact| contact.look_at <= due));
 }
 
+/// Where the copy is far behind, or a side does not answer, nothing is gained by haste; and others should not
+/// be asked hundreds of times a second for as long as that lasts.
+#[tokio::test]
+async fn nobody_hurries_for_what_cannot_happen_soon() {
+    let known = ring(2, &[("a", 1.0), ("b", 1.0)]).clusters;
+    let mut drive = Drive::new(&Nobody, known, Role::Alone, Goal::Forward);
+    let receipt = Receipt::Receiving { cursor: Cursor::Changes { position: 7 }, start: 0 };
+    let destination = part(None, Some(Incoming { opened: 1, receipt, ..Incoming::default() }));
+    drive.seen(id("b"), 0, destination);
+
+    let mut busy = source(Counted::All);
+    busy.position = 1_000_000;
+    drive.seen(id("a"), 0, busy);
+    assert_eq!(drive.interval(), LOOK_WARM);
+    drive.seen(id("a"), 0, source(Counted::All));
+    assert_eq!(drive.interval(), LOOK_HOT);
+    drive.trouble(&id("b"), &ClientError::Unreachable { tried: Vec::new() });
+    assert_eq!(drive.interval(), LOOK_WARM);
+}
+
 /// A cluster that does not answer is not asked any more often for that.
 #[tokio::test]
 async fn who_is_in_trouble_is_left_alone() {
