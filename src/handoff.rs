@@ -217,6 +217,18 @@ pub struct Frozen {
     pub tally: Tally,
     /// For each of its clients, the sequence below which everything is answered and may be forgotten.
     pub floors: Vec<(String, u64)>,
+    /// The same for clients that have not written for so long that they may be forgotten as a whole where
+    /// there is no room for others.
+    #[serde(default)]
+    pub idle_floors: Vec<(String, u64)>,
+}
+
+impl Frozen {
+    /// All that concerns nothing but clients: a destination has it, and it may be much.
+    pub(crate) fn forget_clients(&mut self) {
+        self.floors = Vec::new();
+        self.idle_floors = Vec::new();
+    }
 }
 
 /// A request to change the state of a handoff, a change or a ring. See the module.

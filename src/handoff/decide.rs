@@ -21,8 +21,12 @@ pub trait Facts {
     fn index(&self) -> u64;
     /// The revision counter.
     fn revision(&self) -> Revision;
-    /// The floors of all clients.
+    /// The floors of all clients but for those of [`Self::idle_floors`].
     fn floors(&self) -> Vec<(String, u64)>;
+    /// The floors of clients that may be forgotten where there is no room for others.
+    fn idle_floors(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
     /// Whether there is neither a record, nor an answer, nor anything staged.
     fn is_empty(&self) -> io::Result<bool>;
     /// The answers to operations on keys that move.

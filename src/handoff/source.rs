@@ -101,11 +101,12 @@ impl RingState {
         if outgoing.counted != Counted::All {
             return Err(Refused::Uncounted);
         }
-        let floors = facts.floors();
-        if floors_bytes(&floors) > FLOORS_BYTES_MAX {
+        let (floors, idle_floors) = (facts.floors(), facts.idle_floors());
+        if floors_bytes(&floors) + floors_bytes(&idle_floors) > FLOORS_BYTES_MAX {
             return Err(Refused::TooManyClients);
         }
-        let frozen = Frozen { position, revision: facts.revision(), tally: outgoing.tally, floors };
+        let (revision, tally) = (facts.revision(), outgoing.tally);
+        let frozen = Frozen { position, revision, tally, floors, idle_floors };
         outgoing.sending = Sending::Frozen;
         outgoing.frozen = Some(frozen.clone());
         first(Done::Frozen(Box::new(frozen)))
@@ -145,8 +146,8 @@ impl RingState {
                 outgoing.sending = Sending::Moved;
                 outgoing.tally.answers = 0;
                 if let Some(frozen) = &mut outgoing.frozen {
-                    // The destination has them, and they may be much, once for each handoff.
-                    frozen.floors = Vec::new();
+                    // Else they would be here once for each handoff.
+                    frozen.forget_clients();
                 }
                 first(Done::Ok)
             }

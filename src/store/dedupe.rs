@@ -280,19 +280,26 @@ impl Dedupe {
     /// Makes room for a new client and takes it in; false when there is none.
     fn admit(&mut self, name: &ClientName) -> bool {
         // Handovers bring clients beyond the bound: two go for each that comes, until they are gone.
-        let is_full = |table: &Self| table.clients.len() >= table.bounds.clients_max;
-        if is_full(self) {
+        if self.is_full() {
             if !self.forget_idle_client() {
                 return false;
             }
-            if is_full(self) {
+            if self.is_full() {
                 self.forget_idle_client();
             }
         }
-        let now = self.log_time_ms;
-        self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
-        self.idle.insert((now, name.clone()));
+        self.add(name, self.log_time_ms);
         true
+    }
+
+    fn is_full(&self) -> bool {
+        self.clients.len() >= self.bounds.clients_max
+    }
+
+    /// A new client that wrote last then.
+    fn add(&mut self, name: &ClientName, last_ms: u64) {
+        self.clients.insert(name.clone(), Client { last_ms, ..Client::default() });
+        self.idle.insert((last_ms, name.clone()));
     }
 
     /// Forgets the client that has not written for the longest time, if it is long enough.

@@ -40,7 +40,10 @@ impl StateReader {
 
     /// The floors of all clients, as applied here.
     pub fn client_floors(&self) -> Vec<(String, u64)> {
-        self.shared.machine().dedupe.floors()
+        let machine = self.shared.machine();
+        let mut floors = machine.dedupe.floors();
+        floors.append(&mut machine.dedupe.idle_floors());
+        floors
     }
 
     /// The page that follows a destination's cursor, out of one view of this replica's state.

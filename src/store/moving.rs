@@ -124,7 +124,7 @@ impl Round<'_> {
             Step::Activate { handoff, frozen, .. } => {
                 self.progress.revision = self.progress.revision.max(frozen.revision);
                 let answers = staged.remove(handoff).unwrap_or_default();
-                dedupe.take_over(&frozen.floors, answers, &falls(ring, own));
+                dedupe.take_over(frozen, answers, &falls(ring, own));
             }
             Step::Release { handoff, .. } => {
                 let ring = &*ring;
@@ -299,6 +299,10 @@ impl Facts for RoundFacts<'_, '_> {
 
     fn floors(&self) -> Vec<(String, u64)> {
         self.round.machine.dedupe.floors()
+    }
+
+    fn idle_floors(&self) -> Vec<(String, u64)> {
+        self.round.machine.dedupe.idle_floors()
     }
 
     fn is_empty(&self) -> io::Result<bool> {

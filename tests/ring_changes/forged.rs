@@ -78,7 +78,13 @@ impl Story {
 
 fn frozen() -> Box<Frozen> {
     let tally = Tally::default();
-    Box::new(Frozen { position: 0, revision: 1, tally, floors: Vec::new() })
+    Box::new(Frozen {
+        position: 0,
+        revision: 1,
+        tally,
+        floors: Vec::new(),
+        idle_floors: Vec::new(),
+    })
 }
 
 /// While no change runs, no step of one is taken.

@@ -11,7 +11,7 @@ use bytes::{BufMut, Bytes};
 use super::encoding::{get_written, put_written};
 use super::{Answer, CLIENT_IDLE_MIN_MS, Client, Dedupe, Falls, Moves};
 use crate::codec::{DecodeError, Reader};
-use crate::handoff::Tally;
+use crate::handoff::{Frozen, Tally};
 use crate::once::{ClientName, SEQ_MAX};
 
 /// An answer that fell while it was being copied.
@@ -77,15 +77,27 @@ impl Dedupe {
         tally
     }
 
-    /// The floors of all clients, but for those that may be forgotten: they would only take up room
-    /// elsewhere, too.
+    /// The floors of all clients but for the idle ones.
     pub(in crate::store) fn floors(&self) -> Vec<(String, u64)> {
-        let now = self.log_time_ms;
-        let is_idle = |client: &Client| {
-            client.answers.is_empty() && now - client.last_ms >= CLIENT_IDLE_MIN_MS
-        };
-        let clients = self.clients.iter().filter(|(_, client)| !is_idle(client));
+        self.floors_of(|client| !self.is_idle(client))
+    }
+
+    /// The floors of clients that may be forgotten as soon as there is no room for others; none, when there is
+    /// none already. Then they would only take up room elsewhere, too.
+    pub(in crate::store) fn idle_floors(&self) -> Vec<(String, u64)> {
+        if self.is_full() {
+            return Vec::new();
+        }
+        self.floors_of(|client| self.is_idle(client))
+    }
+
+    fn floors_of(&self, is_meant: impl Fn(&Client) -> bool) -> Vec<(String, u64)> {
+        let clients = self.clients.iter().filter(|(_, client)| is_meant(client));
         clients.map(|(name, client)| (name.to_string(), client.floor)).collect()
+    }
+
+    fn is_idle(&self, client: &Client) -> bool {
+        client.answers.is_empty() && self.log_time_ms - client.last_ms >= CLIENT_IDLE_MIN_MS
     }
 
     /// The answer at this place as it travels, if there is one.
@@ -146,19 +158,30 @@ impl Dedupe {
     }
 
     /// Takes over from another cluster: its floors where they are higher, and answers. Whoever wrote there
-    /// counts as having written here, now.
+    /// counts as having written here, now; who was idle there, as idle for as long as it takes to be forgotten.
     ///
     /// Clients are taken in beyond the usual bound, because one that is left out could have a write
-    /// carried out twice. Answers that do not decode are those of no source: they are left out.
+    /// carried out twice; but for idle ones, which need not be known where there is no room. Answers that do
+    /// not decode are those of no source: they are left out.
     pub(in crate::store) fn take_over(
         &mut self,
-        floors: &[(String, u64)],
+        frozen: &Frozen,
         answers: Travelling,
         falls: Falls<'_>,
     ) {
-        for (name, floor) in floors {
+        for (name, floor) in &frozen.floors {
             let Ok(name) = name.parse::<ClientName>() else { continue };
             self.take_in(&name);
+            self.raise_floor(&name, *floor, falls);
+        }
+        for (name, floor) in &frozen.idle_floors {
+            let Ok(name) = name.parse::<ClientName>() else { continue };
+            if !self.clients.contains_key(&name) {
+                if self.is_full() {
+                    continue;
+                }
+                self.add(&name, self.log_time_ms.saturating_sub(CLIENT_IDLE_MIN_MS));
+            }
             self.raise_floor(&name, *floor, falls);
         }
         for (place, stored) in answers {
@@ -183,8 +206,7 @@ impl Dedupe {
             client.last_ms = now;
             return;
         }
-        self.clients.insert(name.clone(), Client { last_ms: now, ..Client::default() });
-        self.idle.insert((now, name.clone()));
+        self.add(name, now);
     }
 }
 

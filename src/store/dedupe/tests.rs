@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::encoding::CHUNK_BYTES;
 use super::*;
+use crate::handoff::{Frozen, Tally};
 use crate::once::ClientFloor;
 use crate::types::Condition;
 
@@ -178,7 +179,7 @@ fn clients_are_bounded_and_active_ones_stay() {
 fn clients_of_a_handover_make_room() {
     let mut table = Dedupe::with_bounds(Bounds { clients_max: 2, ..BOUNDS });
     let floors = ["a", "b", "c", "d", "e"].map(|name| (name.to_owned(), 7));
-    table.take_over(&floors, Travelling::new(), &gone);
+    table.take_over(&frozen(floors.into(), Vec::new()), Travelling::new(), &gone);
     let new = |table: &mut Dedupe, name| run(table, &once(name, 5, 0), &put("k"), wrote(2));
     table.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
     assert_eq!(new(&mut table, "x"), Written::TooManyClients);
@@ -190,18 +191,44 @@ fn clients_of_a_handover_make_room() {
     assert_eq!(new(&mut table, "w"), Written::TooManyClients, "all have written just now");
 }
 
-/// What may be forgotten does not go along in a handover.
+fn frozen(floors: Vec<(String, u64)>, idle_floors: Vec<(String, u64)>) -> Frozen {
+    Frozen { position: 0, revision: 0, tally: Tally::default(), floors, idle_floors }
+}
+
+/// Who has been idle for long is known to the new owner, too, and there it is the first to be forgotten; but
+/// not before there is no room.
 #[test]
-fn idle_clients_do_not_travel() {
-    let mut table = Dedupe::default();
+fn idle_clients_travel_as_such() {
+    let mut source = Dedupe::with_bounds(Bounds { clients_max: 3, ..BOUNDS });
     for (at, client) in [(0, "a"), (1, "b")] {
-        table.advance(at, &gone);
-        run(&mut table, &once(client, 5, 5), &put("k"), wrote(1));
+        source.advance(at, &gone);
+        run(&mut source, &once(client, 5, 5), &put("k"), wrote(1));
     }
-    table.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
-    assert_eq!(table.floors(), [("a".to_owned(), 6), ("b".to_owned(), 6)]);
-    table.advance(CLIENT_IDLE_MIN_MS, &gone);
-    assert_eq!(table.floors(), [("b".to_owned(), 6)]);
+    source.advance(CLIENT_IDLE_MIN_MS - 1, &gone);
+    let floor = |name: &str| (name.to_owned(), 6);
+    assert_eq!((source.floors(), source.idle_floors()), (vec![floor("a"), floor("b")], vec![]));
+    source.advance(CLIENT_IDLE_MIN_MS, &gone);
+    assert_eq!((source.floors(), source.idle_floors()), (vec![floor("b")], vec![floor("a")]));
+
+    let mut table = Dedupe::with_bounds(Bounds { clients_max: 3, ..BOUNDS });
+    table.advance(2 * CLIENT_IDLE_MIN_MS, &gone);
+    let taken = frozen(source.floors(), source.idle_floors());
+    table.take_over(&taken, Travelling::new(), &gone);
+    let write = |table: &mut Dedupe, name| run(table, &once(name, 5, 0), &put("k"), wrote(2));
+    assert_eq!(write(&mut table, "a"), Written::OnceForgotten, "it is not carried out again");
+    assert_eq!(write(&mut table, "b"), Written::OnceForgotten);
+
+    let mut table = Dedupe::with_bounds(Bounds { clients_max: 3, ..BOUNDS });
+    table.advance(2 * CLIENT_IDLE_MIN_MS, &gone);
+    table.take_over(&taken, Travelling::new(), &gone);
+    assert_eq!([write(&mut table, "c"), write(&mut table, "d")], [wrote(2), wrote(2)]);
+    let names: Vec<_> = table.clients.keys().map(ClientName::as_str).collect();
+    assert_eq!(names, ["b", "c", "d"], "a made room");
+    // Where there is no room already it is not even taken in, nor given away.
+    table.take_over(&taken, Travelling::new(), &gone);
+    assert_eq!(table.clients.len(), 3);
+    table.advance(4 * CLIENT_IDLE_MIN_MS, &gone);
+    assert_eq!((table.floors(), table.idle_floors()), (vec![], vec![]));
 }
 
 /// Of an answer that falls while its key is being copied somebody is told, with what it had added to the
