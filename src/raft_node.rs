@@ -200,8 +200,8 @@ impl RaftNode {
 
     /// One attempt at one node, which has all the time there is.
     async fn ask_one(&self, call: &Call, address: String) -> Result<Answer, ClientError> {
-        let budget = Budget::new(self.timeout);
-        match self.attempt(call, &address, budget, budget.left()).await {
+        let (budget, now) = (Budget::new(self.timeout), Instant::now());
+        match self.attempt(call, &address, budget, now, budget.left_at(now)).await {
             Verdict::Answer(reply) => Ok(Answer { kind: call.kind, address, reply }),
             Verdict::Fail(error)
             | Verdict::Elsewhere(Reason::Declined(error) | Reason::NoTurn(error)) => Err(error),
@@ -237,9 +237,11 @@ impl RaftNode {
             }
         };
         loop {
-            journey.check_time()?;
-            let patience = call.kind.attempt_timeout(budget.left());
-            let (pause, next) = match self.attempt(call, &address, budget, patience).await {
+            // Asked for once an attempt: the clock is among the dearest things on this way.
+            let now = Instant::now();
+            journey.check_time(now)?;
+            let patience = call.kind.attempt_timeout(budget.left_at(now));
+            let (pause, next) = match self.attempt(call, &address, budget, now, patience).await {
                 Verdict::Answer(reply) => {
                     self.trust(&address, call.kind.needs_leader());
                     return Ok(Answer { kind: call.kind, address, reply });
@@ -267,17 +269,17 @@ impl RaftNode {
         call: &Call,
         address: &str,
         budget: Budget,
+        now: Instant,
         patience: Duration,
     ) -> Verdict {
-        let asked = Instant::now();
-        let deadline = budget.deadline().min(asked + patience);
+        let deadline = budget.deadline().min(now + patience);
         if let Some((class, operation)) = call.as_operation() {
             let silent = || self.suspect(address);
             let courier = &self.shared.courier;
-            match courier.carry(address, class, operation.clone(), deadline, silent).await {
+            match courier.carry(address, class, operation.clone(), now, deadline, silent).await {
                 Ok(carried) => return judge(call.kind, address, Ok(carried.into())),
                 Err(Undelivered::Lost(error)) => return judge(call.kind, address, Err(error)),
-                Err(Undelivered::NoTurn) => return no_turn(address, asked),
+                Err(Undelivered::NoTurn) => return no_turn(address, now),
                 Err(Undelivered::Alone) => {}
             }
         }

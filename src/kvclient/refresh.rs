@@ -184,12 +184,11 @@ impl Core {
     /// Whether the ring's time is over; says so to one caller only, until it is time to try again.
     fn is_due(&self) -> bool {
         let due = self.due_ms.load(Ordering::Relaxed);
+        if self.clock.now_ms() < due {
+            return false;
+        }
         let later = self.clock.in_ms(CONFIRM_AGAIN_AFTER);
-        self.clock.now_ms() >= due
-            && self
-                .due_ms
-                .compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
+        self.due_ms.compare_exchange(due, later, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// The refresh under way, or a new one; `None` when the last one ended just now.

@@ -171,8 +171,8 @@ impl Courier {
         permit.ok()?.ok()
     }
 
-    /// Sends an operation to a node, together with others, and waits for what becomes of it until the
-    /// deadline. Calls `silent` once when the node leaves the operation waiting for long.
+    /// Sends an operation to a node, together with others, and waits from `now` for what becomes of it
+    /// until the deadline. Calls `silent` once when the node leaves the operation waiting for long.
     ///
     /// Dropping the future takes the operation back unless it is already in flight.
     pub(crate) async fn carry(
@@ -180,6 +180,7 @@ impl Courier {
         address: &str,
         class: Class,
         operation: Arc<Operation>,
+        now: Instant,
         deadline: Instant,
         silent: impl FnOnce(),
     ) -> Result<Carried, Undelivered> {
@@ -197,7 +198,7 @@ impl Courier {
         if must_start {
             carrier::start(&self.shared.http, &lane);
         }
-        ticket.wait(answer, deadline, silent).await
+        ticket.wait(answer, now, deadline, silent).await
     }
 
     fn lane(&self, address: &str, class: Class) -> Arc<Lane> {
@@ -253,10 +254,10 @@ impl Ticket<'_> {
     async fn wait(
         mut self,
         mut answer: oneshot::Receiver<Result<Carried, Undelivered>>,
+        asked: Instant,
         deadline: Instant,
         silent: impl FnOnce(),
     ) -> Result<Carried, Undelivered> {
-        let asked = Instant::now();
         let mut silent = Some(silent);
         let mut alarm = pin!(tokio::time::sleep_until(deadline.min(asked + SILENT_AFTER)));
         loop {

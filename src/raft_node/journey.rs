@@ -3,6 +3,7 @@
 //! Pure but for the clock: it decides how long to pause and when to give up; the loop in
 //! [`RaftNode`](super::RaftNode) sends and sleeps.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -42,7 +43,7 @@ pub(super) struct Journey<'a> {
     no_turn: Option<ClientError>,
     /// Who said last that it is not initialised, without another answer in between.
     uninitialized: Vec<String>,
-    last: String,
+    last: Cow<'static, str>,
 }
 
 impl<'a> Journey<'a> {
@@ -57,13 +58,13 @@ impl<'a> Journey<'a> {
             rounds_refused: 0,
             no_turn: None,
             uninitialized: Vec::new(),
-            last: "there was no time for an attempt".to_owned(),
+            last: "there was no time for an attempt".into(),
         }
     }
 
     /// Whether there is time for one more attempt.
-    pub(super) fn check_time(&self) -> Result<(), ClientError> {
-        self.in_time(Duration::ZERO).map(drop)
+    pub(super) fn check_time(&self, now: Instant) -> Result<(), ClientError> {
+        self.in_time(now, Duration::ZERO).map(drop)
     }
 
     /// `from` named `leader`. Says how long to pause before asking it.
@@ -72,7 +73,7 @@ impl<'a> Journey<'a> {
         self.refused_in_round = 0;
         self.rounds_refused = 0;
         self.uninitialized.clear();
-        self.last = format!("{from} says that {leader} leads");
+        self.last = format!("{from} says that {leader} leads").into();
         self.redirects_in_row += 1;
         if self.redirects_in_row > REDIRECTS_MAX {
             let (count, last) = (self.redirects_in_row, leader.to_owned());
@@ -98,14 +99,14 @@ impl<'a> Journey<'a> {
             Reason::Refused(error) => self.refused(address, error.to_string(), nodes),
             Reason::NoTurn(error) => {
                 // Says nothing about the node, and was a pause in itself.
-                self.last = error.to_string();
+                self.last = error.to_string().into();
                 self.no_turn = Some(error);
-                self.in_time(Duration::ZERO)
+                self.in_time(Instant::now(), Duration::ZERO)
             }
             Reason::Silent(message) => {
                 self.answered();
                 self.doubt.raise(&message);
-                self.last = message;
+                self.last = message.into();
                 self.pause()
             }
             Reason::Declined(error) => self.declined(address, error, nodes),
@@ -120,10 +121,10 @@ impl<'a> Journey<'a> {
     ) -> Result<Duration, ClientError> {
         self.refused.retain(|(known, _)| known != address);
         self.refused.push((address.to_owned(), message.clone()));
-        self.last = message;
+        self.last = message.into();
         self.refused_in_round += 1;
         if self.refused_in_round < nodes {
-            return self.in_time(Duration::ZERO);
+            return self.in_time(Instant::now(), Duration::ZERO);
         }
         self.refused_in_round = 0;
         self.rounds_refused += 1;
@@ -142,7 +143,7 @@ impl<'a> Journey<'a> {
         let fresh = matches!(&error, ClientError::Server { code, .. } if code == "NOT_INITIALIZED");
         let mut uninitialized = std::mem::take(&mut self.uninitialized);
         self.answered();
-        self.last = error.to_string();
+        self.last = error.to_string().into();
         if error.outcome() == Outcome::Unknown {
             self.doubt.raise(&error.to_string());
         }
@@ -168,12 +169,12 @@ impl<'a> Journey<'a> {
 
     fn pause(&mut self) -> Result<Duration, ClientError> {
         let pause = self.backoff.pause();
-        self.in_time(pause)
+        self.in_time(Instant::now(), pause)
     }
 
     /// `pause`, unless there would be no time left after it.
-    fn in_time(&self, pause: Duration) -> Result<Duration, ClientError> {
-        if Instant::now() + pause < self.budget.deadline() {
+    fn in_time(&self, now: Instant, pause: Duration) -> Result<Duration, ClientError> {
+        if now + pause < self.budget.deadline() {
             return Ok(pause);
         }
         let unreachable = self.rounds_refused > 0 && self.no_turn.is_none();
@@ -189,7 +190,7 @@ impl<'a> Journey<'a> {
     fn timed_out(&self) -> ClientError {
         self.no_turn.clone().unwrap_or_else(|| ClientError::Timeout {
             waited: self.budget.elapsed(),
-            last: self.last.clone(),
+            last: self.last.clone().into_owned(),
         })
     }
 }

@@ -38,7 +38,11 @@ impl Budget {
     }
 
     pub(crate) fn left(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now())
+        self.left_at(Instant::now())
+    }
+
+    pub(crate) fn left_at(&self, now: Instant) -> Duration {
+        self.deadline.saturating_duration_since(now)
     }
 }
 

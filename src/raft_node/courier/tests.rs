@@ -32,8 +32,14 @@ async fn an_operation_leaves_the_queue_together_with_its_caller() {
     let deadline = Instant::now() + LONG;
     let lane = courier.lane(&address, Class::StaleRead);
     {
-        let mut carried =
-            pin!(courier.carry(&address, Class::StaleRead, get("k"), deadline, || ()));
+        let mut carried = pin!(courier.carry(
+            &address,
+            Class::StaleRead,
+            get("k"),
+            Instant::now(),
+            deadline,
+            || ()
+        ));
         poll_once(carried.as_mut());
         // The carrier has been started, and has not run yet.
         assert_eq!(lane.queue().waiting(), 1);
@@ -76,7 +82,8 @@ async fn nothing_runs_while_nothing_is_asked_for() {
     let deadline = Instant::now() + LONG;
     let lane = courier.lane(&address, Class::Write);
     for _ in 0..2 {
-        let result = courier.carry(&address, Class::Write, get("k"), deadline, || ()).await;
+        let result =
+            courier.carry(&address, Class::Write, get("k"), Instant::now(), deadline, || ()).await;
         assert!(matches!(result, Err(Undelivered::Lost(SendError::NotSent { .. }))), "{result:?}");
         // The carrier looks once more for something to carry.
         while Arc::strong_count(&lane) > 2 {
@@ -92,8 +99,9 @@ async fn a_node_that_says_nothing_is_reported_once_and_waited_for_until_the_dead
     let begun = Instant::now();
     let silent = std::sync::Mutex::new(Vec::new());
     let note = || silent.lock().unwrap().push(begun.elapsed());
-    let result =
-        courier.carry(&address, Class::Write, get("k"), begun + SILENT_AFTER * 3 / 2, note).await;
+    let result = courier
+        .carry(&address, Class::Write, get("k"), begun, begun + SILENT_AFTER * 3 / 2, note)
+        .await;
     assert!(matches!(result, Err(Undelivered::Lost(SendError::TimedOut { .. }))), "{result:?}");
     let silent = silent.into_inner().unwrap();
     assert_eq!(silent.len(), 1);
