@@ -96,8 +96,15 @@ pub enum DecodeError {
     },
 }
 
+/// Version, log id and tag of an entry.
+const HEAD_BYTES: usize = 1 + 24 + 1;
+
 /// Appends an entry's record to `out`.
-pub fn encode_entry(entry: &Entry, out: &mut impl BufMut) {
+pub fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
+    if let EntryPayload::Normal(Command::Write { writes, .. }) = &entry.payload {
+        // At once, instead of growing to it and copying what is there each time.
+        out.reserve(HEAD_BYTES + writes_len(writes));
+    }
     out.put_u8(VERSION);
     put_log_id(&entry.log_id, out);
     match &entry.payload {
@@ -122,22 +129,6 @@ pub fn decode_entry(bytes: Bytes) -> Result<Entry, DecodeError> {
         };
         Ok(Entry { log_id, payload })
     })
-}
-
-/// A bound from above on the length of an entry's record, without encoding it, except for rings.
-pub fn encoded_entry_len(entry: &Entry) -> usize {
-    /// Version, log id, tag.
-    const FIXED: usize = 1 + 24 + 1;
-    FIXED
-        + match &entry.payload {
-            EntryPayload::Blank => 0,
-            EntryPayload::Normal(Command::Write { writes, .. }) => writes_len(writes),
-            EntryPayload::Normal(_) | EntryPayload::Membership(_) => {
-                let mut encoded = Vec::new();
-                encode_entry(entry, &mut encoded);
-                encoded.len()
-            }
-        }
 }
 
 /// Appends a log id's record to `out`.

@@ -255,7 +255,7 @@ async fn propose(raft: &Raft, at_ms: u64, entry: Vec<Request>) -> impl Future<Ou
         }
     }
     let (responder, outcome) = ProgressResponder::complete_only();
-    let command = Command::Write { at_ms, writes };
+    let command = Command::Write { at_ms, writes: writes.into() };
     let handed_over = raft.client_write_ff(command, Some(responder)).await;
     async move {
         let outcome = match handed_over {

@@ -190,8 +190,8 @@ pub enum Command {
         /// When the entry was made, by its maker's clock: milliseconds since the Unix epoch. The only
         /// clock that applying sees.
         at_ms: u64,
-        /// The changes.
-        writes: Vec<Write>,
+        /// The changes. Shared, because an entry is read again for each follower and to apply it.
+        writes: Arc<[Write]>,
     },
     /// Take the first ring (epoch 0 to 1), or confirm the one that is already there.
     InstallRing(Box<Ring>),
@@ -356,7 +356,7 @@ mod tests {
     #[test]
     fn a_command_shows_no_user_data() {
         let (key, value) = ("secret-key".into(), "secret-value".into());
-        let writes = vec![Write::put(key, value, Condition::Always)];
+        let writes = [Write::put(key, value, Condition::Always)].into();
         let command = Command::Write { at_ms: 1, writes };
         assert!(!command.to_string().contains("secret"));
     }

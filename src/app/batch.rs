@@ -19,7 +19,7 @@ impl App {
     pub async fn batch(
         &self,
         client: Option<&ClientFloor>,
-        operations: &[Operation],
+        operations: &[&Operation],
         consistency: Consistency,
         deadline: Instant,
     ) -> Result<Vec<OperationResult>, ApiError> {
@@ -40,11 +40,11 @@ impl App {
             }
         }
         let (written, read) = tokio::join!(
-            self.write_many(writes, deadline),
+            self.write_many(operations, writes, deadline),
             self.read_many(&reads, consistency, deadline)
         );
         for (index, result) in written.into_iter().chain(read) {
-            self.record_one(&operations[index], consistency, started, &result);
+            self.record_one(operations[index], consistency, started, &result);
             results[index] = Some(result);
         }
         let results: Vec<_> = results
@@ -68,15 +68,17 @@ impl App {
 
     async fn write_many(
         &self,
+        operations: &[&Operation],
         writes: Vec<(usize, Write)>,
         deadline: Instant,
     ) -> Vec<(usize, Result<Done, ApiError>)> {
         let mut results = Vec::with_capacity(writes.len());
-        let (mut proposed, mut keys) = (Vec::new(), Vec::new());
+        let mut proposed = Vec::with_capacity(writes.len());
+        let mut places = Vec::with_capacity(writes.len());
         let ring = self.inner.reader.ring_view();
         for (index, write) in writes {
             if ring.serves(&self.inner.identity.cluster, &write.key) {
-                keys.push((index, write.key.clone()));
+                places.push(index);
                 proposed.push(write);
             } else {
                 results.push((index, Err(self.not_here(&ring, &write.key))));
@@ -86,8 +88,9 @@ impl App {
             return results;
         }
         let answers = self.inner.proposer.propose(proposed, deadline).await;
-        for ((index, key), answer) in keys.into_iter().zip(answers) {
-            results.push((index, self.judge(&key, answer).map(Done::Written)));
+        for (index, answer) in places.into_iter().zip(answers) {
+            let key = operations[index].key();
+            results.push((index, self.judge(key, answer).map(Done::Written)));
         }
         results
     }

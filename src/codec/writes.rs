@@ -62,7 +62,7 @@ pub(super) fn get_writes(reader: &mut Reader) -> Result<Command, DecodeError> {
         }
         writes.push(write);
     }
-    Ok(Command::Write { at_ms, writes })
+    Ok(Command::Write { at_ms, writes: writes.into() })
 }
 
 /// A bound from above on what [`put_writes`] makes of them.

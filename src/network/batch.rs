@@ -82,7 +82,7 @@ async fn carry_out(
     let parts = into_parts(state, call.routing, operations, sound);
     let call = call.with_content_type(BINARY);
     let answers = parts.iter().map(|part| {
-        let operations: Vec<_> = part.iter().map(|index| operations[*index].clone()).collect();
+        let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
         serve_part(state, &call, consistency, client.as_ref(), operations)
     });
     for (part, answer) in parts.iter().zip(join_all(answers).await) {
@@ -130,12 +130,12 @@ async fn serve_part(
     call: &Call,
     consistency: Consistency,
     client: Option<&ClientFloor>,
-    operations: Vec<Operation>,
+    operations: Vec<&Operation>,
 ) -> Result<Vec<OperationResult>, Refusal> {
-    let writes = operations.iter().any(Operation::is_write);
+    let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
     let body = match call.routing {
-        Routing::PassOn => batch::encode_request(client, &operations),
+        Routing::PassOn => batch::encode_request(client, operations.iter().copied()),
         Routing::Direct => Bytes::new(),
     };
     let here = || state.app.batch(client, &operations, consistency, call.deadline);
@@ -146,7 +146,7 @@ async fn serve_part(
 }
 
 /// Another node's answer to a part.
-async fn relayed(operations: &[Operation], response: Response) -> Vec<OperationResult> {
+async fn relayed(operations: &[&Operation], response: Response) -> Vec<OperationResult> {
     let (head, body) = response.into_parts();
     // It is in memory already.
     let body = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();

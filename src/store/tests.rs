@@ -46,7 +46,7 @@ fn put_entry(index: u64, key: &str, value: &str) -> Entry {
 }
 
 fn write_entry(index: u64, write: Write) -> Entry {
-    command_entry(index, Command::Write { at_ms: index, writes: vec![write] })
+    command_entry(index, Command::Write { at_ms: index, writes: [write].into() })
 }
 
 fn command_entry(index: u64, command: Command) -> Entry {

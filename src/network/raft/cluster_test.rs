@@ -84,7 +84,7 @@ impl TestNode {
 
 fn put(n: u64, bytes: usize) -> Command {
     let value = Bytes::from(vec![n as u8; bytes]);
-    let writes = vec![Write::put(n.to_string().into(), value, Condition::Always)];
+    let writes = [Write::put(n.to_string().into(), value, Condition::Always)].into();
     Command::Write { at_ms: 0, writes }
 }
 

@@ -69,7 +69,7 @@ impl Site {
     }
 
     fn write(&mut self, write: Write) -> Written {
-        match self.run(Command::Write { at_ms: self.index, writes: vec![write] }) {
+        match self.run(Command::Write { at_ms: self.index, writes: [write].into() }) {
             Applied::Written(mut written) => written.remove(0),
             other => panic!("{other:?}"),
         }

@@ -197,8 +197,8 @@ async fn half_a_round_never_reaches_the_disk() {
     batch.put_cf(&store.engine.family(&data).unwrap(), &stored, b"nonsense");
     store.engine.write(batch).unwrap();
     let lost = put_once("k", 1);
-    let writes = vec![lost.clone(), Write::put("bad".into(), "v".into(), Condition::Revision(1))];
-    let entry = command_entry(1, Command::Write { at_ms: 1, writes });
+    let writes = [lost.clone(), Write::put("bad".into(), "v".into(), Condition::Revision(1))];
+    let entry = command_entry(1, Command::Write { at_ms: 1, writes: writes.into() });
     assert!(machine.apply(stream::iter([Ok((entry, None))])).await.is_err());
     drop(machine);
     assert!(store.close().is_err());
@@ -226,7 +226,7 @@ async fn ownership_comes_before_what_is_remembered() {
     let install = || Command::InstallRing(Box::new(two_clusters()));
     apply(&mut machine, vec![command_entry(2, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 0, "a repeat would be carried out elsewhere");
-    let later = Command::Write { at_ms: 60 * 60 * 1000, writes: Vec::new() };
+    let later = Command::Write { at_ms: 60 * 60 * 1000, writes: [].into() };
     apply(&mut machine, vec![command_entry(3, later), command_entry(4, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 1);
     let refused = put_once(&foreign, 2);

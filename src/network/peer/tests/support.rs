@@ -60,7 +60,7 @@ pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendReques
     let entry = |index| {
         let value = Bytes::from(vec![7; value_bytes]);
         let put = Write::put("k".into(), value, Condition::Always);
-        let command = Command::Write { at_ms: 0, writes: vec![put] };
+        let command = Command::Write { at_ms: 0, writes: [put].into() };
         Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
     };
     AppendRequest {

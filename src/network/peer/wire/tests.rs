@@ -36,7 +36,7 @@ fn any_append() -> impl Strategy<Value = AppendRequest> {
             let entry = |(index, value): (u64, Vec<u8>)| {
                 let value = Bytes::from(value);
                 let put = Write::put("k".into(), value, Condition::Always);
-                let command = Command::Write { at_ms: 0, writes: vec![put] };
+                let command = Command::Write { at_ms: 0, writes: [put].into() };
                 Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
             };
             AppendRequest {
