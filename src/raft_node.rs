@@ -262,8 +262,8 @@ impl RaftNode {
         }
     }
 
-    /// Sends once and waits for the answer with `patience`: an operation together with others, unless
-    /// it cannot share a request, anything else by itself.
+    /// Sends once and waits, from `now`, for the answer with `patience`: an operation together with
+    /// others, unless it cannot share a request, anything else by itself.
     async fn attempt(
         &self,
         call: &Call,
