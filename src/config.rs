@@ -144,6 +144,9 @@ pub struct RaftConfig {
     pub log_entries_kept: u64,
     /// Append messages in flight to one follower.
     pub append_pipeline_max: usize,
+    /// How often, in milliseconds, a follower is sent entries at most that a majority does not need: with
+    /// three nodes, the slower one. 0: all followers get every entry at once.
+    pub spare_append_pause_ms: u64,
     /// Entries in one append message, in number.
     pub append_entries_max: u64,
     /// Entries in one append message, in bytes; a single larger entry still goes.
@@ -257,6 +260,7 @@ impl Default for RaftConfig {
             snapshot_log_entries: 50_000,
             log_entries_kept: 10_000,
             append_pipeline_max: 32,
+            spare_append_pause_ms: 4,
             append_entries_max: 1024,
             append_bytes_max: 4 << 20,
             snapshot_chunk_bytes: 1 << 20,
@@ -395,6 +399,7 @@ impl RaftConfig {
         within("raft.snapshot_log_entries", self.snapshot_log_entries, 10..=100_000_000)?;
         within("raft.log_entries_kept", self.log_entries_kept, 0..=100_000_000)?;
         within("raft.append_pipeline_max", self.append_pipeline_max, 1..=1024)?;
+        within("raft.spare_append_pause_ms", self.spare_append_pause_ms, 0..=20)?;
         within("raft.append_entries_max", self.append_entries_max, 1..=65_536)?;
         // Half a frame: one entry more than the bound may be in a message.
         let half_frame = limits.peer_frame_bytes_max / 2;

@@ -9,6 +9,7 @@
 // The essays at the top of modules lead to their private parts, for those who read them with the source.
 #![allow(rustdoc::private_intra_doc_links)]
 
+mod alarm;
 pub mod app;
 pub mod batch;
 pub mod caretaker;

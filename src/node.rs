@@ -140,6 +140,9 @@ impl Node {
             .await
             .map_err(|error| StartError::Raft(error.to_string()))?;
 
+        let metrics = raft.metrics();
+        network.know_members(move || metrics.borrow_watched().membership_config.clone());
+
         let addrs = NodeAddrs {
             http: advertised(&options.http_addr, http_addr),
             rpc: advertised(&options.rpc_addr, rpc_addr),

@@ -71,6 +71,7 @@ const FIRST_ENTRY_LOOK: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub struct ReadGate {
     queue: mpsc::Sender<Waiter>,
+    peers: PeerNetwork,
 }
 
 impl ReadGate {
@@ -78,8 +79,9 @@ impl ReadGate {
     /// over; join the handle then.
     pub fn spawn(raft: Raft, reader: StateReader, voters: Voters) -> (Self, JoinHandle<()>) {
         let (queue, waiting) = mpsc::channel(ROUND_READS_MAX);
+        let peers = voters.peers.clone();
         let rounds = Rounds { raft, reader, poll: Poll::new(voters) };
-        (Self { queue }, tokio::spawn(rounds.run(waiting)))
+        (Self { queue, peers }, tokio::spawn(rounds.run(waiting)))
     }
 
     /// An entry that this node has applied. What it has applied holds everything that was acknowledged
@@ -94,6 +96,17 @@ impl ReadGate {
             receiver.await.ok()
         };
         tokio::time::timeout_at(deadline, answer).await.ok().flatten()
+    }
+
+    /// [`Self::read_index`] for a follower, which is sent at once what it has to apply for it.
+    pub async fn read_index_for(
+        &self,
+        follower: NodeId,
+        deadline: Instant,
+    ) -> Option<Result<LogId, ReadIndexFailure>> {
+        let index = self.read_index(deadline).await?;
+        self.peers.hurry(follower);
+        Some(index)
     }
 }
 

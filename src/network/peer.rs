@@ -13,7 +13,8 @@
 //!
 //! A purpose has a connection of its own ([`Purpose`]), so that a large append or a snapshot never
 //! delays a heartbeat. On the client side a [`link`] keeps one [`connection`] for a peer and a
-//! purpose; [`pipeline`] and [`snapshot`] are the two callers that keep state. On the server side
+//! purpose; [`pipeline`] and [`snapshot`] are the two callers that keep state; [`thrift`] says whom a
+//! pipeline lets wait. On the server side
 //! [`service`] takes the calls, [`lane`] puts appends back in order, and a [`handler::PeerHandler`]
 //! does the work, which is Raft in a node and a fake in tests.
 //!
@@ -36,6 +37,7 @@ pub(super) mod rounds;
 pub(super) mod service;
 pub(super) mod settings;
 pub(super) mod snapshot;
+pub(super) mod thrift;
 pub(super) mod toy_codec;
 pub(super) mod wire;
 

@@ -36,6 +36,7 @@ use super::peer::quiet::Quiet;
 use super::peer::rounds::{self, RoundError};
 use super::peer::settings::PeerSettings;
 use super::peer::snapshot::{SendError, Transfer};
+use super::peer::thrift::Thrift;
 use super::peer::wire::{
     AppendReply, AppendRequest, Call, Confirm, Failure, Heartbeat, HeartbeatReply, Installed,
     PreVote, TransferReply, TransferRequest, VoteReply, VoteRequest,
@@ -43,7 +44,9 @@ use super::peer::wire::{
 use crate::config::Config;
 use crate::store::formation::Formation;
 use crate::store::snapshot::SnapshotData;
-use crate::types::{LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote};
+use crate::types::{
+    LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, StoredMembership, TypeConfig, Vote,
+};
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 type ReplyStream<'s> = BoxStream<'s, RpcResult<AppendReply>>;
@@ -87,15 +90,32 @@ impl Drop for Shared {
 impl PeerNetwork {
     /// Connects to nobody yet.
     pub fn new(identity: PeerIdentity, formation: Formation, config: &Config) -> Self {
+        let settings = Arc::new(PeerSettings::new(config));
+        let thrift = Thrift::new(identity.node_id, settings.spare_append_pause);
         let context = LinkContext {
             identity,
             formation,
-            settings: Arc::new(PeerSettings::new(config)),
+            settings,
             shutdown: CancellationToken::new(),
             tracker: TaskTracker::new(),
             quiet: Arc::new(Quiet::default()),
+            thrift: Arc::new(thrift),
         };
         Self { shared: Arc::new(Shared { context, links: Mutex::default() }) }
+    }
+
+    /// Tells where this node's membership is looked up. Until then, and where not all followers are
+    /// needed for a majority, each is sent entries as if it were.
+    pub fn know_members(
+        &self,
+        members: impl Fn() -> Arc<StoredMembership> + Send + Sync + 'static,
+    ) {
+        self.shared.context.thrift.know_members(Box::new(members));
+    }
+
+    /// Sends a follower at once what it has not been sent yet: it waits for it.
+    pub fn hurry(&self, follower: NodeId) {
+        self.shared.context.thrift.hurry(follower);
     }
 
     /// Up to which log id this node must have applied before it serves a linearizable read that was

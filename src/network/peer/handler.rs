@@ -34,7 +34,7 @@ pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure>;
 
-    async fn read_index(&self) -> Result<LogId, Failure>;
+    async fn read_index(&self, follower: NodeId) -> Result<LogId, Failure>;
 
     /// Whether this node has promised its vote to nobody later than `leader`. Answers at once.
     fn confirm(&self, leader: LeaderId) -> bool;

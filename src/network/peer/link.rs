@@ -19,6 +19,7 @@ use super::greeting::{self, GreetingError, Hello, Refusal};
 use super::quiet::Quiet;
 use super::rounds::Rounds;
 use super::settings::PeerSettings;
+use super::thrift::{Seat, Thrift};
 use super::{PeerIdentity, Purpose};
 use crate::store::formation::Formation;
 use crate::types::NodeId;
@@ -58,6 +59,7 @@ pub(in crate::network) struct LinkContext {
     pub(in crate::network) shutdown: CancellationToken,
     pub(in crate::network) tracker: TaskTracker,
     pub(in crate::network) quiet: Arc<Quiet>,
+    pub(in crate::network) thrift: Arc<Thrift>,
 }
 
 impl LinkContext {
@@ -111,6 +113,11 @@ impl Link {
 
     pub(in crate::network) fn tracker(&self) -> &TaskTracker {
         &self.context.tracker
+    }
+
+    /// A place among this node's followers for a session of appends.
+    pub(in crate::network) fn seat(&self) -> Seat {
+        self.context.thrift.seat(self.target.node_id)
     }
 
     /// The read index calls that wait for this peer.

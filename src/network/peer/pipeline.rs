@@ -11,6 +11,9 @@
 //! answered it; openraft settles it with the next answer. That would be unsound if read indexes came of
 //! openraft's clock; they do not ([`crate::read_gate`]).
 //!
+//! A follower that no majority needs is sent entries once a pause ([`super::thrift`]): meanwhile its
+//! input is not looked at, so that one request brings all that came.
+//!
 //! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
 //!
 //! A peer is connected to only once there is a request for it. That is more than thrift: openraft's
@@ -25,21 +28,28 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, FuturesOrdered};
 use futures_util::{FutureExt, Stream, StreamExt};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 
 use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
 use super::settings::PeerSettings;
+use super::thrift::Seat;
 use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
 };
+use crate::alarm::Alarm;
 use crate::types::LogId;
 
 /// How long an append that only brings a commit index waits for another one to take it along. A
 /// follower of an idle leader learns of the last commit that much later. Longer than a write takes, so
 /// that a client which writes one value after the other does not pay for it either.
 const COMMIT_HOLD_MAX: Duration = Duration::from_millis(4);
+
+/// How long a follower may owe an answer to entries, or a majority that has them leave them uncommitted,
+/// before others are sent what they were not. More than an fsync and the way there and back usually take;
+/// where it is not, far away or under much load, everyone is sent everything at once.
+const OVERDUE_AFTER: Duration = Duration::from_millis(1);
 
 /// Why a stream of appends ended early.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -69,7 +79,7 @@ where
         match link.connection().await {
             Ok(connection) => {
                 let input = stream::iter([first]).chain(input);
-                pipelined(connection, input, link.settings())
+                pipelined(connection, input, link.settings(), link.seat())
             }
             Err(error) => stream::iter([Err(error.into())]).boxed(),
         }
@@ -77,7 +87,12 @@ where
     stream::once(start).flatten().boxed()
 }
 
-fn pipelined<'s, S>(connection: Arc<Connection>, input: S, settings: &PeerSettings) -> Replies<'s>
+fn pipelined<'s, S>(
+    connection: Arc<Connection>,
+    input: S,
+    settings: &PeerSettings,
+    seat: Seat,
+) -> Replies<'s>
 where
     S: Stream<Item = AppendRequest> + Send + Unpin + 's,
 {
@@ -88,11 +103,24 @@ where
         parts: VecDeque::new(),
         last_sent: None,
         held: None,
+        seat,
+        paused_until: None,
+        has_waited: false,
+        owed_since: VecDeque::new(),
+        overdue: false,
+        commit: None,
+        answered: None,
+        uncommitted: None,
         permit: None,
         in_flight: FuturesOrdered::new(),
         bytes_in_flight: 0,
         last_progress: Instant::now(),
+        alarm: Alarm::new(),
         calls_max: settings.append_pipeline_max,
+        entries_max: settings.append_entries_max,
+        // A request ends before the entry that would be too much.
+        full_bytes: settings.append_bytes_max / 2,
+        may_pause: true,
         bytes_max: settings.bytes_in_flight_max(),
         message_bytes_max: settings.frame_bytes_max,
         reply_timeout: settings.reply_timeout,
@@ -117,13 +145,34 @@ struct Pipeline<S> {
     last_sent: Option<Option<LogId>>,
     /// An append that only brings a commit index, and until when it is held back.
     held: Option<(AppendRequest, Instant)>,
+    /// Its place among the followers.
+    seat: Seat,
+    /// Until when the input is not looked at.
+    paused_until: Option<Instant>,
+    /// Whether what is sent next has waited already: then a commit index is not held back.
+    has_waited: bool,
+    /// When each message with entries was sent that is not answered.
+    owed_since: VecDeque<Instant>,
+    /// Whether the first of them has waited for too long, and the others know.
+    overdue: bool,
+    /// The commit index as of the last request.
+    commit: Option<LogId>,
+    /// The newest entry that the follower has answered, if it was not committed then, and when.
+    answered: Option<(Option<LogId>, Instant)>,
+    /// The oldest such entry that is not committed now.
+    uncommitted: Option<(Option<LogId>, Instant)>,
     /// Permission to send one message.
     permit: Option<OwnedSemaphorePermit>,
     in_flight: FuturesOrdered<BoxFuture<'static, Answered>>,
     bytes_in_flight: usize,
     /// When the last reply came, or the first message was sent that waits for one.
     last_progress: Instant,
+    alarm: Alarm,
     calls_max: usize,
+    entries_max: u64,
+    full_bytes: usize,
+    /// Whether the request that is being sent is not a full one.
+    may_pause: bool,
     bytes_max: usize,
     message_bytes_max: usize,
     reply_timeout: Duration,
@@ -131,6 +180,8 @@ struct Pipeline<S> {
 
 struct Answered {
     answer: Result<AppendReply, CallError>,
+    /// When it was sent, if it brought entries.
+    entries_sent_at: Option<Instant>,
     prev: Option<LogId>,
     last: Option<LogId>,
     bytes: usize,
@@ -165,22 +216,44 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
                     self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
                 }
                 Event::Requested(Some(request)) => {
+                    self.note_commit(&request);
                     // The newer one brings what a held one would have brought.
                     self.held = None;
-                    if request.entries.is_empty() && self.last_sent == Some(request.prev_log_id) {
+                    let only_commit =
+                        request.entries.is_empty() && self.last_sent == Some(request.prev_log_id);
+                    if only_commit && !self.has_waited {
                         self.held = Some((request, Instant::now() + COMMIT_HOLD_MAX));
                     } else if let Err(error) = self.prepare(&request) {
                         return Some(Err(error.into()));
                     }
                 }
-                Event::HeldLongEnough => {
+                Event::Due(Due::HeldLongEnough) => {
                     if let Some((request, _)) = self.held.take()
                         && let Err(error) = self.prepare(&request)
                     {
                         return Some(Err(error.into()));
                     }
                 }
-                Event::Idle => return Some(Err(self.time_out().into())),
+                Event::Due(Due::PauseOver) => {
+                    self.paused_until = None;
+                    self.has_waited = true;
+                }
+                Event::Moved => self.paused_until = None,
+                Event::Due(Due::Overdue) => {
+                    self.overdue = true;
+                    self.seat.overdue(Instant::now());
+                }
+                Event::Due(Due::Uncommitted) => {
+                    if let Some((entry, _)) = self.uncommitted.take() {
+                        self.seat.uncommitted(entry, Instant::now());
+                    }
+                }
+                Event::Asked => {
+                    self.paused_until = None;
+                    self.has_waited = true;
+                    self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
+                }
+                Event::Due(Due::Idle) => return Some(Err(self.time_out().into())),
                 Event::Closed => {
                     let reason = self.connection.closer().reason();
                     return Some(Err(CallError::Closed(reason).into()));
@@ -189,8 +262,18 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         }
     }
 
+    fn note_commit(&mut self, request: &AppendRequest) {
+        self.commit = request.leader_commit;
+        let still = |(entry, _): &(Option<LogId>, Instant)| *entry > self.commit;
+        self.uncommitted = self.uncommitted.filter(still).or(self.answered.filter(still));
+    }
+
     fn prepare(&mut self, request: &AppendRequest) -> Result<(), EntryTooLarge> {
         self.parts = encode_appends(self.session, request, self.message_bytes_max)?.into();
+        // Where more is to come than one request takes, there is nothing to wait for.
+        let bytes: usize = self.parts.iter().map(|part| part.message.len()).sum();
+        let full = request.entries.len() as u64 >= self.entries_max || bytes >= self.full_bytes;
+        self.may_pause = !full;
         Ok(())
     }
 
@@ -201,10 +284,11 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         let something_to_send =
             self.input.is_some() || !self.parts.is_empty() || self.held.is_some();
         let want_permit = self.permit.is_none() && room && something_to_send;
-        let want_request = self.permit.is_some() && self.parts.is_empty() && self.input.is_some();
+        let may_send = self.permit.is_some() && self.parts.is_empty();
+        let want_request = may_send && self.input.is_some() && self.paused_until.is_none();
         let waiting = !self.in_flight.is_empty();
-        let held_until = self.held.as_ref().map(|(_, until)| *until);
-        let may_send_held = held_until.is_some() && self.permit.is_some() && self.parts.is_empty();
+        let holds_back = self.paused_until.is_some() || (may_send && self.held.is_some());
+        let due = self.next_due(may_send);
         let connection = Arc::clone(&self.connection);
         let next_request = async {
             match &mut self.input {
@@ -217,12 +301,27 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             Some(answered) = self.in_flight.next(), if waiting => Event::Answered(Box::new(answered)),
             permit = connection.permit(), if want_permit => Event::Permitted(permit),
             request = next_request, if want_request => Event::Requested(request),
-            () = sleep_until(held_until.unwrap_or(self.last_progress)), if may_send_held => {
-                Event::HeldLongEnough
-            }
-            () = sleep_until(self.last_progress + self.reply_timeout), if waiting => Event::Idle,
+            event = pass(&mut self.alarm, due) => event,
+            () = self.seat.asked(), if holds_back => Event::Asked,
+            () = self.seat.moved(), if self.paused_until.is_some() => Event::Moved,
             () = connection.closer().closed(), if !waiting => Event::Closed,
         }
+    }
+
+    /// What time brings next, and when.
+    fn next_due(&self, may_send: bool) -> Option<(Instant, Due)> {
+        let held = self.held.as_ref().filter(|_| may_send).map(|(_, until)| *until);
+        let idle = (!self.in_flight.is_empty()).then(|| self.last_progress + self.reply_timeout);
+        let owed = self.owed_since.front().filter(|_| !self.overdue);
+        let overdue = owed.map(|since| *since + OVERDUE_AFTER);
+        let due = [
+            held.map(|at| (at, Due::HeldLongEnough)),
+            self.paused_until.map(|at| (at, Due::PauseOver)),
+            overdue.map(|at| (at, Due::Overdue)),
+            self.uncommitted.map(|(_, since)| (since + OVERDUE_AFTER, Due::Uncommitted)),
+            idle.map(|at| (at, Due::Idle)),
+        ];
+        due.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Sends the next message if there is one and it may be sent.
@@ -234,22 +333,41 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         let Some(part) = self.parts.pop_front() else { return };
         let EncodedAppend { message, prev, last } = part;
         let (bytes, split) = (message.len(), !self.parts.is_empty());
+        let now = Instant::now();
         if self.in_flight.is_empty() {
-            self.last_progress = Instant::now();
+            self.last_progress = now;
         }
         self.bytes_in_flight += bytes;
         self.last_sent = Some(last);
+        self.has_waited = false;
+        let entries_sent_at = (last > prev).then_some(now);
+        if entries_sent_at.is_some() {
+            self.owed_since.push_back(now);
+            let pause = self.seat.pause(now).filter(|_| self.may_pause);
+            self.paused_until = pause.map(|pause| now + pause);
+            if pause.is_some() {
+                // While the input is not looked at, nothing is heard of the commit index either.
+                self.uncommitted = None;
+            }
+        }
         let call = self.connection.start(Method::Append, message, permit);
-        let answered =
-            call.reply().map(move |answer| Answered { answer, prev, last, bytes, split });
+        let answered = call.reply().map(move |answer| Answered {
+            answer,
+            entries_sent_at,
+            prev,
+            last,
+            bytes,
+            split,
+        });
         self.in_flight.push_back(answered.boxed());
     }
 
     /// Decides what a reply means; `None` when there is nothing to pass on.
     fn judge(&mut self, answered: Answered) -> Option<Result<Reply, PipelineError>> {
-        let Answered { answer, prev, last, bytes, split } = answered;
+        let Answered { answer, entries_sent_at, prev, last, bytes, split } = answered;
         self.bytes_in_flight -= bytes;
-        self.last_progress = Instant::now();
+        let now = Instant::now();
+        self.last_progress = now;
         let outcome = match answer {
             Ok(outcome) => outcome,
             Err(error) => return Some(Err(error.into())),
@@ -265,10 +383,27 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             return Some(Err(CallError::Closed(reason).into()));
         }
         let all_appended = outcome == Ok(last);
+        if all_appended {
+            self.settle(last, entries_sent_at, now);
+        }
         if all_appended && split {
             return None;
         }
         Some(Ok(Reply { outcome, ends: !all_appended }))
+    }
+
+    /// The follower has everything up to `last`.
+    fn settle(&mut self, last: Option<LogId>, entries_sent_at: Option<Instant>, now: Instant) {
+        if entries_sent_at.is_some() {
+            self.owed_since.pop_front();
+            let in_time = |since: &Instant| *since + OVERDUE_AFTER > now;
+            self.overdue &= self.owed_since.front().is_some_and(|since| !in_time(since));
+            let listens =
+                self.paused_until.is_none() && self.parts.is_empty() && self.input.is_some();
+            self.answered = Some((last, now)).filter(|_| listens && last > self.commit);
+            self.uncommitted = self.uncommitted.or(self.answered);
+        }
+        self.seat.appended(last, entries_sent_at.map(|at| now - at), self.overdue);
     }
 
     fn time_out(&self) -> CallError {
@@ -282,10 +417,33 @@ enum Event {
     Permitted(Result<OwnedSemaphorePermit, CallError>),
     /// `None` when the input has ended.
     Requested(Option<AppendRequest>),
-    /// The held append has waited long enough.
-    HeldLongEnough,
-    /// No reply for too long.
-    Idle,
+    /// Its time has come.
+    Due(Due),
+    /// Nothing is to be held back: the follower is asked for a read.
+    Asked,
+    /// It may have become one that a majority needs.
+    Moved,
     /// The connection ended while nothing was in flight.
     Closed,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Due {
+    /// The held append has waited long enough.
+    HeldLongEnough,
+    /// The follower may be sent entries again.
+    PauseOver,
+    /// Another follower should be sent what this one does not answer.
+    Overdue,
+    /// All should be sent what this one has answered in vain.
+    Uncommitted,
+    /// No reply for too long.
+    Idle,
+}
+
+/// Waits for what is due next, if anything is.
+async fn pass(alarm: &mut Alarm, due: Option<(Instant, Due)>) -> Event {
+    let Some((at, due)) = due else { return std::future::pending().await };
+    alarm.until(at).await;
+    Event::Due(due)
 }

@@ -214,7 +214,10 @@ impl RegisterService for PeerService {
         );
         handlers.insert(
             "read_index",
-            handler!(|s, r| s.work(r, |h, _: ReadIndex| async move { h.read_index().await })),
+            handler!(|s, r| {
+                let follower = s.hello.sender.node_id;
+                s.work(r, move |h, _: ReadIndex| async move { h.read_index(follower).await })
+            }),
         );
         handlers.insert("confirm", handler!(|s, r| std::future::ready(s.confirm(r))));
         handlers.insert(

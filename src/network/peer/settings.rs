@@ -70,6 +70,12 @@ pub(in crate::network) struct PeerSettings {
     pub(in crate::network) page_timeout: Duration,
     /// Appends in flight to one peer.
     pub(in crate::network) append_pipeline_max: usize,
+    /// Entries in one append, in number.
+    pub(in crate::network) append_entries_max: u64,
+    /// Entries in one append, in bytes; a single larger entry still goes.
+    pub(in crate::network) append_bytes_max: usize,
+    /// How long entries wait for more on their way to a follower that no majority needs.
+    pub(in crate::network) spare_append_pause: Duration,
     /// The size of a snapshot's chunk.
     pub(in crate::network) snapshot_chunk_bytes: usize,
 }
@@ -88,6 +94,9 @@ impl PeerSettings {
             install_timeout: INSTALL_TIMEOUT,
             page_timeout: PAGE_TIMEOUT,
             append_pipeline_max: config.raft.append_pipeline_max,
+            append_entries_max: config.raft.append_entries_max,
+            append_bytes_max: config.raft.append_bytes_max,
+            spare_append_pause: Duration::from_millis(config.raft.spare_append_pause_ms),
             snapshot_chunk_bytes: config.raft.snapshot_chunk_bytes,
         }
     }

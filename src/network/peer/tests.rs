@@ -7,3 +7,4 @@ mod lane;
 mod pipeline;
 mod snapshot;
 mod support;
+mod thrift;

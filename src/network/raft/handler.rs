@@ -136,9 +136,9 @@ where
         self.raft.handle_transfer_leader(request).await.map_err(stopped)
     }
 
-    async fn read_index(&self) -> Result<LogId, Failure> {
+    async fn read_index(&self, follower: NodeId) -> Result<LogId, Failure> {
         let deadline = Instant::now() + self.read_index_timeout;
-        match self.gate.read_index(deadline).await {
+        match self.gate.read_index_for(follower, deadline).await {
             Some(Ok(log_id)) => Ok(log_id),
             Some(Err(ReadIndexFailure::NotLeader(forward))) => {
                 Err(Failure::NotLeader(forward.leader_id))

@@ -17,6 +17,7 @@ use crate::network::peer::frame::{FrameHeader, FrameKind, encode_header};
 use crate::network::peer::greeting::{self, GreetingError, Hello, Refusal};
 use crate::network::peer::link::{ConnectError, LinkContext};
 use crate::network::peer::settings::{PAGE_BYTES_MAX, PeerSettings};
+use crate::network::peer::thrift::Thrift;
 use crate::network::peer::wire::{Failure, Method, VoteRequest};
 use crate::network::peer::{PeerIdentity, Purpose};
 use crate::ring::{RingCluster, RingNode};
@@ -55,6 +56,7 @@ fn links_with(settings: PeerSettings) -> HandoffLinks {
         shutdown: CancellationToken::new(),
         tracker: TaskTracker::new(),
         quiet: Arc::default(),
+        thrift: Arc::new(Thrift::new(4, Duration::ZERO)),
     })
 }
 

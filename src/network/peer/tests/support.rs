@@ -23,6 +23,7 @@ use crate::network::peer::greeting::Hello;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::link::{Link, LinkContext};
 use crate::network::peer::settings::PeerSettings;
+use crate::network::peer::thrift::Thrift;
 use crate::network::peer::wire::*;
 use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft::PeerServer;
@@ -232,7 +233,7 @@ impl PeerHandler for Fake {
         Ok(Err(TransferRefusal::VoteChanged { expected, actual: vote(9) }))
     }
 
-    async fn read_index(&self) -> Result<LogId, Failure> {
+    async fn read_index(&self, _: NodeId) -> Result<LogId, Failure> {
         self.begin();
         self.heartbeats.acquire().await.unwrap().forget();
         Err(Failure::NotLeader(Some(3)))
@@ -346,6 +347,17 @@ pub(super) fn link_with(
     purpose: Purpose,
     settings: PeerSettings,
 ) -> Arc<Link> {
+    let thrift = Thrift::new(own.node_id, Duration::ZERO);
+    link_among(own, addr, purpose, settings, thrift.into())
+}
+
+pub(super) fn link_among(
+    own: PeerIdentity,
+    addr: &str,
+    purpose: Purpose,
+    settings: PeerSettings,
+    thrift: Arc<Thrift>,
+) -> Arc<Link> {
     let context = LinkContext {
         identity: own,
         formation: Formation::of(FORMATION),
@@ -353,6 +365,7 @@ pub(super) fn link_with(
         shutdown: CancellationToken::new(),
         tracker: TaskTracker::new(),
         quiet: Arc::default(),
+        thrift,
     };
     Arc::new(Link::new(context, identity(1), addr.to_owned(), purpose))
 }
