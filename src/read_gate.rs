@@ -15,6 +15,9 @@
 //!   round waits until an entry of this leader is applied here.
 //! - What this leader acknowledged itself, it had applied here before.
 //!
+//! No more voters are asked than a majority takes, unless they do not answer at once. Every voter counts the
+//! same, so it does not matter whom: the choice is the quickest of late, and costs a moment when it is wrong.
+//!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
 //! is committed, which takes more than one of the reports, before the next one begins; and a majority
 //! of either of two neighbouring memberships meets every majority of the joint one between them.
@@ -37,6 +40,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::alarm::Alarm;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
 use crate::store::{Promise, StateReader};
@@ -52,6 +56,12 @@ pub enum ReadIndexFailure {
     /// Its Raft has stopped.
     Fatal(Fatal<TypeConfig>),
 }
+
+/// How long the voters that a majority needs may take before all others are asked, too.
+const PATIENCE: Duration = Duration::from_millis(1);
+
+/// Every so many rounds everyone is asked, and who answers first is asked first from then on.
+const SURVEY_ROUNDS: u64 = 64;
 
 type Waiter = oneshot::Sender<Result<LogId, ReadIndexFailure>>;
 
@@ -217,14 +227,19 @@ impl Ask for Voters {
     }
 }
 
-/// Asks voters, each of them one thing at a time: one that does not answer is asked nothing more until
-/// it does or its connection is given up, so it costs one call, however many rounds pass.
+/// Asks voters: as few as make a majority, and the others when those do not answer at once.
+///
+/// Each is asked one thing at a time: one that does not answer is asked nothing more until it does or its
+/// connection is given up, so it costs one call, however many rounds pass.
 struct Poll<A> {
     ask: A,
     round: u64,
     calls: FuturesUnordered<BoxFuture<'static, Reply>>,
     /// Who is being asked, since which round.
     asked: HashMap<NodeId, u64>,
+    /// The other voters, in the order in which they are asked.
+    order: Vec<NodeId>,
+    alarm: Alarm,
 }
 
 struct Reply {
@@ -234,47 +249,93 @@ struct Reply {
 
 impl<A: Ask> Poll<A> {
     fn new(ask: A) -> Self {
-        Self { ask, round: 0, calls: FuturesUnordered::new(), asked: HashMap::new() }
+        let (calls, asked) = (FuturesUnordered::new(), HashMap::new());
+        Self { ask, round: 0, calls, asked, order: Vec::new(), alarm: Alarm::new() }
     }
 
     /// Whether a majority of each configuration confirms, after this call, that it has promised its vote
     /// to nobody later than `leader`. Ends with the majority, or when no voter is left to hear from.
     async fn confirmed(&mut self, leader: LeaderId, membership: &StoredMembership) -> bool {
         self.round += 1;
-        let own = leader.node_id;
         if !self.ask.own(leader) {
             return false;
         }
-        let mut confirmed = BTreeSet::from([own]);
-        let mut heard = BTreeSet::from([own]);
         let configs = membership.membership().get_joint_config();
-        let is_majority = |of: &BTreeSet<NodeId>, voters: &BTreeSet<NodeId>| {
-            2 * voters.intersection(of).count() > voters.len()
-        };
-        loop {
-            if configs.iter().all(|voters| is_majority(&confirmed, voters)) {
-                return true;
-            }
-            for voter in configs.iter().flatten() {
-                if !heard.contains(voter) && !self.asked.contains_key(voter) {
-                    self.call(*voter, leader, membership);
+        self.keep_order_of(configs, leader.node_id);
+        let mut confirmed = BTreeSet::from([leader.node_id]);
+        let mut heard = BTreeSet::new();
+        let survey = self.round.is_multiple_of(SURVEY_ROUNDS);
+        // Of a joint membership everyone is asked: it does not last.
+        let mut everyone = survey || configs.len() > 1;
+        let patience = Instant::now() + PATIENCE;
+        while let Some(missing) = missing(configs, &confirmed) {
+            let at_once = if everyone { usize::MAX } else { missing };
+            self.call(at_once, &heard, leader, membership);
+            let reply = tokio::select! {
+                biased;
+                reply = self.calls.next() => reply,
+                () = self.alarm.until(patience), if !everyone => {
+                    everyone = true;
+                    self.put_silent_last();
+                    continue;
                 }
-            }
-            let Some(Reply { voter, confirms }) = self.calls.next().await else { return false };
+            };
+            let Some(Reply { voter, confirms }) = reply else { return false };
             // A reply to an earlier round says nothing about this one: ask again.
             if self.asked.remove(&voter) == Some(self.round) {
                 heard.insert(voter);
                 confirmed.extend(confirms.then_some(voter));
+                if !confirms {
+                    self.order.sort_by_key(|other| *other == voter);
+                } else if survey && confirmed.len() == 2 {
+                    self.order.sort_by_key(|other| *other != voter);
+                }
+            }
+        }
+        true
+    }
+
+    fn keep_order_of(&mut self, configs: &[BTreeSet<NodeId>], own: NodeId) {
+        self.order.retain(|voter| configs.iter().any(|voters| voters.contains(voter)));
+        for voter in configs.iter().flatten() {
+            if *voter != own && !self.order.contains(voter) {
+                self.order.push(*voter);
             }
         }
     }
 
-    fn call(&mut self, voter: NodeId, leader: LeaderId, membership: &StoredMembership) {
-        let addrs = membership.membership().get_node(&voter).cloned().unwrap_or_default();
-        let asking = self.ask.other(voter, &addrs, leader);
-        self.asked.insert(voter, self.round);
-        self.calls.push(Box::pin(async move { Reply { voter, confirms: asking.await } }));
+    /// Asks voters that were not heard, until so many are being asked in this round.
+    fn call(
+        &mut self,
+        at_once: usize,
+        heard: &BTreeSet<NodeId>,
+        leader: LeaderId,
+        membership: &StoredMembership,
+    ) {
+        let asked = self.asked.values().filter(|round| **round == self.round).count();
+        let free = self.order.iter().filter(|voter| !heard.contains(voter));
+        let free = free.filter(|voter| !self.asked.contains_key(voter)).copied();
+        let next: Vec<NodeId> = free.take(at_once.saturating_sub(asked)).collect();
+        for voter in next {
+            let addrs = membership.membership().get_node(&voter).cloned().unwrap_or_default();
+            let asking = self.ask.other(voter, &addrs, leader);
+            self.asked.insert(voter, self.round);
+            self.calls.push(Box::pin(async move { Reply { voter, confirms: asking.await } }));
+        }
     }
+
+    /// Whoever is being asked comes after all others from now on.
+    fn put_silent_last(&mut self) {
+        self.order.sort_by_key(|voter| self.asked.contains_key(voter));
+    }
+}
+
+/// How many voters must confirm yet, at least; `None` when a majority of each configuration has.
+fn missing(configs: &[BTreeSet<NodeId>], confirmed: &BTreeSet<NodeId>) -> Option<usize> {
+    let missing = |voters: &BTreeSet<NodeId>| {
+        (voters.len() / 2 + 1).saturating_sub(voters.intersection(confirmed).count())
+    };
+    configs.iter().map(missing).max().filter(|missing| *missing > 0)
 }
 
 #[cfg(test)]
@@ -348,6 +409,45 @@ mod tests {
         let without = members(&[&[2, 3, 4]]);
         let one = [(2, true), (3, false), (4, false)];
         assert!(!poll(true, &one).confirmed(LEADER, &without).await);
+    }
+
+    /// A silent one must not have been asked: nobody is, beyond those that a majority takes.
+    #[tokio::test]
+    async fn no_more_are_asked_than_a_majority_takes() {
+        let five = members(&[&[1, 2, 3, 4, 5]]);
+        let mut poll = poll(true, &[(2, true), (3, false), (4, true)]);
+        assert!(poll.confirmed(LEADER, &five).await);
+        assert!(poll.ask.calls.lock().unwrap().is_empty(), "5 was asked");
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_answer_is_asked_last() {
+        let three = members(&[&[1, 2, 3]]);
+        let mut poll = poll(true, &[(3, true)]);
+        assert!(poll.confirmed(LEADER, &three).await, "3 was asked when 2 had not answered");
+        let (voter, late) = poll.ask.calls.lock().unwrap().pop().unwrap();
+        assert_eq!(voter, 2);
+        late.send(true).unwrap();
+        for _ in 0..SURVEY_ROUNDS / 2 {
+            assert!(poll.confirmed(LEADER, &three).await);
+        }
+        assert!(poll.ask.calls.lock().unwrap().is_empty(), "2 was asked again");
+    }
+
+    #[tokio::test]
+    async fn the_quickest_is_asked_first_after_a_survey() {
+        let three = members(&[&[1, 2, 3]]);
+        let mut poll = poll(true, &[(2, true)]);
+        for _ in 1..SURVEY_ROUNDS {
+            assert!(poll.confirmed(LEADER, &three).await);
+        }
+        assert!(poll.ask.calls.lock().unwrap().is_empty());
+        poll.ask.answers = HashMap::from([(3, true)]);
+        // Both are asked, and 3 answers.
+        assert!(poll.confirmed(LEADER, &three).await);
+        assert_eq!(poll.ask.calls.lock().unwrap().pop().unwrap().0, 2);
+        assert!(poll.confirmed(LEADER, &three).await);
+        assert!(poll.ask.calls.lock().unwrap().is_empty(), "2 was asked");
     }
 
     /// The heart of it: a reply that was on its way when a read arrived proves nothing to that read.
