@@ -79,6 +79,14 @@ pub enum StartError {
         /// The limit, raised as far as it goes.
         limit: u64,
     },
+    /// The program would end in the middle of its first write.
+    #[error(
+        "this processor has no {instruction}, for which RocksDB was compiled: build the program without the flags in .cargo/config.toml"
+    )]
+    Processor {
+        /// The instruction set.
+        instruction: &'static str,
+    },
     /// The data directory is not fit.
     #[error(transparent)]
     Store(#[from] OpenError),
@@ -126,6 +134,7 @@ impl Node {
     /// Not safe to cancel: a store that is being opened goes on being opened, and Raft may be left
     /// running. Nothing was served yet, so ending the process loses nothing.
     pub async fn start(mut options: NodeOptions) -> Result<Self, StartError> {
+        check_processor()?;
         let files = OpenFiles::of(raise_open_files_limit())?;
         files.bound(&mut options.config.limits);
         let config = &options.config;
@@ -246,6 +255,40 @@ impl Node {
             .unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
             .map_err(StopError::Store)
     }
+}
+
+/// Whether this processor has what RocksDB's checksums were compiled for.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn check_processor() -> Result<(), StartError> {
+    let flags = if cfg!(target_env = "musl") {
+        option_env!("CXXFLAGS_x86_64_unknown_linux_musl")
+    } else {
+        option_env!("CXXFLAGS_x86_64_unknown_linux_gnu")
+    };
+    let instructions = [
+        ("SSE4.2", "-msse4.2", std::arch::is_x86_feature_detected!("sse4.2")),
+        ("PCLMULQDQ", "-mpclmul", std::arch::is_x86_feature_detected!("pclmulqdq")),
+    ];
+    match missing_instruction(flags.unwrap_or_default(), &instructions) {
+        Some(instruction) => Err(StartError::Processor { instruction }),
+        None => Ok(()),
+    }
+}
+
+/// The first of the instruction sets, each with its flag and whether it is there, that the compiler was
+/// told to use and that is not there.
+#[cfg(any(test, all(target_arch = "x86_64", target_os = "linux")))]
+fn missing_instruction(
+    flags: &str,
+    instructions: &[(&'static str, &str, bool)],
+) -> Option<&'static str> {
+    let missing = |(_, flag, there): &&(_, &str, bool)| !there && flags.contains(*flag);
+    instructions.iter().find(missing).map(|(name, ..)| *name)
+}
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+fn check_processor() -> Result<(), StartError> {
+    Ok(())
 }
 
 async fn open_store(options: &NodeOptions, open_files_max: i32) -> Result<Store, StartError> {
@@ -384,5 +427,18 @@ fn raise_open_files_limit() -> u64 {
             tracing::warn!(%error, "cannot raise the limit of open files");
             limit.current.unwrap_or(u64::MAX)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_instruction_that_was_compiled_for_can_be_missing() {
+        let old = [("SSE4.2", "-msse4.2", true), ("PCLMULQDQ", "-mpclmul", false)];
+        assert_eq!(missing_instruction("-msse4.2 -mpclmul", &old), Some("PCLMULQDQ"));
+        assert_eq!(missing_instruction("-msse4.2", &old), None);
+        assert_eq!(missing_instruction("", &old), None);
     }
 }
