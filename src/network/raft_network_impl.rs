@@ -104,8 +104,8 @@ impl PeerNetwork {
         Self { shared: Arc::new(Shared { context, links: Mutex::default() }) }
     }
 
-    /// Tells where this node's membership is looked up. Until then, and where not all followers are
-    /// needed for a majority, each is sent entries as if it were.
+    /// Tells where this node's membership is looked up. Until then, every follower is sent entries at once,
+    /// also one that no majority needs.
     pub fn know_members(
         &self,
         members: impl Fn() -> Arc<StoredMembership> + Send + Sync + 'static,

@@ -347,7 +347,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             self.paused_until = pause.map(|pause| now + pause);
             if pause.is_some() {
                 // While the input is not looked at, nothing is heard of the commit index either.
-                self.uncommitted = None;
+                (self.answered, self.uncommitted) = (None, None);
             }
         }
         let call = self.connection.start(Method::Append, message, permit);

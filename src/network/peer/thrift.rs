@@ -167,10 +167,8 @@ impl State {
         let before = if own.overdue { self.order.len() } else { place };
         let in_time = |other: &&Follower| !other.overdue && other.appended >= own.appended;
         let before = self.order[..before].iter().filter(in_time);
-        match before.filter(|other| voters.contains(&other.id)).count() >= needed {
-            true => Standing::Spare,
-            false => Standing::Needed,
-        }
+        let voters_before = before.filter(|other| voters.contains(&other.id)).count();
+        if voters_before >= needed { Standing::Spare } else { Standing::Needed }
     }
 
     fn place_of(&self, seat: &Seat) -> Option<usize> {

@@ -41,6 +41,13 @@ fn seated(thrift: &Arc<Thrift>, id: NodeId) -> Seat {
     seat
 }
 
+/// Follower 3, which has more than any other is sent: without it, the others are no spares.
+fn far_ahead(thrift: &Arc<Thrift>) -> Seat {
+    let seat = seated(thrift, 3);
+    seat.appended(Some(log_id(5000)), Some(FAST), false);
+    seat
+}
+
 fn spares(seats: &[Seat]) -> Vec<bool> {
     seats.iter().map(|seat| seat.pause(Instant::now()).is_some()).collect()
 }
@@ -186,8 +193,7 @@ fn append_replies(link: Arc<Link>, entries: u64) -> BoxStream<'static, Option<u6
 async fn a_spare_is_sent_entries_when_its_pause_is_over() {
     let node = FakeNode::start(settings()).await;
     let thrift = followers(PAUSE, &[&[1, 2, 3]]);
-    let preferred = seated(&thrift, 3);
-    preferred.appended(Some(log_id(5000)), Some(FAST), false);
+    let preferred = far_ahead(&thrift);
     let start = Instant::now();
     let replies = append_replies(append_link(&node.addr, &thrift), 20).count();
     assert_eq!(within("all replies", replies).await, 21);
@@ -201,8 +207,7 @@ async fn a_spare_is_sent_entries_when_its_pause_is_over() {
 async fn what_a_spare_was_not_sent_goes_out_when_it_is_needed() {
     let node = FakeNode::start(settings()).await;
     let thrift = followers(FOR_EVER, &[&[1, 2, 3]]);
-    let preferred = seated(&thrift, 3);
-    preferred.appended(Some(log_id(5000)), Some(FAST), false);
+    let preferred = far_ahead(&thrift);
     let mut replies = append_replies(append_link(&node.addr, &thrift), 1000);
     assert_eq!(within("a reply", replies.next()).await, Some(Some(0)));
     assert_eq!(within("a reply", replies.next()).await, Some(Some(1)));
@@ -262,8 +267,7 @@ async fn entries_that_are_answered_and_not_committed_go_to_everyone() {
 async fn a_spare_that_lags_by_more_than_a_request_does_not_wait() {
     let node = FakeNode::start(settings()).await;
     let thrift = followers(FOR_EVER, &[&[1, 2, 3]]);
-    let preferred = seated(&thrift, 3);
-    preferred.appended(Some(log_id(5000)), Some(FAST), false);
+    let preferred = far_ahead(&thrift);
     let settings = PeerSettings { append_entries_max: 1, ..settings() };
     let link = link_among(identity(2), &node.addr, Purpose::Append, settings, thrift);
     assert_eq!(within("all replies", append_replies(link, 20).count()).await, 21);
