@@ -3,14 +3,23 @@
 //! Setting a timer of Tokio's that is due before all others wakes its driver: a system call, and another
 //! one to take note of it. Where a deadline a millisecond away is set for each message and withdrawn with
 //! its answer, that is a good part of the message. So this one stays set when its deadline moves to a
-//! later time, and looks again when it goes off.
+//! later time, and looks again when it goes off. Between two users it waits in a [`Stock`], set as it is.
 
+use std::ops::{Deref, DerefMut};
 use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep, sleep_until};
+
+/// How many alarms a [`Stock`] keeps. Far more users at the same time have company whose alarms are set
+/// already, and so cause no system calls with new ones.
+const STOCK_MAX: usize = 64;
 
 /// A timer that is cheap to move to a later time.
 pub struct Alarm {
+    /// It panics where this is another or, after this one's end, none.
+    runtime: Id,
     sleep: Pin<Box<Sleep>>,
     /// When it goes off; `None` when it has.
     set: Option<Instant>,
@@ -19,7 +28,13 @@ pub struct Alarm {
 impl Alarm {
     /// Set to nothing. Needs a Tokio runtime.
     pub fn new() -> Self {
-        Self { sleep: Box::pin(sleep_until(Instant::now())), set: None }
+        let sleep = Box::pin(sleep_until(Instant::now()));
+        Self { runtime: Handle::current().id(), sleep, set: None }
+    }
+
+    /// Whether it may be used on this runtime. (Their ids come from a counter.)
+    pub fn belongs_to(&self, runtime: Id) -> bool {
+        self.runtime == runtime
     }
 
     /// Resolves once `at` has passed, to the millisecond like all timers of Tokio's. Cancel safe; the next
@@ -35,6 +50,61 @@ impl Alarm {
             if Instant::now() >= at {
                 return;
             }
+        }
+    }
+}
+
+/// Alarms that nobody uses at the moment.
+#[derive(Default)]
+pub struct Stock {
+    idle: Mutex<Vec<Alarm>>,
+}
+
+impl Stock {
+    /// One that was used before, if there is one for this runtime, or a new one. Needs a Tokio runtime.
+    pub fn lend(&self) -> Lent<'_> {
+        let runtime = Handle::current().id();
+        let mut idle = self.idle();
+        while let Some(alarm) = idle.pop() {
+            if alarm.belongs_to(runtime) {
+                return Lent { stock: self, alarm: Some(alarm) };
+            }
+        }
+        Lent { stock: self, alarm: Some(Alarm::new()) }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Alarm>> {
+        // Nothing inside can be half done: a panic elsewhere is no reason to fail here.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Goes back to its stock when it is dropped.
+pub struct Lent<'a> {
+    stock: &'a Stock,
+    /// There until it is dropped.
+    alarm: Option<Alarm>,
+}
+
+impl Deref for Lent<'_> {
+    type Target = Alarm;
+
+    fn deref(&self) -> &Alarm {
+        self.alarm.as_ref().expect("it has not been dropped")
+    }
+}
+
+impl DerefMut for Lent<'_> {
+    fn deref_mut(&mut self) -> &mut Alarm {
+        self.alarm.as_mut().expect("it has not been dropped")
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let mut idle = self.stock.idle();
+        if idle.len() < STOCK_MAX {
+            idle.extend(self.alarm.take());
         }
     }
 }
@@ -61,5 +131,23 @@ mod tests {
         assert!(start.elapsed() >= 6 * SOON);
         // What is past already goes off at once.
         timeout(FOR_EVER / 60, alarm.until(start)).await.expect("too late");
+    }
+
+    #[test]
+    fn a_stock_lends_what_was_set_before_but_not_to_another_runtime() {
+        let runtime =
+            || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let stock = Stock::default();
+        for _ in 0..2 {
+            runtime().block_on(async {
+                let far = Instant::now() + FOR_EVER;
+                assert_eq!(stock.lend().set, None);
+                assert!(stock.lend().until(far).now_or_never().is_none());
+                let mut again = stock.lend();
+                assert_eq!(again.set, Some(far));
+                timeout(FOR_EVER / 60, again.until(Instant::now() + SOON)).await.expect("too late");
+            });
+        }
+        assert_eq!(stock.idle().len(), 1);
     }
 }

@@ -1,27 +1,34 @@
 //! One HTTP/1.1 client for everything that calls a node: the forwarder, `RaftNode`, `KVClient`.
 //!
 //! Its point is [`SendError`]: a caller must know whether a request may have reached the other side,
-//! because a write that may have arrived must not be sent again. It never retries and never follows a
-//! redirect. Paths go out byte for byte as given; clients that normalise URLs (`/v1/kv/..`) would
-//! change keys. Connections are kept alive and pooled for each address.
+//! because a write that may have arrived must not be sent again. It never repeats what may have arrived and
+//! never follows a redirect. Paths go out byte for byte as given; clients that normalise URLs
+//! (`/v1/kv/..`) would change keys. Connections are kept alive and pooled for each address.
+//!
+//! HTTP is hyper's. Its pooled client is not used: it has a task for each connection, which with a lone
+//! caller costs more than the request ([`connection`]).
 
+mod connection;
+mod pool;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Method, StatusCode, Uri};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper_util::client::legacy::Client;
+use http_body_util::Full;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 use tokio::time::Instant;
+
+use connection::{Connection, Failure};
+use pool::Pool;
 
 /// How long a connection may take to be established. Short: a dead node on the same machine refuses
 /// at once, and a caller has other nodes to try.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Idle connections kept for each address: more than one client has in flight at one node, so that
-/// none is closed only to be opened again.
-const IDLE_CONNECTIONS_MAX: usize = 256;
 
 /// How long an idle connection is kept: well below the 75 s after which our own servers close it, so
 /// that no request meets a connection that is just being closed.
@@ -94,9 +101,16 @@ impl SendError {
 }
 
 /// The client. Cloning shares the connection pool.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HttpClient {
-    inner: Client<HttpConnector, Full<Bytes>>,
+    connector: HttpConnector,
+    pool: Arc<Pool>,
+}
+
+impl fmt::Debug for HttpClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpClient").finish_non_exhaustive()
+    }
 }
 
 impl Default for HttpClient {
@@ -111,15 +125,11 @@ impl HttpClient {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        let inner = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
-            .build(connector);
-        Self { inner }
+        Self { connector, pool: Arc::new(Pool::new(IDLE_TIMEOUT)) }
     }
 
-    /// Sends one request and reads the whole answer, or gives up at `deadline`.
+    /// Sends one request and reads the whole answer, or gives up at `deadline`. Runs in the caller's task,
+    /// which must be one of Tokio's.
     ///
     /// Dropping the future closes the connection; the request may have arrived all the same.
     pub async fn send(
@@ -127,36 +137,64 @@ impl HttpClient {
         request: HttpRequest,
         deadline: Instant,
     ) -> Result<HttpResponse, SendError> {
-        let address = request.address.clone();
         let started = Instant::now();
-        match tokio::time::timeout_at(deadline, self.exchange(request)).await {
-            Ok(result) => result,
-            Err(_) => Err(SendError::TimedOut { address, waited: started.elapsed() }),
-        }
-    }
-
-    async fn exchange(&self, request: HttpRequest) -> Result<HttpResponse, SendError> {
         let HttpRequest { method, address, path_and_query, headers, body } = request;
-        let not_sent = |message: String| SendError::NotSent { address: address.clone(), message };
-        let maybe_sent =
-            |message: String| SendError::MaybeSent { address: address.clone(), message };
-        let uri: Uri = format!("http://{address}{path_and_query}")
-            .parse()
-            .map_err(|error: http::uri::InvalidUri| not_sent(error.to_string()))?;
+        let uri = match path_and_query.parse::<Uri>() {
+            Ok(uri) => uri,
+            Err(error) => return Err(SendError::NotSent { address, message: error.to_string() }),
+        };
         let mut outgoing = http::Request::new(Full::new(body));
         *outgoing.method_mut() = method;
         *outgoing.uri_mut() = uri;
         *outgoing.headers_mut() = headers;
-        let response = self.inner.request(outgoing).await.map_err(|error| {
-            // A failed connect is the one case in which not a byte of the request was written.
-            let message = chain(&error);
-            if error.is_connect() { not_sent(message) } else { maybe_sent(message) }
-        })?;
-        let (head, body) = response.into_parts();
-        let body = Limited::new(body, RESPONSE_BYTES_MAX).collect().await;
-        let body = body.map_err(|error| maybe_sent(chain(error.as_ref())))?;
-        Ok(HttpResponse { status: head.status, headers: head.headers, body: body.to_bytes() })
+        loop {
+            let pooled = self.pool.take(&address, started);
+            let is_fresh = pooled.is_none();
+            let mut connection = match pooled {
+                Some(connection) => connection,
+                None => match self.connect(&address, deadline).await {
+                    Ok(connection) => connection,
+                    Err(Some(message)) => return Err(SendError::NotSent { address, message }),
+                    Err(None) => return Err(timed_out(address, started)),
+                },
+            };
+            match connection.exchange(outgoing, deadline).await {
+                Ok(response) => {
+                    if connection.is_reusable() {
+                        self.pool.give_back(address, connection);
+                    }
+                    return Ok(response);
+                }
+                // The node had closed it while it was idle. Ends with the pool's connections.
+                Err(Failure::NotWritten { request, .. }) if !is_fresh => outgoing = *request,
+                Err(Failure::NotWritten { message, .. }) => {
+                    return Err(SendError::NotSent { address, message });
+                }
+                Err(Failure::MaybeSent { message }) => {
+                    return Err(SendError::MaybeSent { address, message });
+                }
+                Err(Failure::TimedOut) => return Err(timed_out(address, started)),
+            }
+        }
     }
+
+    /// An error says why it was refused, or nothing if that took longer than until the deadline.
+    async fn connect(
+        &self,
+        address: &str,
+        deadline: Instant,
+    ) -> Result<Box<Connection>, Option<String>> {
+        let opening = Connection::open(self.connector.clone(), address);
+        match tokio::time::timeout_at(deadline, opening).await {
+            Ok(Ok(connection)) => Ok(Box::new(connection)),
+            Ok(Err(message)) => Err(Some(message)),
+            Err(_) => Err(None),
+        }
+    }
+}
+
+fn timed_out(address: String, started: Instant) -> SendError {
+    SendError::TimedOut { address, waited: started.elapsed() }
 }
 
 /// An error with its causes: hyper's own text alone ("client error (Connect)") says too little.

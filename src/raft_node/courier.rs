@@ -23,7 +23,6 @@ mod tests;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +31,7 @@ use http::{HeaderMap, HeaderValue};
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 use tokio::time::Instant;
 
+use crate::alarm::Stock;
 use crate::batch::{Operation, OperationResult};
 use crate::http_client::{HttpClient, HttpResponse, SendError};
 use crate::network::call::READ;
@@ -114,6 +114,8 @@ struct Shared {
     http: HttpClient,
     sequence: Arc<Sequence>,
     room: Semaphore,
+    /// For those who wait.
+    alarms: Stock,
     nodes: ArcSwap<HashMap<String, Arc<[Arc<Lane>; CLASSES.len()]>>>,
 }
 
@@ -142,8 +144,8 @@ impl Default for Courier {
 impl Courier {
     pub(crate) fn new(http: HttpClient) -> Self {
         let (room, nodes) = (Semaphore::new(ROOM_BYTES), ArcSwap::default());
-        let sequence = Arc::new(Sequence::new());
-        Self { shared: Arc::new(Shared { http, sequence, room, nodes }) }
+        let (sequence, alarms) = (Arc::new(Sequence::new()), Stock::default());
+        Self { shared: Arc::new(Shared { http, sequence, room, alarms, nodes }) }
     }
 
     /// A number for a write. All who share the courier are one client.
@@ -198,7 +200,7 @@ impl Courier {
         if must_start {
             carrier::start(&self.shared.http, &lane);
         }
-        ticket.wait(answer, now, deadline, silent).await
+        ticket.wait(answer, &self.shared.alarms, now, deadline, silent).await
     }
 
     fn lane(&self, address: &str, class: Class) -> Arc<Lane> {
@@ -254,12 +256,14 @@ impl Ticket<'_> {
     async fn wait(
         mut self,
         mut answer: oneshot::Receiver<Result<Carried, Undelivered>>,
+        alarms: &Stock,
         asked: Instant,
         deadline: Instant,
         silent: impl FnOnce(),
     ) -> Result<Carried, Undelivered> {
         let mut silent = Some(silent);
-        let mut alarm = pin!(tokio::time::sleep_until(deadline.min(asked + SILENT_AFTER)));
+        let mut alarm = alarms.lend();
+        let mut look_at = deadline.min(asked + SILENT_AFTER);
         loop {
             tokio::select! {
                 biased;
@@ -267,15 +271,15 @@ impl Ticket<'_> {
                     self.number = None;
                     return result.unwrap_or_else(|_| Err(self.abandoned()));
                 }
-                () = &mut alarm => {}
+                () = alarm.until(look_at) => {}
             }
             match self.look(asked, deadline) {
-                Look::Wait(until) => alarm.as_mut().reset(until),
+                Look::Wait(until) => look_at = until,
                 Look::Silent => {
                     if let Some(silent) = silent.take() {
                         silent();
                     }
-                    alarm.as_mut().reset(deadline);
+                    look_at = deadline;
                 }
                 Look::Over(why) => {
                     // The answer may have come in the meantime, and then it counts.

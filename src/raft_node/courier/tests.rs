@@ -1,6 +1,7 @@
 //! What callers leave behind, and what the bounds do, below what a fake node can see.
 
 use std::future::Future;
+use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;

@@ -1,0 +1,138 @@
+//! One connection, driven by whoever waits for its answer.
+//!
+//! hyper's connection is a future beside the one that waits for the answer. Spawned as a task, as is usual,
+//! it has to be woken for each request and wakes the caller for each answer: two hand-overs, on a runtime
+//! of several threads often to another one. Here the caller polls both: first the connection, which writes
+//! and reads, then what it is waiting for, which makes no progress by itself.
+//!
+//! So nobody polls a connection that is not in use, and that the other side has closed it is found out when
+//! it is used again: hyper looks for that before it writes, and gives the request back.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use http::header::HOST;
+use http::{HeaderValue, Uri};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::client::conn::http1;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use tokio::runtime::Id;
+use tokio::task::coop::unconstrained;
+use tokio::time::Instant;
+use tower_service::Service;
+
+use crate::alarm::Alarm;
+
+use super::{HttpResponse, RESPONSE_BYTES_MAX, chain};
+
+/// A request as hyper takes it.
+pub(super) type Outgoing = http::Request<Full<Bytes>>;
+
+/// Open, or found closed when it is used.
+pub(super) struct Connection {
+    /// What `Host` says.
+    host: HeaderValue,
+    sender: http1::SendRequest<Full<Bytes>>,
+    /// `None` once it has ended.
+    io: Option<http1::Connection<TokioIo<TcpStream>, Full<Bytes>>>,
+    alarm: Alarm,
+}
+
+/// Why there is no answer.
+pub(super) enum Failure {
+    /// The connection had ended: not a byte of the request was written, and here it is.
+    NotWritten { request: Box<Outgoing>, message: String },
+    /// The request may have arrived.
+    MaybeSent { message: String },
+    /// The deadline passed; the request may have arrived.
+    TimedOut,
+}
+
+impl Connection {
+    /// Opens a connection to `HOST:PORT`.
+    pub(super) async fn open(mut connector: HttpConnector, address: &str) -> Result<Self, String> {
+        let host = HeaderValue::from_str(address).map_err(|error| error.to_string())?;
+        let uri = format!("http://{address}").parse::<Uri>().map_err(|error| error.to_string())?;
+        let stream = connector.call(uri).await.map_err(|error| chain(&error))?;
+        let (sender, io) = http1::handshake(stream).await.map_err(|error| chain(&error))?;
+        Ok(Self { host, sender, io: Some(io), alarm: Alarm::new() })
+    }
+
+    /// Whether it may be used on this runtime: its socket and its timer end with the one it was opened on.
+    pub(super) fn belongs_to(&self, runtime: Id) -> bool {
+        self.alarm.belongs_to(runtime)
+    }
+
+    /// Sends a request and reads the whole answer, or gives up at `deadline`. After a failure, or when the
+    /// future was dropped, the connection must not be used again.
+    pub(super) async fn exchange(
+        &mut self,
+        mut request: Outgoing,
+        deadline: Instant,
+    ) -> Result<HttpResponse, Failure> {
+        request.headers_mut().insert(HOST, self.host.clone());
+        let response = pin!(self.sender.try_send_request(request));
+        let Self { io, alarm, .. } = self;
+        let answered = async {
+            let response = Driven { io: &mut *io, waits_for: response }.await;
+            let (head, body) = response.map_err(not_answered)?.into_parts();
+            let body = pin!(Limited::new(body, RESPONSE_BYTES_MAX).collect());
+            let body = Driven { io: &mut *io, waits_for: body }.await;
+            let body = body.map_err(|error| Failure::MaybeSent { message: chain(&*error) })?;
+            Ok(HttpResponse { status: head.status, headers: head.headers, body: body.to_bytes() })
+        };
+        tokio::select! {
+            biased;
+            result = answered => result,
+            () = alarm.until(deadline) => Err(Failure::TimedOut),
+        }
+    }
+
+    /// Whether another request may be sent after the answer to the last one.
+    pub(super) fn is_reusable(&mut self) -> bool {
+        // Nobody is to be woken for a connection that is not in use, as whoever used it last would be.
+        turn(&mut self.io, &mut Context::from_waker(Waker::noop()));
+        self.io.is_some() && self.sender.is_ready()
+    }
+}
+
+fn not_answered(mut error: hyper::client::conn::TrySendError<Outgoing>) -> Failure {
+    let request = error.take_message();
+    let message = chain(&error.into_error());
+    match request {
+        Some(request) => Failure::NotWritten { request: Box::new(request), message },
+        None => Failure::MaybeSent { message },
+    }
+}
+
+/// Lets a connection read and write what it can.
+fn turn<C: Future + Unpin>(io: &mut Option<C>, cx: &mut Context<'_>) {
+    if let Some(connection) = io
+        && Pin::new(connection).poll(cx).is_ready()
+    {
+        // Whatever waits for it hears that it is gone. What it has to say about that, they hear, too.
+        *io = None;
+    }
+}
+
+/// Waits for what only a turn of the connection can bring.
+struct Driven<'a, C, F> {
+    io: &'a mut Option<C>,
+    waits_for: Pin<&'a mut F>,
+}
+
+impl<C: Future + Unpin, F: Future> Future for Driven<'_, C, F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        turn(self.io, cx);
+        // The connection would wake this very task, which is looking already: in vain, and for the price
+        // of a turn through the scheduler. Tokio's budget must not stop it, because it wakes, too.
+        let waits_for = pin!(unconstrained(self.waits_for.as_mut()));
+        waits_for.poll(&mut Context::from_waker(Waker::noop()))
+    }
+}

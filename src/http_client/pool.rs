@@ -1,0 +1,124 @@
+//! Connections that are not in use.
+//!
+//! The one that was used last is used first, so that a burst's others grow old. A task closes what has been
+//! idle for too long; it runs while there are idle connections and ends with the last of them, or with the
+//! pool.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use super::connection::Connection;
+
+/// Idle connections kept for each address: more than one client has in flight at one node, so that
+/// none is closed only to be opened again.
+const IDLE_CONNECTIONS_MAX: usize = 256;
+
+/// Of one client.
+pub(super) struct Pool {
+    idle_timeout: Duration,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// By address; the one that came back first is in front. None is empty.
+    nodes: HashMap<String, VecDeque<(Instant, Box<Connection>)>>,
+    /// Whether there is a task that closes what is too old.
+    is_tended: bool,
+}
+
+impl Pool {
+    pub(super) fn new(idle_timeout: Duration) -> Self {
+        Self { idle_timeout, idle: Mutex::default() }
+    }
+
+    /// A connection to use now, if there is one. The other side may have closed it.
+    pub(super) fn take(&self, address: &str, now: Instant) -> Option<Box<Connection>> {
+        let mut idle = self.idle();
+        let connections = idle.nodes.get_mut(address)?;
+        let runtime = Handle::current().id();
+        let mut found = None;
+        while found.is_none()
+            && let Some((since, connection)) = connections.pop_back()
+        {
+            let is_good = connection.belongs_to(runtime) && now < since + self.idle_timeout;
+            found = is_good.then_some(connection);
+        }
+        if connections.is_empty() {
+            idle.nodes.remove(address);
+        }
+        found
+    }
+
+    /// Keeps a connection for the next request.
+    pub(super) fn give_back(self: &Arc<Self>, address: String, connection: Box<Connection>) {
+        let now = Instant::now();
+        let mut idle = self.idle();
+        let connections = idle.nodes.entry(address).or_default();
+        connections.push_back((now, connection));
+        if connections.len() > IDLE_CONNECTIONS_MAX {
+            connections.pop_front();
+        }
+        if !std::mem::replace(&mut idle.is_tended, true) {
+            tokio::spawn(Tender { pool: Arc::downgrade(self) }.run(now + self.idle_timeout));
+        }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        // Nothing inside can be half done: a panic elsewhere is no reason to fail here.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Closes what is too old.
+struct Tender {
+    pool: Weak<Pool>,
+}
+
+impl Tender {
+    async fn run(mut self, mut next: Instant) {
+        loop {
+            tokio::time::sleep_until(next).await;
+            let Some(pool) = self.pool.upgrade() else { return };
+            let mut idle = pool.idle();
+            match idle.close_since(Instant::now() - pool.idle_timeout) {
+                Some(oldest) => next = oldest + pool.idle_timeout,
+                None => {
+                    // Under the same lock: whoever gives one back after this must start another.
+                    idle.is_tended = false;
+                    self.pool = Weak::new();
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Tender {
+    /// Only a runtime that shuts down ends it in any other way than its own.
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.upgrade() {
+            pool.idle().is_tended = false;
+        }
+    }
+}
+
+impl Idle {
+    /// Closes what has been idle since then or for longer. Says since when the oldest of the others has been.
+    fn close_since(&mut self, then: Instant) -> Option<Instant> {
+        let mut oldest = None;
+        self.nodes.retain(|_, connections| {
+            while connections.front().is_some_and(|(since, _)| *since <= then) {
+                connections.pop_front();
+            }
+            let since = connections.front().map(|(since, _)| *since);
+            oldest = [oldest, since].into_iter().flatten().min();
+            since.is_some()
+        });
+        oldest
+    }
+}
