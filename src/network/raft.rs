@@ -18,6 +18,7 @@
 mod admit;
 #[cfg(test)]
 mod cluster_test;
+mod deathwatch;
 mod handler;
 mod visitors;
 
@@ -49,6 +50,7 @@ use crate::store::formation::{Formation, Joined};
 use crate::store::snapshot::SnapshotData;
 use crate::types::TypeConfig;
 use admit::{Greeted, Greetings, Place};
+use deathwatch::Deathwatch;
 use handler::RaftHandler;
 use visitors::Visitors;
 
@@ -101,6 +103,7 @@ impl PeerServer {
         let acceptor = Arc::new(Acceptor {
             identity,
             formation,
+            deathwatch: Deathwatch::new(Arc::clone(&handler)),
             handler,
             greetings: Greetings::new(GREETINGS_MAX),
             greeted: Greeted::new(settings.connections_max),
@@ -129,6 +132,7 @@ struct Acceptor {
     identity: PeerIdentity,
     formation: Formation,
     handler: Arc<dyn PeerHandler>,
+    deathwatch: Deathwatch,
     settings: Arc<PeerSettings>,
     greetings: Greetings,
     greeted: Greeted,
@@ -194,9 +198,16 @@ impl Acceptor {
         let handler = Arc::clone(&self.handler);
         let settings = Arc::clone(&self.settings);
         service::serve(session, handler, settings, tracker, shutdown).await;
+        let reason = place.closer().reason();
         if let Some(suppressed) = quiet.admit() {
-            let reason = place.closer().reason();
             tracing::info!(%peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
+        }
+        drop(place);
+        if purpose != Purpose::Handoff {
+            tokio::select! {
+                () = self.shutdown.cancelled() => {}
+                () = self.deathwatch.connection_ended(peer.node_id, &reason) => {}
+            }
         }
     }
 

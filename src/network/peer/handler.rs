@@ -11,7 +11,20 @@ use super::wire::{
     PageReply, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
 };
 use crate::handoff::PageRequest;
-use crate::types::{ClusterId, LeaderId, LogId, NodeId};
+use crate::types::{ClusterId, LeaderId, LogId, NodeId, Vote};
+
+/// The leader that a node follows, and the node's part in electing the next one.
+#[derive(Debug, Clone)]
+pub(in crate::network) struct Followed {
+    pub(in crate::network) node_id: NodeId,
+    /// Where it accepts peers.
+    pub(in crate::network) rpc: String,
+    pub(in crate::network) vote: Vote,
+    /// How many voters there are besides the leader...
+    pub(in crate::network) turns: u32,
+    /// ...and which one of them this node is; `None` when it has no vote.
+    pub(in crate::network) turn: Option<u32>,
+}
 
 /// The work behind a message. Every method may take as long as a disk does, and its future may be
 /// dropped when the node stops.
@@ -33,6 +46,16 @@ pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure>;
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure>;
+
+    /// The leader that this node follows; `None` when it knows none or leads. Answers at once.
+    fn followed(&self) -> Option<Followed>;
+
+    /// Lets other leaders be elected from now on although the leader with this vote may have been heard of
+    /// lately.
+    async fn give_up_lease(&self, vote: Vote);
+
+    /// Asks the other voters whether they would elect this node, and stands for election if so.
+    async fn ask_for_votes(&self);
 
     async fn read_index(&self, follower: NodeId) -> Result<LogId, Failure>;
 

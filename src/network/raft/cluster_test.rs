@@ -1,21 +1,26 @@
 //! A cluster of real nodes (openraft, RocksDB, sockets) replicates, survives a lost leader, lets
-//! followers serve linearizable reads, and brings a new node up by snapshot.
+//! followers serve linearizable reads, and brings a new node up by snapshot. A leader that has ended is
+//! succeeded at once, and none that lives is deposed by one node alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{Raft, SnapshotPolicy};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::handler::RaftHandler;
 use super::{PeerIdentity, PeerServer};
 use crate::config::Config;
+use crate::network::peer::handler::PeerHandler;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::read_gate::{ReadGate, Voters};
 use crate::store::state_machine::StateMachine;
@@ -33,8 +38,14 @@ struct TestNode {
     shutdown: CancellationToken,
 }
 
+/// For elections to be a matter of time, in milliseconds.
+const SOON: Range<u64> = 400..800;
+
+/// For them not to be.
+const NEVER: Range<u64> = 600_000..1_200_000;
+
 impl TestNode {
-    async fn start(dir: &Path, id: NodeId) -> Self {
+    async fn start(dir: &Path, id: NodeId, election_timeout: Range<u64>) -> Self {
         let config = Config::default();
         let identity = PeerIdentity { cluster: "c1".parse().unwrap(), node_id: id };
         let store = Store::open(&StoreOptions {
@@ -48,8 +59,8 @@ impl TestNode {
         .unwrap();
         let raft_config = openraft::Config {
             heartbeat_interval: 100,
-            election_timeout_min: 400,
-            election_timeout_max: 800,
+            election_timeout_min: election_timeout.start,
+            election_timeout_max: election_timeout.end,
             enable_pre_vote: Some(true),
             max_payload_entries: 1024,
             snapshot_policy: SnapshotPolicy::Never,
@@ -71,6 +82,15 @@ impl TestNode {
         Self { id, addrs, raft, network, server, store, gate: gate_task, shutdown }
     }
 
+    /// What its server asks, and a task that ends with it.
+    fn handler(&self) -> (RaftHandler<StateMachine>, JoinHandle<()>) {
+        let identity = PeerIdentity { cluster: "c1".parse().unwrap(), node_id: self.id };
+        let voters = Voters { own: self.store.promise(), peers: self.network.clone() };
+        let (gate, task) = ReadGate::spawn(self.raft.clone(), self.store.reader(), voters);
+        let (raft, timeout) = (self.raft.clone(), Duration::from_secs(1));
+        (RaftHandler::new(&identity, raft, &self.store, gate, timeout), task)
+    }
+
     async fn stop(self) {
         self.shutdown.cancel();
         self.server.join().await;
@@ -80,6 +100,18 @@ impl TestNode {
         self.gate.await.unwrap();
         self.store.close().unwrap();
     }
+}
+
+/// Three nodes.
+async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
+    let mut nodes = Vec::new();
+    for id in 1..=3 {
+        nodes.push(TestNode::start(dir, id, election_timeout.clone()).await);
+    }
+    let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
+    nodes[0].store.formation().join(NonZeroU64::new(7).unwrap()).unwrap();
+    nodes[0].raft.initialize(members).await.unwrap();
+    nodes
 }
 
 fn put(n: u64, bytes: usize) -> Command {
@@ -105,13 +137,7 @@ async fn leader(nodes: &[TestNode]) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_cluster_replicates_fails_over_and_brings_a_node_up_by_snapshot() {
     let dir = tempfile::tempdir().unwrap();
-    let mut nodes = Vec::new();
-    for id in 1..=3 {
-        nodes.push(TestNode::start(dir.path(), id).await);
-    }
-    let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
-    nodes[0].store.formation().join(NonZeroU64::new(7).unwrap()).unwrap();
-    nodes[0].raft.initialize(members).await.unwrap();
+    let mut nodes = cluster(dir.path(), SOON).await;
     let first = leader(&nodes).await;
 
     let writes = (0..5000).map(|n| {
@@ -147,7 +173,7 @@ async fn a_cluster_replicates_fails_over_and_brings_a_node_up_by_snapshot() {
     let at = built.snapshot.unwrap();
     raft.trigger().purge_log(at.index).await.unwrap();
     raft.wait(Some(Duration::from_secs(20))).purged(Some(at), "purged").await.unwrap();
-    let newcomer = TestNode::start(dir.path(), 4).await;
+    let newcomer = TestNode::start(dir.path(), 4, SOON).await;
     raft.add_learner(4, newcomer.addrs.clone(), true).await.unwrap();
     let members: BTreeSet<_> = nodes.iter().map(|n| n.id).chain([4]).collect();
     raft.change_membership(members, false).await.unwrap();
@@ -159,6 +185,54 @@ async fn a_cluster_replicates_fails_over_and_brings_a_node_up_by_snapshot() {
         assert_eq!(node.store.reader().key_count().unwrap(), 5000);
     }
     drop(raft);
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = cluster(dir.path(), NEVER).await;
+    let first = leader(&nodes).await;
+    for n in 0..50 {
+        nodes[first].raft.client_write(put(n, 10)).await.unwrap();
+    }
+    // Everyone follows, so everyone has a connection of the leader's.
+    for node in &nodes {
+        let following = node.raft.wait(Some(Duration::from_secs(20)));
+        following.current_leader(nodes[first].id, "the first").await.unwrap();
+    }
+    nodes.remove(first).stop().await;
+    leader(&nodes).await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+/// As when a firewall refuses connections between the two.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_node_that_alone_takes_the_leader_for_ended_deposes_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes = cluster(dir.path(), NEVER).await;
+    let first = leader(&nodes).await;
+    let other = &nodes[(first + 1) % 3];
+    let following = other.raft.wait(Some(Duration::from_secs(20)));
+    following.current_leader(nodes[first].id, "the first").await.unwrap();
+    let before = nodes[first].raft.metrics().borrow_watched().vote;
+    let (handler, task) = other.handler();
+    let followed = handler.followed().unwrap();
+    assert_eq!((followed.node_id, followed.vote), (nodes[first].id, before));
+    assert!(followed.turns == 2 && followed.turn.is_some_and(|turn| turn < 2));
+    for n in 0..5 {
+        handler.give_up_lease(followed.vote).await;
+        handler.ask_for_votes().await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        nodes[first].raft.client_write(put(n, 10)).await.unwrap();
+    }
+    assert_eq!(nodes[first].raft.metrics().borrow_watched().vote, before);
+    drop(handler);
+    task.await.unwrap();
     for node in nodes {
         node.stop().await;
     }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::handoff::PageRequest;
 use crate::network::peer::PeerIdentity;
-use crate::network::peer::handler::PeerHandler;
+use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::network::peer::quiet::Quiet;
 use crate::network::peer::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
@@ -134,6 +134,38 @@ where
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
         self.raft.handle_transfer_leader(request).await.map_err(stopped)
+    }
+
+    fn followed(&self) -> Option<Followed> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader.filter(|leader| *leader != metrics.id)?;
+        let membership = metrics.membership_config.membership();
+        let rpc = membership.get_node(&leader)?.rpc.clone();
+        // The highest first: of two candidates of one term, the one with the higher id wins.
+        let mut voters: Vec<_> = membership.voter_ids().filter(|id| *id != leader).collect();
+        voters.sort_unstable_by_key(|id| std::cmp::Reverse(*id));
+        let turn = voters.iter().position(|id| *id == metrics.id);
+        Some(Followed {
+            node_id: leader,
+            rpc,
+            vote: metrics.vote,
+            turns: voters.len() as u32,
+            turn: turn.map(|turn| turn as u32),
+        })
+    }
+
+    async fn give_up_lease(&self, vote: Vote) {
+        // What a leader says who makes room for another: to all but that other one it means just this.
+        let (leader, last_log_id) = (vote.leader_id.node_id, None);
+        let request = TransferRequest::new(vote, leader, last_log_id);
+        // An error says that Raft has stopped, and then there is nothing to be done.
+        let _ = self.raft.handle_transfer_leader(request).await;
+    }
+
+    async fn ask_for_votes(&self) {
+        // As above.
+        let _ = self.raft.trigger().elect(true).await;
     }
 
     async fn read_index(&self, follower: NodeId) -> Result<LogId, Failure> {

@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::handoff::{Cursor, Page, PageRequest};
 use crate::network::peer::greeting::Hello;
-use crate::network::peer::handler::PeerHandler;
+use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::network::peer::link::{Link, LinkContext};
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::thrift::Thrift;
@@ -232,6 +232,14 @@ impl PeerHandler for Fake {
         let expected = *request.from_leader();
         Ok(Err(TransferRefusal::VoteChanged { expected, actual: vote(9) }))
     }
+
+    fn followed(&self) -> Option<Followed> {
+        None
+    }
+
+    async fn give_up_lease(&self, _: Vote) {}
+
+    async fn ask_for_votes(&self) {}
 
     async fn read_index(&self, _: NodeId) -> Result<LogId, Failure> {
         self.begin();
