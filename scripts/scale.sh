@@ -210,6 +210,19 @@ part_follower() {
 part_failover() {
     start_clusters 1 3
     fill 1000 100
+    : >"$RESULTS/$PART.md"
+    kill_leaders 'while nothing is written'
+    start load "$BIN/client" bench --nodes-file "$WORK/nodes.json" --workload write --clients 16 \
+        --keys 1000 --value-bytes 100 --seconds 3600
+    load=$PID
+    kill_leaders 'while 16 tasks write'
+    if gone "$load"; then fail "the load ended early: $(tail -n 1 "$WORK/load.err")"; fi
+    stop "$load"
+    stop_clusters
+}
+
+# kill_leaders WHEN: so many trials, one after the other; notes how long no write was acknowledged.
+kill_leaders() {
     trial=1
     : >"$WORK/trials"
     while [ "$trial" -le "$TRIALS" ]; do
@@ -231,10 +244,8 @@ part_failover() {
         done
         trial=$((trial + 1))
     done
-    : >"$RESULTS/$PART.md"
-    note "$TRIALS leaders killed; until the next acknowledged write: median $(sort -n "$WORK/trials" \
+    note "$TRIALS leaders killed $1; until the next acknowledged write: median $(sort -n "$WORK/trials" \
         | awk '{ a[NR] = $1 } END { print a[int((NR + 1) / 2)] }') ms, worst $(sort -n "$WORK/trials" | tail -n 1) ms."
-    stop_clusters
 }
 
 is_ready() { try GET "http://$(kv_http 1 "$1")/readyz" && [ "$STATUS" = 200 ]; }

@@ -31,6 +31,7 @@ pub(super) mod greeting;
 pub(super) mod handler;
 pub(super) mod lane;
 pub(super) mod link;
+mod pacer;
 pub(super) mod pipeline;
 pub(super) mod quiet;
 pub(super) mod rounds;

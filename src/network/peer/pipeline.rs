@@ -11,7 +11,7 @@
 //! answered it; openraft settles it with the next answer. That would be unsound if read indexes came of
 //! openraft's clock; they do not ([`crate::read_gate`]).
 //!
-//! A follower that no majority needs is sent entries once a pause ([`super::thrift`]): meanwhile its
+//! A follower that no majority needs is sent entries once a pause ([`super::pacer`]): meanwhile its
 //! input is not looked at, so that one request brings all that came.
 //!
 //! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
@@ -33,6 +33,7 @@ use tokio::time::Instant;
 use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
+use super::pacer::{Hurry, PaceDue, Pacer};
 use super::settings::PeerSettings;
 use super::thrift::Seat;
 use super::wire::{
@@ -45,11 +46,6 @@ use crate::types::LogId;
 /// follower of an idle leader learns of the last commit that much later. Longer than a write takes, so
 /// that a client which writes one value after the other does not pay for it either.
 const COMMIT_HOLD_MAX: Duration = Duration::from_millis(4);
-
-/// How long a follower may owe an answer to entries, or a majority that has them leave them uncommitted,
-/// before others are sent what they were not. More than an fsync and the way there and back usually take;
-/// where it is not, far away or under much load, everyone is sent everything at once.
-const OVERDUE_AFTER: Duration = Duration::from_millis(1);
 
 /// Why a stream of appends ended early.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,14 +99,7 @@ where
         parts: VecDeque::new(),
         last_sent: None,
         held: None,
-        seat,
-        paused_until: None,
-        has_waited: false,
-        owed_since: VecDeque::new(),
-        overdue: false,
-        commit: None,
-        answered: None,
-        uncommitted: None,
+        pacer: Pacer::new(seat),
         permit: None,
         in_flight: FuturesOrdered::new(),
         bytes_in_flight: 0,
@@ -145,22 +134,7 @@ struct Pipeline<S> {
     last_sent: Option<Option<LogId>>,
     /// An append that only brings a commit index, and until when it is held back.
     held: Option<(AppendRequest, Instant)>,
-    /// Its place among the followers.
-    seat: Seat,
-    /// Until when the input is not looked at.
-    paused_until: Option<Instant>,
-    /// Whether what is sent next has waited already: then a commit index is not held back.
-    has_waited: bool,
-    /// When each message with entries was sent that is not answered.
-    owed_since: VecDeque<Instant>,
-    /// Whether the first of them has waited for too long, and the others know.
-    overdue: bool,
-    /// The commit index as of the last request.
-    commit: Option<LogId>,
-    /// The newest entry that the follower has answered, if it was not committed then, and when.
-    answered: Option<(Option<LogId>, Instant)>,
-    /// The oldest such entry that is not committed now.
-    uncommitted: Option<(Option<LogId>, Instant)>,
+    pacer: Pacer,
     /// Permission to send one message.
     permit: Option<OwnedSemaphorePermit>,
     in_flight: FuturesOrdered<BoxFuture<'static, Answered>>,
@@ -213,15 +187,15 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
                 Event::Permitted(Err(error)) => return Some(Err(error.into())),
                 Event::Requested(None) => {
                     self.input = None;
-                    self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
+                    self.release_held();
                 }
                 Event::Requested(Some(request)) => {
-                    self.note_commit(&request);
+                    self.pacer.requested(request.leader_commit);
                     // The newer one brings what a held one would have brought.
                     self.held = None;
                     let only_commit =
                         request.entries.is_empty() && self.last_sent == Some(request.prev_log_id);
-                    if only_commit && !self.has_waited {
+                    if only_commit && !self.pacer.has_waited() {
                         self.held = Some((request, Instant::now() + COMMIT_HOLD_MAX));
                     } else if let Err(error) = self.prepare(&request) {
                         return Some(Err(error.into()));
@@ -234,24 +208,12 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
                         return Some(Err(error.into()));
                     }
                 }
-                Event::Due(Due::PauseOver) => {
-                    self.paused_until = None;
-                    self.has_waited = true;
-                }
-                Event::Moved => self.paused_until = None,
-                Event::Due(Due::Overdue) => {
-                    self.overdue = true;
-                    self.seat.overdue(Instant::now());
-                }
-                Event::Due(Due::Uncommitted) => {
-                    if let Some((entry, _)) = self.uncommitted.take() {
-                        self.seat.uncommitted(entry, Instant::now());
+                Event::Due(Due::Pace(due)) => self.pacer.passed(due, Instant::now()),
+                Event::Hurried(hurry) => {
+                    self.pacer.hurried(hurry);
+                    if hurry == Hurry::Asked {
+                        self.release_held();
                     }
-                }
-                Event::Asked => {
-                    self.paused_until = None;
-                    self.has_waited = true;
-                    self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
                 }
                 Event::Due(Due::Idle) => return Some(Err(self.time_out().into())),
                 Event::Closed => {
@@ -262,10 +224,9 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         }
     }
 
-    fn note_commit(&mut self, request: &AppendRequest) {
-        self.commit = request.leader_commit;
-        let still = |(entry, _): &(Option<LogId>, Instant)| *entry > self.commit;
-        self.uncommitted = self.uncommitted.filter(still).or(self.answered.filter(still));
+    /// What is held back goes now.
+    fn release_held(&mut self) {
+        self.held = self.held.take().map(|(request, _)| (request, Instant::now()));
     }
 
     fn prepare(&mut self, request: &AppendRequest) -> Result<(), EntryTooLarge> {
@@ -285,9 +246,9 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             self.input.is_some() || !self.parts.is_empty() || self.held.is_some();
         let want_permit = self.permit.is_none() && room && something_to_send;
         let may_send = self.permit.is_some() && self.parts.is_empty();
-        let want_request = may_send && self.input.is_some() && self.paused_until.is_none();
+        let want_request = may_send && self.input.is_some() && !self.pacer.is_paused();
         let waiting = !self.in_flight.is_empty();
-        let holds_back = self.paused_until.is_some() || (may_send && self.held.is_some());
+        let holds_back = self.pacer.is_paused() || (may_send && self.held.is_some());
         let due = self.next_due(may_send);
         let connection = Arc::clone(&self.connection);
         let next_request = async {
@@ -302,8 +263,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             permit = connection.permit(), if want_permit => Event::Permitted(permit),
             request = next_request, if want_request => Event::Requested(request),
             event = pass(&mut self.alarm, due) => event,
-            () = self.seat.asked(), if holds_back => Event::Asked,
-            () = self.seat.moved(), if self.paused_until.is_some() => Event::Moved,
+            hurry = self.pacer.hurry(), if holds_back => Event::Hurried(hurry),
             () = connection.closer().closed(), if !waiting => Event::Closed,
         }
     }
@@ -312,13 +272,9 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
     fn next_due(&self, may_send: bool) -> Option<(Instant, Due)> {
         let held = self.held.as_ref().filter(|_| may_send).map(|(_, until)| *until);
         let idle = (!self.in_flight.is_empty()).then(|| self.last_progress + self.reply_timeout);
-        let owed = self.owed_since.front().filter(|_| !self.overdue);
-        let overdue = owed.map(|since| *since + OVERDUE_AFTER);
         let due = [
             held.map(|at| (at, Due::HeldLongEnough)),
-            self.paused_until.map(|at| (at, Due::PauseOver)),
-            overdue.map(|at| (at, Due::Overdue)),
-            self.uncommitted.map(|(_, since)| (since + OVERDUE_AFTER, Due::Uncommitted)),
+            self.pacer.next_due().map(|(at, due)| (at, Due::Pace(due))),
             idle.map(|at| (at, Due::Idle)),
         ];
         due.into_iter().flatten().min_by_key(|(at, _)| *at)
@@ -339,17 +295,8 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         }
         self.bytes_in_flight += bytes;
         self.last_sent = Some(last);
-        self.has_waited = false;
         let entries_sent_at = (last > prev).then_some(now);
-        if entries_sent_at.is_some() {
-            self.owed_since.push_back(now);
-            let pause = self.seat.pause(now).filter(|_| self.may_pause);
-            self.paused_until = pause.map(|pause| now + pause);
-            if pause.is_some() {
-                // While the input is not looked at, nothing is heard of the commit index either.
-                (self.answered, self.uncommitted) = (None, None);
-            }
-        }
+        self.pacer.sent(entries_sent_at.is_some(), self.may_pause, now);
         let call = self.connection.start(Method::Append, message, permit);
         let answered = call.reply().map(move |answer| Answered {
             answer,
@@ -384,26 +331,13 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         }
         let all_appended = outcome == Ok(last);
         if all_appended {
-            self.settle(last, entries_sent_at, now);
+            let listens = self.parts.is_empty() && self.input.is_some();
+            self.pacer.appended(last, entries_sent_at, listens, now);
         }
         if all_appended && split {
             return None;
         }
         Some(Ok(Reply { outcome, ends: !all_appended }))
-    }
-
-    /// The follower has everything up to `last`.
-    fn settle(&mut self, last: Option<LogId>, entries_sent_at: Option<Instant>, now: Instant) {
-        if entries_sent_at.is_some() {
-            self.owed_since.pop_front();
-            let in_time = |since: &Instant| *since + OVERDUE_AFTER > now;
-            self.overdue &= self.owed_since.front().is_some_and(|since| !in_time(since));
-            let listens =
-                self.paused_until.is_none() && self.parts.is_empty() && self.input.is_some();
-            self.answered = Some((last, now)).filter(|_| listens && last > self.commit);
-            self.uncommitted = self.uncommitted.or(self.answered);
-        }
-        self.seat.appended(last, entries_sent_at.map(|at| now - at), self.overdue);
     }
 
     fn time_out(&self) -> CallError {
@@ -419,10 +353,8 @@ enum Event {
     Requested(Option<AppendRequest>),
     /// Its time has come.
     Due(Due),
-    /// Nothing is to be held back: the follower is asked for a read.
-    Asked,
-    /// It may have become one that a majority needs.
-    Moved,
+    /// A pause is to end.
+    Hurried(Hurry),
     /// The connection ended while nothing was in flight.
     Closed,
 }
@@ -431,12 +363,8 @@ enum Event {
 enum Due {
     /// The held append has waited long enough.
     HeldLongEnough,
-    /// The follower may be sent entries again.
-    PauseOver,
-    /// Another follower should be sent what this one does not answer.
-    Overdue,
-    /// All should be sent what this one has answered in vain.
-    Uncommitted,
+    /// The follower's pace is to change, or others'.
+    Pace(PaceDue),
     /// No reply for too long.
     Idle,
 }

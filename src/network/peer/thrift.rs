@@ -11,7 +11,7 @@
 //!
 //! - The first entries after a pause go at once: only a follower that was just sent something waits.
 //! - A follower makes another one a spare only while it is *in time*: it has answered in this session, as far
-//!   as the spare at least, and owes no answer for longer than a moment ([`super::pipeline`]). So one that
+//!   as the spare at least, and owes no answer for longer than a moment ([`super::pacer`]). So one that
 //!   is gone, silent, slow, new or catching up does not. When one stops being in time, it becomes the last in
 //!   the order, and the others get at once what they have not been sent.
 //! - When as many followers as make a majority have answered an entry and it is not committed within a
@@ -23,7 +23,7 @@
 //! Under load that nobody keeps up with nobody is in time, and everyone is sent everything at once.
 //!
 //! After a leader is lost, a spare lacks the entries of its last pause, so it may lose the election that it
-//! begins, and the other one's, which begins at most 100 ms later by default, decides.
+//! begins, and the other one's, which begins soon after it, decides.
 //!
 //! The state is an order of followers, the first of which are not spares. It belongs to one node's
 //! network; a node that does not lead has an empty one.
