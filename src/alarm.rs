@@ -5,6 +5,7 @@
 //! its answer, that is a good part of the message. So this one stays set when its deadline moves to a
 //! later time, and looks again when it goes off. Between two users it waits in a [`Stock`], set as it is.
 
+use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -57,23 +58,20 @@ impl Alarm {
 /// Alarms that nobody uses at the moment.
 #[derive(Default)]
 pub struct Stock {
-    idle: Mutex<Vec<Alarm>>,
+    idle: Mutex<VecDeque<Alarm>>,
 }
 
 impl Stock {
-    /// One that was used before, if there is one for this runtime, or a new one. Needs a Tokio runtime.
+    /// The one that came back last, if there is one for this runtime, or a new one. Needs a Tokio runtime.
     pub fn lend(&self) -> Lent<'_> {
         let runtime = Handle::current().id();
         let mut idle = self.idle();
-        while let Some(alarm) = idle.pop() {
-            if alarm.belongs_to(runtime) {
-                return Lent { stock: self, alarm: Some(alarm) };
-            }
-        }
-        Lent { stock: self, alarm: Some(Alarm::new()) }
+        let at = idle.iter().rposition(|alarm| alarm.belongs_to(runtime));
+        let alarm = at.and_then(|at| idle.remove(at)).unwrap_or_else(Alarm::new);
+        Lent { stock: self, alarm: Some(alarm) }
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Alarm>> {
+    fn idle(&self) -> MutexGuard<'_, VecDeque<Alarm>> {
         // Nothing inside can be half done: a panic elsewhere is no reason to fail here.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -103,8 +101,10 @@ impl DerefMut for Lent<'_> {
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
         let mut idle = self.stock.idle();
-        if idle.len() < STOCK_MAX {
-            idle.extend(self.alarm.take());
+        idle.extend(self.alarm.take());
+        if idle.len() > STOCK_MAX {
+            // Perhaps of a runtime that is no more.
+            idle.pop_front();
         }
     }
 }
@@ -148,6 +148,9 @@ mod tests {
                 timeout(FOR_EVER / 60, again.until(Instant::now() + SOON)).await.expect("too late");
             });
         }
-        assert_eq!(stock.idle().len(), 1);
+        assert_eq!(stock.idle().len(), 2);
+        let lent: Vec<_> = (0..2 * STOCK_MAX).map(|_| ()).collect();
+        runtime().block_on(async { drop(lent.iter().map(|()| stock.lend()).collect::<Vec<_>>()) });
+        assert_eq!(stock.idle().len(), STOCK_MAX);
     }
 }

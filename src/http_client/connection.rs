@@ -88,7 +88,8 @@ impl Connection {
         tokio::select! {
             biased;
             result = answered => result,
-            () = alarm.until(deadline) => Err(Failure::TimedOut),
+            // An answer without end may use up all that Tokio lets a task do, and must end all the same.
+            () = unconstrained(alarm.until(deadline)) => Err(Failure::TimedOut),
         }
     }
 

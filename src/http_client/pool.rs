@@ -38,20 +38,17 @@ impl Pool {
 
     /// A connection to use now, if there is one. The other side may have closed it.
     pub(super) fn take(&self, address: &str, now: Instant) -> Option<Box<Connection>> {
+        let runtime = Handle::current().id();
         let mut idle = self.idle();
         let connections = idle.nodes.get_mut(address)?;
-        let runtime = Handle::current().id();
-        let mut found = None;
-        while found.is_none()
-            && let Some((since, connection)) = connections.pop_back()
-        {
-            let is_good = connection.belongs_to(runtime) && now < since + self.idle_timeout;
-            found = is_good.then_some(connection);
-        }
+        let at = connections.iter().rposition(|(since, connection)| {
+            connection.belongs_to(runtime) && now < *since + self.idle_timeout
+        })?;
+        let (_, connection) = connections.remove(at)?;
         if connections.is_empty() {
             idle.nodes.remove(address);
         }
-        found
+        Some(connection)
     }
 
     /// Keeps a connection for the next request.
@@ -60,10 +57,17 @@ impl Pool {
         let mut idle = self.idle();
         let connections = idle.nodes.entry(address).or_default();
         connections.push_back((now, connection));
+        // Also here: the task may be one of a runtime that nobody runs any more.
+        while connections.front().is_some_and(|(since, _)| *since + self.idle_timeout <= now) {
+            connections.pop_front();
+        }
         if connections.len() > IDLE_CONNECTIONS_MAX {
             connections.pop_front();
         }
-        if !std::mem::replace(&mut idle.is_tended, true) {
+        let must_start = !std::mem::replace(&mut idle.is_tended, true);
+        // A runtime that shuts down drops the task at once, and that one locks, too.
+        drop(idle);
+        if must_start {
             tokio::spawn(Tender { pool: Arc::downgrade(self) }.run(now + self.idle_timeout));
         }
     }

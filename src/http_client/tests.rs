@@ -35,7 +35,8 @@ async fn send(client: &HttpClient, address: &str) -> Result<HttpResponse, SendEr
 async fn receive(stream: &mut TcpStream) -> String {
     let mut text = Vec::new();
     while !text.ends_with(b"\r\n\r\nbody") {
-        if tokio::time::timeout(PATIENCE, stream.read_buf(&mut text)).await.unwrap().unwrap() == 0 {
+        let read = tokio::time::timeout(PATIENCE, stream.read_buf(&mut text)).await;
+        if read.expect("nothing came").unwrap_or(0) == 0 {
             break;
         }
     }
@@ -44,6 +45,20 @@ async fn receive(stream: &mut TcpStream) -> String {
 
 async fn accept(listener: &TcpListener) -> TcpStream {
     tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap().0
+}
+
+/// Answers whatever comes, on all connections.
+async fn serve(listener: TcpListener) {
+    loop {
+        let mut stream = accept(&listener).await;
+        tokio::spawn(async move {
+            while !receive(&mut stream).await.is_empty() {
+                if stream.write_all(OK).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
 }
 
 #[tokio::test]
@@ -236,16 +251,7 @@ async fn an_idle_connection_is_closed_in_the_end() {
 fn a_client_is_used_on_one_runtime_after_another() {
     let servers = Runtime::new().unwrap();
     let (listener, address) = servers.block_on(listen());
-    servers.spawn(async move {
-        loop {
-            let mut stream = listener.accept().await.unwrap().0;
-            tokio::spawn(async move {
-                while !receive(&mut stream).await.is_empty() {
-                    stream.write_all(OK).await.unwrap();
-                }
-            });
-        }
-    });
+    servers.spawn(serve(listener));
     let client = HttpClient::new();
     for _ in 0..3 {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -253,4 +259,48 @@ fn a_client_is_used_on_one_runtime_after_another() {
             runtime.block_on(send(&client, &address)).unwrap();
         }
     }
+}
+
+/// Whoever gives a connection back while its runtime ends must not wait for itself.
+#[test]
+fn a_runtime_ends_while_connections_come_back() {
+    let servers = Runtime::new().unwrap();
+    let (listener, address) = servers.block_on(listen());
+    servers.spawn(serve(listener));
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for _ in 0..100 {
+            let client = HttpClient::new();
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            for _ in 0..8 {
+                let (client, address) = (client.clone(), address.clone());
+                runtime.spawn(async move { while send(&client, &address).await.is_ok() {} });
+            }
+            std::thread::sleep(Duration::from_millis(3));
+            drop(runtime);
+        }
+        done.send(()).unwrap();
+    });
+    over.recv_timeout(3 * PATIENCE).expect("a runtime hangs");
+}
+
+/// Heads that announce an answer may come for ever, and faster than they are read.
+#[tokio::test]
+async fn a_server_that_never_comes_to_its_answer_does_not_hold_up_the_deadline() {
+    let (listener, address) = listen().await;
+    let listener = listener.into_std().unwrap();
+    listener.set_nonblocking(false).unwrap();
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let announcements = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000);
+        while std::io::Write::write_all(&mut stream, &announcements).is_ok() {}
+    });
+    let client = HttpClient::new();
+    let deadline = Instant::now() + Duration::from_millis(50);
+    let error = client.send(request_to(&address, b"body"), deadline).await.unwrap_err();
+    assert!(matches!(error, SendError::TimedOut { .. }), "{error:?}");
 }

@@ -20,6 +20,7 @@ mod admit;
 mod cluster_test;
 mod deathwatch;
 mod handler;
+mod lapse;
 mod visitors;
 
 use std::io;
@@ -85,7 +86,8 @@ impl PeerServer {
         let settings = Arc::new(PeerSettings::new(config));
         // A leader that cannot confirm itself says so while the asking node still listens.
         let read_index_timeout = settings.reply_timeout / 2;
-        let handler = RaftHandler::new(&identity, raft, store, gate, read_index_timeout);
+        let lease = Duration::from_millis(config.raft.election_timeout_max_ms);
+        let handler = RaftHandler::new(&identity, raft, store, gate, read_index_timeout, lease);
         let (formation, handler) = (store.formation(), Arc::new(handler));
         Self::serve_handler(listener, identity, formation, handler, settings, shutdown)
     }

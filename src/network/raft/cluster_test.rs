@@ -21,6 +21,7 @@ use super::handler::RaftHandler;
 use super::{PeerIdentity, PeerServer};
 use crate::config::Config;
 use crate::network::peer::handler::PeerHandler;
+use crate::network::peer::settings::PeerSettings;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::read_gate::{ReadGate, Voters};
 use crate::store::state_machine::StateMachine;
@@ -33,10 +34,14 @@ struct TestNode {
     raft: Raft<TypeConfig, StateMachine>,
     network: PeerNetwork,
     server: PeerServer,
+    handler: Arc<RaftHandler<StateMachine>>,
     store: Store,
     gate: JoinHandle<()>,
     shutdown: CancellationToken,
 }
+
+/// For how long who was heard is not deposed. Several heartbeats.
+const LEASE: Duration = Duration::from_millis(400);
 
 /// For elections to be a matter of time, in milliseconds.
 const SOON: Range<u64> = 400..800;
@@ -76,19 +81,15 @@ impl TestNode {
         let shutdown = CancellationToken::new();
         let voters = Voters { own: store.promise(), peers: network.clone() };
         let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
-        let (of_raft, token) = (raft.clone(), shutdown.clone());
-        let server = PeerServer::serve(listener, identity, of_raft, gate, &store, &config, token);
+        let timeout = Duration::from_secs(1);
+        let handler = RaftHandler::new(&identity, raft.clone(), &store, gate, timeout, LEASE);
+        let handler = Arc::new(handler);
+        let (formation, settings) = (store.formation(), Arc::new(PeerSettings::new(&config)));
+        let (handles, token) = (handler.clone(), shutdown.clone());
+        let server =
+            PeerServer::serve_handler(listener, identity, formation, handles, settings, token);
         let addrs = NodeAddrs { http: String::new(), rpc };
-        Self { id, addrs, raft, network, server, store, gate: gate_task, shutdown }
-    }
-
-    /// What its server asks, and a task that ends with it.
-    fn handler(&self) -> (RaftHandler<StateMachine>, JoinHandle<()>) {
-        let identity = PeerIdentity { cluster: "c1".parse().unwrap(), node_id: self.id };
-        let voters = Voters { own: self.store.promise(), peers: self.network.clone() };
-        let (gate, task) = ReadGate::spawn(self.raft.clone(), self.store.reader(), voters);
-        let (raft, timeout) = (self.raft.clone(), Duration::from_secs(1));
-        (RaftHandler::new(&identity, raft, &self.store, gate, timeout), task)
+        Self { id, addrs, raft, network, server, handler, store, gate: gate_task, shutdown }
     }
 
     async fn stop(self) {
@@ -96,7 +97,7 @@ impl TestNode {
         self.server.join().await;
         self.raft.shutdown().await.unwrap();
         self.network.shutdown().await;
-        drop((self.raft, self.network));
+        drop((self.raft, self.network, self.handler));
         self.gate.await.unwrap();
         self.store.close().unwrap();
     }
@@ -210,29 +211,33 @@ async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
     }
 }
 
-/// As when a firewall refuses connections between the two.
+/// As when a firewall refuses connections between one of them and the leader, and then another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_node_that_alone_takes_the_leader_for_ended_deposes_nobody() {
+async fn nodes_that_take_the_leader_for_ended_one_at_a_time_depose_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let nodes = cluster(dir.path(), NEVER).await;
     let first = leader(&nodes).await;
-    let other = &nodes[(first + 1) % 3];
-    let following = other.raft.wait(Some(Duration::from_secs(20)));
-    following.current_leader(nodes[first].id, "the first").await.unwrap();
-    let before = nodes[first].raft.metrics().borrow_watched().vote;
-    let (handler, task) = other.handler();
-    let followed = handler.followed().unwrap();
-    assert_eq!((followed.node_id, followed.vote), (nodes[first].id, before));
-    assert!(followed.turns == 2 && followed.turn.is_some_and(|turn| turn < 2));
-    for n in 0..5 {
-        handler.give_up_lease(followed.vote).await;
-        handler.ask_for_votes().await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        nodes[first].raft.client_write(put(n, 10)).await.unwrap();
+    let lead = &nodes[first];
+    let before = lead.raft.metrics().borrow_watched().vote;
+    for node in nodes.iter().filter(|node| node.id != lead.id) {
+        let following = node.raft.wait(Some(Duration::from_secs(20)));
+        following.current_leader(lead.id, "the first").await.unwrap();
+        let followed = node.handler.followed().unwrap();
+        assert_eq!((followed.node_id, followed.vote), (lead.id, before));
+        assert!(followed.turns == 2 && followed.turn.is_some_and(|turn| turn < 2));
+        for n in 0..5 {
+            node.handler.give_up_lease(followed.vote).await;
+            node.handler.ask_for_votes().await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            lead.raft.client_write(put(n, 10)).await.unwrap();
+        }
+        // Until what was given up has been mended by a leader that is heard.
+        tokio::time::sleep(2 * LEASE).await;
+        lead.raft.client_write(put(9, 10)).await.unwrap();
+        lead.raft.trigger().heartbeat().await.unwrap();
+        tokio::time::sleep(LEASE / 4).await;
     }
-    assert_eq!(nodes[first].raft.metrics().borrow_watched().vote, before);
-    drop(handler);
-    task.await.unwrap();
+    assert_eq!(lead.raft.metrics().borrow_watched().vote, before);
     for node in nodes {
         node.stop().await;
     }

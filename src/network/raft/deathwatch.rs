@@ -7,26 +7,27 @@
 //! to depose it, and asks the other voters whether they would elect this node (Raft's pre-vote; thesis of
 //! D. Ongaro, 4.2.3 and 9.6).
 //!
-//! Those agree only if they have found the same or have heard nothing for as long as the lease lasts. So a
-//! node that alone is refused, by a firewall between the two, changes nothing. Nor does any promise depend
-//! on it: Raft is safe whenever elections are held, and a read is confirmed by voters and not by the clock.
-//! A machine that is lost as a whole, or a network, refuses nothing: then the timeout decides, as ever.
+//! Those agree only if they have just found the same or have heard nothing for as long as the lease lasts
+//! ([`super::lapse`]). So a node that alone is refused, by a firewall between the two, changes nothing. Nor
+//! does any promise depend on it: Raft is safe whenever elections are held, and a read is confirmed by
+//! voters and not by the clock. A machine that is lost as a whole, or a network, refuses nothing: then the
+//! timeout decides, as ever.
 //!
 //! Voters ask in turns, so that they do not stand against each other. One that lacks entries is told so by
 //! those who have them, and the next one's turn comes.
 
 use std::io::ErrorKind;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, lookup_host};
 use tokio::time::{sleep, timeout};
 
 use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::{Followed, PeerHandler};
-use crate::types::NodeId;
+use crate::types::{NodeId, Vote};
 
 /// How often it is tried to connect. A process that is ending may still accept for a moment, and closes
 /// what it accepted.
@@ -46,12 +47,13 @@ const ROUNDS_MAX: u32 = 5;
 /// Of one node.
 pub(super) struct Deathwatch {
     handler: Arc<dyn PeerHandler>,
-    is_watching: AtomicBool,
+    /// The leader whose end is being looked into.
+    watched: Mutex<Option<Vote>>,
 }
 
 impl Deathwatch {
     pub(super) fn new(handler: Arc<dyn PeerHandler>) -> Self {
-        Self { handler, is_watching: AtomicBool::new(false) }
+        Self { handler, watched: Mutex::default() }
     }
 
     /// A connection of this peer's has ended. Returns when nothing more is to be done about it, after half
@@ -64,14 +66,18 @@ impl Deathwatch {
             return;
         };
         // The leader's other connections end at the same time.
-        if self.is_watching.swap(true, Ordering::Relaxed) {
+        if self.watched().replace(leader.vote) == Some(leader.vote) {
             return;
         }
-        let _watching = Watching(&self.is_watching);
+        let _watching = Watching { all: self, vote: leader.vote };
         if refuses(&leader.rpc).await {
             tracing::info!(leader = peer, addr = leader.rpc, "the leader's process has ended");
             self.succeed(&leader).await;
         }
+    }
+
+    fn watched(&self) -> MutexGuard<'_, Option<Vote>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sees to it that there is a new leader.
@@ -90,16 +96,32 @@ impl Deathwatch {
     }
 }
 
-struct Watching<'a>(&'a AtomicBool);
+struct Watching<'a> {
+    all: &'a Deathwatch,
+    vote: Vote,
+}
 
 impl Drop for Watching<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
+        // The next leader's end may be looked into already.
+        self.all.watched().take_if(|watched| *watched == self.vote);
     }
 }
 
-/// Whether nobody listens there, and the system there says so.
-async fn refuses(addr: &str) -> bool {
+/// Whether nobody listens there, and the system there says so; all of them, if the name has several
+/// addresses.
+async fn refuses(name: &str) -> bool {
+    let Ok(Ok(addrs)) = timeout(CONNECT_TIMEOUT, lookup_host(name)).await else { return false };
+    let addrs: Vec<_> = addrs.collect();
+    for addr in &addrs {
+        if !refuses_at(*addr).await {
+            return false;
+        }
+    }
+    !addrs.is_empty()
+}
+
+async fn refuses_at(addr: SocketAddr) -> bool {
     for _ in 0..CONNECTS_MAX {
         let mut stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
             Ok(Ok(stream)) => stream,

@@ -28,6 +28,8 @@ use crate::store::snapshot::{SnapshotData, SnapshotStager};
 use crate::store::{Promise, StateReader, Store};
 use crate::types::{ClusterId, LeaderId, LogId, NodeId, TypeConfig, Vote};
 
+use super::lapse::Lapse;
+
 /// Pages that are read at once, whoever asks. Each takes a thread and the disk, and what is read must
 /// be sent, too: more at a time would hold up clients and bring no page sooner.
 const PAGE_READS_MAX: usize = 2;
@@ -45,6 +47,7 @@ where
     promise: Promise,
     gate: ReadGate,
     read_index_timeout: Duration,
+    lapse: Arc<Lapse>,
     quiet: Quiet,
 }
 
@@ -58,6 +61,7 @@ where
         store: &Store,
         gate: ReadGate,
         read_index_timeout: Duration,
+        lease: Duration,
     ) -> Self {
         Self {
             raft,
@@ -68,6 +72,7 @@ where
             promise: store.promise(),
             gate,
             read_index_timeout,
+            lapse: Arc::new(Lapse::new(lease)),
             quiet: Quiet::default(),
         }
     }
@@ -117,10 +122,13 @@ where
         &self,
         requests: BoxStream<'static, AppendRequest>,
     ) -> BoxStream<'static, Result<AppendReply, Failure>> {
+        let lapse = Arc::clone(&self.lapse);
+        let requests = requests.inspect(move |request| lapse.heard(&request.vote)).boxed();
         self.raft.stream_append(requests).map(|reply| reply.map_err(stopped)).boxed()
     }
 
     async fn heartbeat(&self, request: AppendRequest) -> Result<HeartbeatReply, Failure> {
+        self.lapse.heard(&request.vote);
         self.raft.append_entries(request).await.map_err(stopped)
     }
 
@@ -129,7 +137,9 @@ where
     }
 
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
-        self.raft.pre_vote(request).await.map_err(stopped)
+        let mut reply = self.raft.pre_vote(request).await.map_err(stopped)?;
+        reply.vote_granted &= !self.lapse.was_mistaken(Instant::now());
+        Ok(reply)
     }
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
@@ -156,6 +166,7 @@ where
     }
 
     async fn give_up_lease(&self, vote: Vote) {
+        self.lapse.begin(vote, Instant::now());
         // What a leader says who makes room for another: to all but that other one it means just this.
         let (leader, last_log_id) = (vote.leader_id.node_id, None);
         let request = TransferRequest::new(vote, leader, last_log_id);
