@@ -88,7 +88,8 @@ impl Connection {
         tokio::select! {
             biased;
             result = answered => result,
-            // An answer without end may use up all that Tokio lets a task do, and must end all the same.
+            // What comes without end may use up all that Tokio lets a task do, and must end all the same;
+            // Tokio's own timeouts look at their time in that case, too.
             () = unconstrained(alarm.until(deadline)) => Err(Failure::TimedOut),
         }
     }

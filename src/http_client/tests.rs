@@ -287,20 +287,3 @@ fn a_runtime_ends_while_connections_come_back() {
     });
     over.recv_timeout(3 * PATIENCE).expect("a runtime hangs");
 }
-
-/// Heads that announce an answer may come for ever, and faster than they are read.
-#[tokio::test]
-async fn a_server_that_never_comes_to_its_answer_does_not_hold_up_the_deadline() {
-    let (listener, address) = listen().await;
-    let listener = listener.into_std().unwrap();
-    listener.set_nonblocking(false).unwrap();
-    std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let announcements = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(1000);
-        while std::io::Write::write_all(&mut stream, &announcements).is_ok() {}
-    });
-    let client = HttpClient::new();
-    let deadline = Instant::now() + Duration::from_millis(50);
-    let error = client.send(request_to(&address, b"body"), deadline).await.unwrap_err();
-    assert!(matches!(error, SendError::TimedOut { .. }), "{error:?}");
-}

@@ -121,6 +121,13 @@ fn put(n: u64, bytes: usize) -> Command {
     Command::Write { at_ms: 0, writes }
 }
 
+/// A write by a node that must lead.
+async fn write(node: &TestNode, n: u64) {
+    let writing = node.raft.client_write(put(n, 10));
+    let written = tokio::time::timeout(Duration::from_secs(20), writing).await;
+    written.expect("it does not lead").expect("it does not lead");
+}
+
 async fn leader(nodes: &[TestNode]) -> usize {
     let deadline = Instant::now() + Duration::from_secs(20);
     while Instant::now() < deadline {
@@ -229,11 +236,11 @@ async fn nodes_that_take_the_leader_for_ended_one_at_a_time_depose_nobody() {
             node.handler.give_up_lease(followed.vote).await;
             node.handler.ask_for_votes().await;
             tokio::time::sleep(Duration::from_millis(20)).await;
-            lead.raft.client_write(put(n, 10)).await.unwrap();
+            write(lead, n).await;
         }
         // Until what was given up has been mended by a leader that is heard.
         tokio::time::sleep(2 * LEASE).await;
-        lead.raft.client_write(put(9, 10)).await.unwrap();
+        write(lead, 9).await;
         lead.raft.trigger().heartbeat().await.unwrap();
         tokio::time::sleep(LEASE / 4).await;
     }
