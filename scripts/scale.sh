@@ -221,7 +221,8 @@ part_failover() {
     stop_clusters
 }
 
-# kill_leaders WHEN: so many trials, one after the other; notes how long no write was acknowledged.
+# kill_leaders WHEN: so many trials, one after the other; notes how long a new write through another node
+# takes.
 kill_leaders() {
     trial=1
     : >"$WORK/trials"

@@ -13,13 +13,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::runtime::{Handle, Id};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// How many alarms a [`Stock`] keeps. Far more users at the same time have company whose alarms are set
-/// already, and so cause no system calls with new ones.
+/// How many alarms a [`Stock`] keeps. With more users at a time, one of those kept is usually due before a
+/// new one, and setting a timer costs a system call only when it is due first.
 const STOCK_MAX: usize = 64;
 
 /// A timer that is cheap to move to a later time.
 pub struct Alarm {
-    /// It panics where this is another or, after this one's end, none.
+    /// Whose clock drives it. After that runtime's end it panics when it is waited for.
     runtime: Id,
     sleep: Pin<Box<Sleep>>,
     /// When it goes off; `None` when it has.
@@ -33,7 +33,8 @@ impl Alarm {
         Self { runtime: Handle::current().id(), sleep, set: None }
     }
 
-    /// Whether it may be used on this runtime. (Their ids come from a counter.)
+    /// Whether it is this runtime's, and so works for as long as the caller does. (Tokio may give an id out
+    /// again; its ids come from a counter.)
     pub fn belongs_to(&self, runtime: Id) -> bool {
         self.runtime == runtime
     }

@@ -136,7 +136,8 @@ pub struct RaftConfig {
     /// A follower that heard nothing for `election_timeout_max_ms`, in which it helps nobody to depose
     /// the leader, and then for a random time between this ...
     pub election_timeout_min_ms: u64,
-    /// ... and this starts an election, in milliseconds: by default after 400 to 500.
+    /// ... and this starts an election, in milliseconds: by default after 400 to 500. At once, if the
+    /// leader's system refuses connections.
     pub election_timeout_max_ms: u64,
     /// A snapshot is taken after this many entries since the last one.
     pub snapshot_log_entries: u64,

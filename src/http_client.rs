@@ -154,13 +154,12 @@ impl HttpClient {
                 Some(connection) => connection,
                 None => match self.connect(&address, deadline).await {
                     Ok(connection) => connection,
-                    Err(Some(message)) => return Err(SendError::NotSent { address, message }),
-                    Err(None) => return Err(timed_out(address, started)),
+                    Err(message) => return Err(SendError::NotSent { address, message }),
                 },
             };
             match connection.exchange(outgoing, deadline).await {
                 Ok(response) => {
-                    if connection.is_reusable() {
+                    if connection.settle() {
                         self.pool.give_back(address, connection);
                     }
                     return Ok(response);
@@ -178,18 +177,11 @@ impl HttpClient {
         }
     }
 
-    /// An error says why it was refused, or nothing if that took longer than until the deadline.
-    async fn connect(
-        &self,
-        address: &str,
-        deadline: Instant,
-    ) -> Result<Box<Connection>, Option<String>> {
+    /// An error says why there is none: nothing was sent.
+    async fn connect(&self, address: &str, deadline: Instant) -> Result<Box<Connection>, String> {
         let opening = Connection::open(self.connector.clone(), address);
-        match tokio::time::timeout_at(deadline, opening).await {
-            Ok(Ok(connection)) => Ok(Box::new(connection)),
-            Ok(Err(message)) => Err(Some(message)),
-            Err(_) => Err(None),
-        }
+        let opened = tokio::time::timeout_at(deadline, opening).await;
+        opened.map_err(|_| "connecting took too long".to_owned())?.map(Box::new)
     }
 }
 

@@ -6,7 +6,9 @@
 //! and reads, then what it is waiting for, which makes no progress by itself.
 //!
 //! So nobody polls a connection that is not in use, and that the other side has closed it is found out when
-//! it is used again: hyper looks for that before it writes, and gives the request back.
+//! it is used again: hyper looks for that before it writes, and gives the request back. What the runtime has
+//! not heard of by then is not found, and that request may have arrived: one reason more to close idle
+//! connections long before a server does.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -94,8 +96,8 @@ impl Connection {
         }
     }
 
-    /// Whether another request may be sent after the answer to the last one.
-    pub(super) fn is_reusable(&mut self) -> bool {
+    /// Finishes the last exchange, and says whether another request may be sent.
+    pub(super) fn settle(&mut self) -> bool {
         // Nobody is to be woken for a connection that is not in use, as whoever used it last would be.
         turn(&mut self.io, &mut Context::from_waker(Waker::noop()));
         self.io.is_some() && self.sender.is_ready()
@@ -133,7 +135,8 @@ impl<C: Future + Unpin, F: Future> Future for Driven<'_, C, F> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         turn(self.io, cx);
         // The connection would wake this very task, which is looking already: in vain, and for the price
-        // of a turn through the scheduler. Tokio's budget must not stop it, because it wakes, too.
+        // of a turn through the scheduler. Tokio's budget is off: whom that stops it wakes through this
+        // waker, which wakes nobody.
         let waits_for = pin!(unconstrained(self.waits_for.as_mut()));
         waits_for.poll(&mut Context::from_waker(Waker::noop()))
     }

@@ -83,7 +83,7 @@ async fn requests_follow_each_other_on_one_connection_as_they_were_given() {
     tokio::join!(server, sender);
 }
 
-/// Whether the end has been noticed by then or not: a request goes to a connection that can take it.
+/// Once the runtime has heard of the end. A request that is sent before that may be lost, and says so.
 #[tokio::test]
 async fn a_connection_that_was_closed_while_idle_is_replaced() {
     let (listener, address) = listen().await;
@@ -96,7 +96,7 @@ async fn a_connection_that_was_closed_while_idle_is_replaced() {
         };
         let (_, response) = tokio::join!(server, send(&client, &address));
         response.unwrap();
-        // For the runtime to hear of the end, as it does while other things go on.
+        // For the runtime to hear of it, as it does while other things go on.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -286,4 +286,23 @@ fn a_runtime_ends_while_connections_come_back() {
         done.send(()).unwrap();
     });
     over.recv_timeout(3 * PATIENCE).expect("a runtime hangs");
+}
+
+/// hyper skips interim heads, so a connection may be busy for ever and bring nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn interim_heads_without_end_do_not_outlast_the_deadline() {
+    let (listener, address) = listen().await;
+    let server = tokio::spawn(async move {
+        let mut stream = accept(&listener).await;
+        receive(&mut stream).await;
+        let heads = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(4000);
+        while stream.write_all(&heads).await.is_ok() {}
+    });
+    let client = HttpClient::new();
+    let deadline = Instant::now() + Duration::from_millis(50);
+    let sending = async move { client.send(request_to(&address, b"body"), deadline).await };
+    let result = tokio::time::timeout(PATIENCE, tokio::spawn(sending)).await;
+    let result = result.expect("it starves the deadline").unwrap();
+    assert!(matches!(result, Err(SendError::TimedOut { .. })), "{result:?}");
+    server.await.unwrap();
 }

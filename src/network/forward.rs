@@ -27,7 +27,7 @@ use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
 use crate::ring::RingCluster;
 use targets::Targets;
 
-/// How long a request waits for a leader: two elections with the default timing. Scripts and people
+/// How long a request waits for a leader: some elections with the default timing. Scripts and people
 /// at a terminal then do not notice a leader change; without a majority the answer is 503. Only the
 /// pauses count: a leader that stopped in the middle of a read has been replaced once that gave up.
 const LEADER_WAIT: Duration = Duration::from_secs(2);
@@ -269,7 +269,7 @@ impl Forwarder {
         let outcome = if may_be_applied { Outcome::Unknown } else { Outcome::NotApplied };
         let too_late = call.deadline <= Instant::now();
         let error = match error {
-            SendError::TimedOut { .. } if too_late => out_of_time(outcome),
+            _ if too_late => out_of_time(outcome),
             error => ApiError::Forward { message: error.to_string(), outcome },
         };
         Err(Failed { error, last_word: may_be_applied || too_late })

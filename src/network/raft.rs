@@ -1,7 +1,8 @@
 //! The peer listener: accepts this node's peers and passes their messages to its Raft.
 //!
 //! The life of a connection: it is accepted, greets within a time ([`super::peer`]), gets a place, and
-//! is served over Toy-RPC until one end closes it or the node stops.
+//! is served over Toy-RPC until one end closes it or the node stops. When it was the leader's, its end may be
+//! the leader's: [`deathwatch`] finds out.
 //!
 //! Strangers must not keep peers out, and cannot: who has not greeted yet holds one of
 //! [`GREETINGS_MAX`] places, and when those are full **the oldest has to go** - a peer greets within one

@@ -26,8 +26,8 @@ pub(in crate::network) struct Followed {
     pub(in crate::network) turn: Option<u32>,
 }
 
-/// The work behind a message. Every method may take as long as a disk does, and its future may be
-/// dropped when the node stops.
+/// The work behind a message, and what the end of a connection asks of Raft. Unless it says otherwise, a
+/// method may take as long as a disk does; its future may be dropped when the node stops.
 #[async_trait]
 pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
     /// The nodes of this node's latest membership. Empty before it has one.

@@ -49,7 +49,7 @@ pub(super) enum PaceDue {
     Uncommitted,
 }
 
-/// What ends a pause before its time.
+/// Why nothing is to wait any longer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hurry {
     /// The follower is asked for a read: nothing is to be held back from it.
@@ -136,7 +136,7 @@ impl Pacer {
         due.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
-    /// Its time has come.
+    /// What was due at this time has come; see [`Self::next_due`].
     pub(super) fn passed(&mut self, due: PaceDue, now: Instant) {
         match due {
             PaceDue::PauseOver => {
@@ -155,7 +155,7 @@ impl Pacer {
         }
     }
 
-    /// Resolves when a pause is to end before its time. Cancel safe.
+    /// Resolves when a pause is to end before its time, or a read wants what is held back. Cancel safe.
     pub(super) async fn hurry(&self) -> Hurry {
         tokio::select! {
             biased;
@@ -164,9 +164,43 @@ impl Pacer {
         }
     }
 
-    /// It is.
+    /// Ends the pause for this reason.
     pub(super) fn hurried(&mut self, hurry: Hurry) {
         self.paused_until = None;
         self.has_waited |= hurry == Hurry::Asked;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::thrift::Thrift;
+    use super::*;
+    use crate::types::LeaderId;
+
+    #[test]
+    fn what_is_owed_or_left_uncommitted_for_too_long_is_due_once() {
+        let entry = |index| Some(LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index });
+        let ms = Duration::from_millis;
+        let mut pacer = Pacer::new(Arc::new(Thrift::new(1, ms(4))).seat(2));
+        let start = Instant::now();
+        assert_eq!(pacer.next_due(), None);
+        pacer.sent(false, true, start);
+        assert_eq!(pacer.next_due(), None, "nothing is owed for a message without entries");
+        pacer.sent(true, true, start);
+        assert_eq!(pacer.next_due(), Some((start + OVERDUE_AFTER, PaceDue::Overdue)));
+        pacer.passed(PaceDue::Overdue, start + ms(1));
+        assert_eq!(pacer.next_due(), None);
+        pacer.appended(entry(1), Some(start), true, start + ms(2));
+        let uncommitted = Some((start + ms(2) + OVERDUE_AFTER, PaceDue::Uncommitted));
+        assert_eq!(pacer.next_due(), uncommitted);
+        pacer.passed(PaceDue::Uncommitted, start + ms(3));
+        assert_eq!(pacer.next_due(), None);
+        // What is committed soon enough is not due.
+        pacer.sent(true, true, start + ms(4));
+        pacer.appended(entry(2), Some(start + ms(4)), true, start + ms(4));
+        pacer.requested(entry(2));
+        assert_eq!(pacer.next_due(), None);
     }
 }

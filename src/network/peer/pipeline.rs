@@ -353,7 +353,7 @@ enum Event {
     Requested(Option<AppendRequest>),
     /// Its time has come.
     Due(Due),
-    /// A pause is to end.
+    /// There is nothing to be paused for any longer, or to be held back.
     Hurried(Hurry),
     /// The connection ended while nothing was in flight.
     Closed,

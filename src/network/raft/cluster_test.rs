@@ -17,9 +17,11 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::deathwatch::Deathwatch;
 use super::handler::RaftHandler;
 use super::{PeerIdentity, PeerServer};
 use crate::config::Config;
+use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::settings::PeerSettings;
 use crate::network::raft_network_impl::PeerNetwork;
@@ -244,6 +246,30 @@ async fn nodes_that_take_the_leader_for_ended_one_at_a_time_depose_nobody() {
         lead.raft.trigger().heartbeat().await.unwrap();
         tokio::time::sleep(LEASE / 4).await;
     }
+    assert_eq!(lead.raft.metrics().borrow_watched().vote, before);
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+/// Connections break for many reasons; only a refusal tells of the process's end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_leader_that_lost_its_connections_and_listens_is_not_deposed() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes = cluster(dir.path(), NEVER).await;
+    let lead = &nodes[leader(&nodes).await];
+    let before = lead.raft.metrics().borrow_watched().vote;
+    let followers: Vec<_> = nodes.iter().filter(|node| node.id != lead.id).collect();
+    for node in &followers {
+        let following = node.raft.wait(Some(Duration::from_secs(20)));
+        following.current_leader(lead.id, "the first").await.unwrap();
+        let deathwatch = Deathwatch::new(node.handler.clone());
+        deathwatch.connection_ended(lead.id, &CloseReason::PeerClosed).await;
+    }
+    for node in &followers {
+        node.handler.ask_for_votes().await;
+    }
+    write(lead, 1).await;
     assert_eq!(lead.raft.metrics().borrow_watched().vote, before);
     for node in nodes {
         node.stop().await;

@@ -29,12 +29,13 @@ use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::types::{NodeId, Vote};
 
-/// How often it is tried to connect. A process that is ending may still accept for a moment, and closes
+/// How often it is tried to connect to an address. A process that is ending may still accept for a moment, and closes
 /// what it accepted.
 const CONNECTS_MAX: usize = 4;
 
-/// How long connecting may take, and how long an accepted connection is watched: a process that is ending
-/// closes it sooner. Longer would be for nothing: an election timeout is not much more.
+/// How long a look-up and a connect may take, and how long an accepted connection is watched: a process that
+/// is ending closes it sooner. All tries together must be over before an election timeout. Where a round trip
+/// takes longer than this, a refusal is not heard in time and the timeout decides.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// The time between two voters' turns: for a pre-vote and an election, which is two messages and an fsync
@@ -56,8 +57,8 @@ impl Deathwatch {
         Self { handler, watched: Mutex::default() }
     }
 
-    /// A connection of this peer's has ended. Returns when nothing more is to be done about it, after half
-    /// a second at most. May be dropped at any time.
+    /// A connection of this peer's has ended. Returns when nothing more is to be done about it: with three
+    /// nodes after 0.7 s at most, with more voters or addresses later. May be dropped at any time.
     pub(super) async fn connection_ended(&self, peer: NodeId, reason: &CloseReason) {
         if !matches!(reason, CloseReason::PeerClosed | CloseReason::Io(_)) {
             return;
@@ -71,7 +72,7 @@ impl Deathwatch {
         }
         let _watching = Watching { all: self, vote: leader.vote };
         if refuses(&leader.rpc).await {
-            tracing::info!(leader = peer, addr = leader.rpc, "the leader's process has ended");
+            tracing::info!(leader = peer, addr = leader.rpc, "the leader refuses connections");
             self.succeed(&leader).await;
         }
     }

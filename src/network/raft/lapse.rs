@@ -4,7 +4,7 @@
 //! for ended gives the lease up ([`super::deathwatch`]), and openraft has no way to take that back: until
 //! another leader is elected, this node would vote for whoever asks, however alive the leader is. So what
 //! openraft does no more is done here: when the leader is heard again, pre-votes are refused for as long as
-//! it is. That is enough, because nobody stands for election without them.
+//! it is. That is enough: nobody stands for election without them but whom the leader itself asks to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
