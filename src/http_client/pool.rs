@@ -1,8 +1,8 @@
 //! Connections that are not in use.
 //!
 //! The one that was used last is used first, so that a burst's others grow old. A task closes what has been
-//! idle for too long; it runs while there are idle connections and ends with the last of them, or with the
-//! pool.
+//! idle for too long; it runs while there are idle connections and ends with the last of them. Nobody waits
+//! for it: it does not keep the pool, and finds out at its next look when that is gone.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
