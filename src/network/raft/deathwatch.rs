@@ -29,8 +29,8 @@ use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::types::{NodeId, Vote};
 
-/// How often it is tried to connect to an address. A process that is ending may still accept for a moment, and closes
-/// what it accepted.
+/// How often it is tried to connect to an address. A process that is ending may still accept for a moment,
+/// and closes what it accepted.
 const CONNECTS_MAX: usize = 4;
 
 /// How long a look-up and a connect may take, and how long an accepted connection is watched: a process that
