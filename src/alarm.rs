@@ -150,8 +150,10 @@ mod tests {
             });
         }
         assert_eq!(stock.idle().len(), 2);
-        let lent: Vec<_> = (0..2 * STOCK_MAX).map(|_| ()).collect();
-        runtime().block_on(async { drop(lent.iter().map(|()| stock.lend()).collect::<Vec<_>>()) });
+        runtime().block_on(async {
+            let lent: Vec<_> = (0..2 * STOCK_MAX).map(|_| stock.lend()).collect();
+            drop(lent);
+        });
         assert_eq!(stock.idle().len(), STOCK_MAX);
     }
 }

@@ -123,6 +123,17 @@ fn put(n: u64, bytes: usize) -> Command {
     Command::Write { at_ms: 0, writes }
 }
 
+/// All but the leader, once they follow it.
+async fn followers(nodes: &[TestNode], leader: usize) -> Vec<&TestNode> {
+    let leader = nodes[leader].id;
+    let followers: Vec<_> = nodes.iter().filter(|node| node.id != leader).collect();
+    for node in &followers {
+        let following = node.raft.wait(Some(Duration::from_secs(20)));
+        following.current_leader(leader, "the first").await.unwrap();
+    }
+    followers
+}
+
 /// A write by a node that must lead.
 async fn write(node: &TestNode, n: u64) {
     let writing = node.raft.client_write(put(n, 10));
@@ -209,10 +220,7 @@ async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
         nodes[first].raft.client_write(put(n, 10)).await.unwrap();
     }
     // Everyone follows, so everyone has a connection of the leader's.
-    for node in &nodes {
-        let following = node.raft.wait(Some(Duration::from_secs(20)));
-        following.current_leader(nodes[first].id, "the first").await.unwrap();
-    }
+    followers(&nodes, first).await;
     nodes.remove(first).stop().await;
     leader(&nodes).await;
     for node in nodes {
@@ -228,9 +236,7 @@ async fn nodes_that_take_the_leader_for_ended_one_at_a_time_depose_nobody() {
     let first = leader(&nodes).await;
     let lead = &nodes[first];
     let before = lead.raft.metrics().borrow_watched().vote;
-    for node in nodes.iter().filter(|node| node.id != lead.id) {
-        let following = node.raft.wait(Some(Duration::from_secs(20)));
-        following.current_leader(lead.id, "the first").await.unwrap();
+    for node in followers(&nodes, first).await {
         let followed = node.handler.followed().unwrap();
         assert_eq!((followed.node_id, followed.vote), (lead.id, before));
         assert!(followed.turns == 2 && followed.turn.is_some_and(|turn| turn < 2));
@@ -257,12 +263,11 @@ async fn nodes_that_take_the_leader_for_ended_one_at_a_time_depose_nobody() {
 async fn a_leader_that_lost_its_connections_and_listens_is_not_deposed() {
     let dir = tempfile::tempdir().unwrap();
     let nodes = cluster(dir.path(), NEVER).await;
-    let lead = &nodes[leader(&nodes).await];
+    let first = leader(&nodes).await;
+    let lead = &nodes[first];
     let before = lead.raft.metrics().borrow_watched().vote;
-    let followers: Vec<_> = nodes.iter().filter(|node| node.id != lead.id).collect();
+    let followers = followers(&nodes, first).await;
     for node in &followers {
-        let following = node.raft.wait(Some(Duration::from_secs(20)));
-        following.current_leader(lead.id, "the first").await.unwrap();
         let deathwatch = Deathwatch::new(node.handler.clone());
         deathwatch.connection_ended(lead.id, &CloseReason::PeerClosed).await;
     }
