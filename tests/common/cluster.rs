@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::line::try_request;
+use super::network::{Network, ip_of};
 use super::{Answer, NodeOptions, NodeProcess, eventually};
 
 /// Settings for tests on a busy machine with two cores: elections take about half a second.
@@ -19,6 +20,9 @@ heartbeat_interval_ms = 75
 election_timeout_min_ms = 300
 election_timeout_max_ms = 600
 ";
+
+/// The program.
+const RAFT_KV: &str = env!("CARGO_BIN_EXE_raft-kv");
 
 /// How long a node that runs may take to say what it knows.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,18 +44,39 @@ impl Cluster {
 
     /// The same for another cluster id.
     pub fn start_as(cluster: &str, count: u64, config: &str) -> Self {
+        Self::start_each(cluster, count, config, |_| {
+            (free_address(), free_address(), Command::new(RAFT_KV))
+        })
+    }
+
+    /// Starts each node on a host of its own.
+    pub fn start_on(network: &Network, count: u64, config: &str) -> Self {
+        Self::start_each("c1", count, &format!("insecure = true\n{config}"), |id| {
+            let (http, rpc) = (format!("{}:31000", ip_of(id)), format!("{}:32000", ip_of(id)));
+            (http, rpc, network.command(id, RAFT_KV))
+        })
+    }
+
+    /// `node` says where a node serves HTTP and its peers, and what becomes a node there.
+    fn start_each(
+        cluster: &str,
+        count: u64,
+        config: &str,
+        node: impl Fn(u64) -> (String, String, Command),
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let config_file = dir.path().join("Config.toml");
         std::fs::write(&config_file, config).unwrap();
         let nodes = (1..=count).map(|id| {
+            let (http_addr, rpc_addr, command) = node(id);
             let options = NodeOptions {
-                http_addr: free_address(),
-                rpc_addr: free_address(),
+                http_addr,
+                rpc_addr,
                 cluster: Some(cluster.into()),
                 config_file: Some(config_file.clone()),
                 ..NodeOptions::new(id, dir.path().join(format!("node{id}")))
             };
-            NodeProcess::start(&options)
+            NodeProcess::start_by(&options, command)
         });
         let nodes = nodes.collect();
         Self { nodes, away: BTreeSet::new(), dir }
@@ -138,7 +163,7 @@ impl Cluster {
 
     /// Starts a node again that ended, at its addresses, on its data.
     pub fn restart(&mut self, id: u64) {
-        self.restart_by(id, Command::new(env!("CARGO_BIN_EXE_raft-kv")));
+        self.restart_by(id, Command::new(RAFT_KV));
     }
 
     /// The same by a command that becomes a node when it gets the node's flags.

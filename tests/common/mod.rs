@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod clusters;
 pub mod line;
 pub mod load;
+pub mod network;
 pub mod proxy;
 pub mod ring_load;
 pub mod watch;
