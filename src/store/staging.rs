@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use rocksdb::WriteBatch;
 
+use crate::types::LogId;
+
 use super::engine::CF_DATA_PREFIX;
 use super::machine::Machine;
 use super::meta::{self, corrupt};
@@ -94,6 +96,11 @@ impl fmt::Debug for StagedSnapshot {
 }
 
 impl StagedSnapshot {
+    /// The last entry that it contains.
+    pub fn last(&self) -> Option<LogId> {
+        self.0.head.applied()
+    }
+
     pub(super) fn head(&self) -> &Head {
         &self.0.head
     }

@@ -24,11 +24,18 @@ use crate::config::Config;
 use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::settings::PeerSettings;
+use crate::network::peer::wire::{
+    BeginSnapshot, Failure, FinishSnapshot, Installed, SnapshotChunk, SnapshotStep,
+    TransferRequest, VoteRequest,
+};
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::read_gate::{ReadGate, Voters};
+use crate::store::snapshot::SnapshotData;
 use crate::store::state_machine::StateMachine;
 use crate::store::{Store, StoreOptions};
-use crate::types::{Command, Condition, NodeAddrs, NodeId, TypeConfig, Write};
+use crate::types::{
+    Command, Condition, LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote, Write,
+};
 
 struct TestNode {
     id: NodeId,
@@ -141,6 +148,29 @@ async fn write(node: &TestNode, n: u64) {
     written.expect("it does not lead").expect("it does not lead");
 }
 
+/// What a leader with this vote does that has this image, but with another announcement.
+async fn send_snapshot(
+    handler: &RaftHandler<StateMachine>,
+    vote: Vote,
+    image: &SnapshotData,
+    meta: SnapshotMeta,
+) -> Result<Installed, Failure> {
+    let SnapshotData::Image(image) = image else { panic!("a sender has an image") };
+    let id = image.id();
+    let begin = BeginSnapshot { vote, id, meta: meta.clone() };
+    let mut step = handler.begin_snapshot(begin).await?;
+    loop {
+        let SnapshotStep::Position(position) = step else { panic!("{step:?}") };
+        if position.complete {
+            break;
+        }
+        let bytes = image.read_chunk(&position.cursor, 1 << 20).unwrap().bytes;
+        let chunk = SnapshotChunk { vote, id, seq: position.next_seq, bytes };
+        step = handler.snapshot_chunk(chunk).await?;
+    }
+    handler.finish_snapshot(FinishSnapshot { vote, id, meta }).await
+}
+
 async fn leader(nodes: &[TestNode]) -> usize {
     let deadline = Instant::now() + Duration::from_secs(20);
     while Instant::now() < deadline {
@@ -223,6 +253,49 @@ async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
     followers(&nodes, first).await;
     nodes.remove(first).stop().await;
     leader(&nodes).await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+/// What no peer sends must neither end Raft, nor spoil its terms for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn votes_and_snapshots_that_cannot_be_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes = cluster(dir.path(), NEVER).await;
+    let lead = leader(&nodes).await;
+    write(&nodes[lead], 1).await;
+    let follower = followers(&nodes, lead).await[0];
+    let handler = &follower.handler;
+    let before = follower.raft.metrics().borrow_watched().vote;
+    let vote_of =
+        |term, node_id, committed| Vote { leader_id: LeaderId { term, node_id }, committed };
+    let last = LogId { leader_id: LeaderId { term: u64::MAX, node_id: 9 }, index: u64::MAX };
+    for vote in [vote_of(u64::MAX, 9, false), vote_of(5, follower.id, false)] {
+        let mut request = VoteRequest::new(vote, Some(last));
+        request.leadership_transfer = true;
+        assert!(handler.vote(request.clone()).await.is_err());
+        assert!(handler.pre_vote(request).await.is_err());
+        let transfer = TransferRequest::new(vote, follower.id, None);
+        assert!(handler.transfer_leader(transfer).await.is_err());
+    }
+
+    // A snapshot of a later leader that ends before what is committed, and one that ends elsewhere than it says.
+    let vote = vote_of(before.leader_id.term + 1, 9, true);
+    let raft = &nodes[lead].raft;
+    raft.trigger().snapshot().await.unwrap();
+    let built = raft.wait(Some(Duration::from_secs(20)));
+    built.metrics(|metrics| metrics.snapshot.is_some(), "built").await.unwrap();
+    let image = raft.get_snapshot().await.unwrap().unwrap().snapshot;
+    for index in [0, u64::MAX] {
+        let meta = SnapshotMeta {
+            last_log_id: Some(LogId { leader_id: vote.leader_id, index }),
+            ..SnapshotMeta::default()
+        };
+        assert!(send_snapshot(handler, vote, &image, meta).await.is_err());
+    }
+    assert_eq!(follower.raft.metrics().borrow_watched().vote, before);
+    write(&nodes[lead], 2).await;
     for node in nodes {
         node.stop().await;
     }

@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::storage::RaftStateMachine;
-use openraft::{Raft, Snapshot};
+use openraft::{Raft, RaftMetrics, Snapshot};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
@@ -34,6 +34,17 @@ use super::lapse::Lapse;
 /// be sent, too: more at a time would hold up clients and bring no page sooner.
 const PAGE_READS_MAX: usize = 2;
 
+/// Pages that wait for their turn, whoever asks; the work for a connection outlives it, so what bounds one
+/// connection does not bound this. Far more than all destinations of a change ask for at a time.
+const PAGES_WAITING_MAX: usize = 64;
+
+/// Steps of snapshot transfers that run or wait for the one that runs, whoever sends them. A leader sends one at
+/// a time; another may be left over of a connection that was lost.
+const SNAPSHOT_STEPS_MAX: usize = 4;
+
+/// How far the term of a vote may be ahead of this node's own. One election raises it by one.
+const TERMS_AHEAD_MAX: u64 = 1 << 32;
+
 /// The [`PeerHandler`] of a node.
 pub(super) struct RaftHandler<SM>
 where
@@ -43,6 +54,8 @@ where
     cluster: ClusterId,
     reader: StateReader,
     page_reads: Arc<Semaphore>,
+    pages_waiting: Semaphore,
+    snapshot_steps: Arc<Semaphore>,
     stager: SnapshotStager,
     promise: Promise,
     gate: ReadGate,
@@ -68,6 +81,8 @@ where
             cluster: identity.cluster.clone(),
             reader: store.reader(),
             page_reads: Arc::new(Semaphore::new(PAGE_READS_MAX)),
+            pages_waiting: Semaphore::new(PAGES_WAITING_MAX),
+            snapshot_steps: Arc::new(Semaphore::new(SNAPSHOT_STEPS_MAX)),
             stager: store.stager(),
             promise: store.promise(),
             gate,
@@ -84,13 +99,37 @@ where
         (own > *sender).then_some(own)
     }
 
+    /// Refuses a vote that no election leads to.
+    fn check_vote(&self, vote: &Vote) -> Result<(), Failure> {
+        if is_plausible(vote, &self.raft.metrics().borrow_watched()) {
+            return Ok(());
+        }
+        Err(Failure::refused("a vote that no election leads to"))
+    }
+
+    /// Whether what is committed here does not lie on the way to this entry: another one has its index,
+    /// or a later one an earlier leader.
+    fn contradicts(&self, last: LogId) -> bool {
+        let committed = self.raft.metrics().borrow_watched().last_applied;
+        committed.is_some_and(|committed| last > committed && last.index <= committed.index)
+    }
+
     /// Runs a blocking step of the stager.
     async fn stage<T: Send + 'static>(
         &self,
         step: impl FnOnce(SnapshotStager) -> io::Result<T> + Send + 'static,
     ) -> Result<T, Failure> {
+        let Ok(place) = Arc::clone(&self.snapshot_steps).try_acquire_owned() else {
+            return Err(Failure::refused("too many steps of snapshot transfers at once"));
+        };
         let stager = self.stager.clone();
-        let error = match spawn_blocking(move || step(stager)).await {
+        // The place goes along: a step whose sender has gone is still a step.
+        let step = move || {
+            let done = step(stager);
+            drop(place);
+            done
+        };
+        let error = match spawn_blocking(step).await {
             Ok(Ok(done)) => return Ok(done),
             Ok(Err(error)) => error,
             Err(panicked) => io::Error::other(panicked),
@@ -100,6 +139,14 @@ where
         }
         Err(Failure::refused(error))
     }
+}
+
+/// Whether an election may have led to this vote. Not if its term is out of reach: after the highest of all
+/// terms there would never be another election. Nor if it is this node's own and this node does not know of it.
+fn is_plausible(vote: &Vote, metrics: &RaftMetrics<TypeConfig>) -> bool {
+    let term_max = metrics.vote.leader_id.term.saturating_add(TERMS_AHEAD_MAX);
+    let own = vote.leader_id.node_id == metrics.id;
+    vote.leader_id.term <= term_max && !(own && *vote > metrics.vote)
 }
 
 /// Raft's only error of these calls is that it has stopped.
@@ -122,27 +169,39 @@ where
         &self,
         requests: BoxStream<'static, AppendRequest>,
     ) -> BoxStream<'static, Result<AppendReply, Failure>> {
-        let lapse = Arc::clone(&self.lapse);
-        let requests = requests.inspect(move |request| lapse.heard(&request.vote)).boxed();
+        let (lapse, metrics) = (Arc::clone(&self.lapse), self.raft.metrics());
+        // The session ends with a request whose vote is out of the question.
+        let sound = move |request: &AppendRequest| {
+            let sound = is_plausible(&request.vote, &metrics.borrow_watched());
+            if sound {
+                lapse.heard(&request.vote);
+            }
+            std::future::ready(sound)
+        };
+        let requests = requests.take_while(sound).boxed();
         self.raft.stream_append(requests).map(|reply| reply.map_err(stopped)).boxed()
     }
 
     async fn heartbeat(&self, request: AppendRequest) -> Result<HeartbeatReply, Failure> {
+        self.check_vote(&request.vote)?;
         self.lapse.heard(&request.vote);
         self.raft.append_entries(request).await.map_err(stopped)
     }
 
     async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.check_vote(&request.vote)?;
         self.raft.vote(request).await.map_err(stopped)
     }
 
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.check_vote(&request.vote)?;
         let mut reply = self.raft.pre_vote(request).await.map_err(stopped)?;
         reply.vote_granted &= !self.lapse.was_mistaken(Instant::now());
         Ok(reply)
     }
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
+        self.check_vote(request.from_leader())?;
         self.raft.handle_transfer_leader(request).await.map_err(stopped)
     }
 
@@ -213,6 +272,7 @@ where
 
     async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure> {
         let FinishSnapshot { vote, id, meta } = finish;
+        self.check_vote(&vote)?;
         if let Some(higher) = self.higher_vote(&vote) {
             return Ok(Installed::new(higher));
         }
@@ -220,7 +280,13 @@ where
         if !vote.committed || meta.last_log_id.is_some_and(|last| last.leader_id > vote.leader_id) {
             return Err(Failure::refused("the snapshot contradicts its sender's vote"));
         }
+        if meta.last_log_id.is_some_and(|last| self.contradicts(last)) {
+            return Err(Failure::refused("the snapshot contradicts what is committed here"));
+        }
         let snapshot = self.stage(move |stager| stager.finish(id)).await?;
+        if !matches!(&snapshot, SnapshotData::Staged(staged) if staged.last() == meta.last_log_id) {
+            return Err(Failure::refused("the snapshot ends elsewhere than was announced"));
+        }
         let installed = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot });
         installed.await.map_err(stopped)
     }
@@ -232,6 +298,8 @@ where
     }
 
     async fn page(&self, request: PageRequest) -> Result<PageReply, Failure> {
+        let waiting = self.pages_waiting.try_acquire();
+        let _waiting = waiting.map_err(|_| Failure::refused("too many pages are asked for"))?;
         let turn = Arc::clone(&self.page_reads).acquire_owned().await;
         let turn = turn.expect("the semaphore is never closed");
         let reader = self.reader.clone();

@@ -163,10 +163,10 @@ impl Wire for AppendRequest {
     }
 }
 
-/// A log has no gaps and its leaders only grow. Raft assumes it; a message must prove it.
+/// A log begins at 0, has no gaps, and its leaders only grow. Raft assumes it; a message must prove it.
 fn check_follows(prev: Option<LogId>, next: LogId) -> Result<(), DecodeError> {
-    let Some(prev) = prev else { return Ok(()) };
-    if prev.index.checked_add(1) != Some(next.index) || prev.leader_id > next.leader_id {
+    let index = prev.map_or(Some(0), |prev| prev.index.checked_add(1));
+    if index != Some(next.index) || prev.is_some_and(|prev| prev.leader_id > next.leader_id) {
         return Err(DecodeError::Invalid { what: "append: entries do not follow each other" });
     }
     Ok(())

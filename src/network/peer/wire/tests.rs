@@ -189,4 +189,8 @@ fn appends_that_would_corrupt_a_log_are_refused() {
         "an older leader after a newer"
     );
     assert!(refused(request(true, vec![entry(6, 8)])), "a leader later than the sender");
+    let from_the_beginning =
+        |entries| AppendRequest { prev_log_id: None, ..request(true, entries) };
+    assert!(!refused(from_the_beginning(vec![entry(3, 0), entry(3, 1)])));
+    assert!(refused(from_the_beginning(vec![entry(3, 7)])), "a gap before the first");
 }
