@@ -14,8 +14,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -36,10 +35,11 @@ use crate::types::{Applied, Command, TypeConfig, Write, Written};
 const PROPOSALS_MAX: usize = 2;
 
 /// An entry holds no more than this many writes, and no more than [`ENTRY_BYTES_MAX`] unless a single one
-/// is larger.
+/// is larger. As many as a client's batch: beyond some hundreds there is little left to share.
 const ENTRY_WRITES_MAX: usize = 1024;
 
-/// Requests that wait for a place in an entry. More wait in their callers, whose number the app bounds.
+/// Requests that wait for a place in an entry: so many in the channel, and so many taken out of it. More wait in
+/// their callers, whose number the app bounds.
 const QUEUE_MAX: usize = 4096;
 
 /// Why a write has no answer.
@@ -55,32 +55,31 @@ pub enum ProposeError {
 
 type Answer = Result<Vec<Written>, ProposeError>;
 
-/// Writes of one caller that belong into one entry.
+/// Writes of one caller that belong into one entry. What is left in the queue of a request that was given up
+/// is this, without the writes: while nothing is answered, the queue would keep them for as long.
 struct Request {
-    writes: Vec<Write>,
+    count: usize,
+    bytes: usize,
     ticket: Arc<Ticket>,
     answer: oneshot::Sender<Answer>,
 }
 
-impl Request {
-    fn bytes(&self) -> usize {
-        self.writes.iter().map(Write::bytes).sum()
+/// The writes of a request: they are taken into an entry, or given up before. Whoever comes first has them.
+struct Ticket(Mutex<Option<Vec<Write>>>);
+
+impl Ticket {
+    fn take(&self) -> Option<Vec<Write>> {
+        self.0.lock().expect("no code panics while it holds this lock").take()
     }
 }
 
-/// Whether a request was taken into an entry, or given up before: one of the two, for good.
-#[derive(Default)]
-struct Ticket(AtomicU8);
-
-const WAITING: u8 = 0;
-const TAKEN: u8 = 1;
-const GIVEN_UP: u8 = 2;
-
-impl Ticket {
-    /// Settles it; `false` when it was settled the other way.
-    fn settle(&self, as_: u8) -> bool {
-        self.0.compare_exchange(WAITING, as_, Ordering::AcqRel, Ordering::Acquire).is_ok()
-    }
+/// A request and its caller's side of it.
+fn request(writes: Vec<Write>) -> (Request, Waiting) {
+    let (count, bytes) = (writes.len(), writes.iter().map(Write::bytes).sum());
+    let ticket = Arc::new(Ticket(Mutex::new(Some(writes))));
+    let (answer, receiver) = oneshot::channel();
+    let waiting = Waiting { ticket: Arc::clone(&ticket), answer: receiver };
+    (Request { count, bytes, ticket, answer }, waiting)
 }
 
 /// Gives a request up when its caller does.
@@ -91,7 +90,7 @@ struct Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.ticket.settle(GIVEN_UP);
+        self.ticket.take();
     }
 }
 
@@ -99,7 +98,7 @@ impl Waiting {
     async fn until(mut self, deadline: Instant) -> Answer {
         match timeout_at(deadline, &mut self.answer).await {
             Ok(answered) => answered.unwrap_or_else(|_| Err(stopped())),
-            Err(_) if self.ticket.settle(GIVEN_UP) => Err(ProposeError::NotProposed),
+            Err(_) if self.ticket.take().is_some() => Err(ProposeError::NotProposed),
             Err(_) => Err(ProposeError::Unanswered),
         }
     }
@@ -134,11 +133,9 @@ impl Proposer {
         let total = writes.len();
         let mut parts = Vec::new();
         for writes in into_parts(writes) {
-            let (count, (answer, receiver)) = (writes.len(), oneshot::channel());
-            let waiting = Waiting { ticket: Arc::default(), answer: receiver };
-            let ticket = Arc::clone(&waiting.ticket);
-            let sent =
-                timeout_at(deadline, self.queue.send(Request { writes, ticket, answer })).await;
+            let (request, waiting) = request(writes);
+            let count = request.count;
+            let sent = timeout_at(deadline, self.queue.send(request)).await;
             parts.push((count, sent.map_err(|_| ProposeError::NotProposed), waiting));
         }
         let mut answers = Vec::with_capacity(total);
@@ -207,7 +204,7 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
             && (under_way.is_empty() || count(&waiting, newest) >= newest)
             && let Some(entry) = next_entry(&mut waiting)
         {
-            newest = count(&entry, usize::MAX);
+            newest = entry.writes.len();
             let at_ms = clock.stamp(reader.log_time_ms(), Instant::now());
             under_way.push(propose(&raft, at_ms, entry).await);
         }
@@ -218,7 +215,7 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
 fn count<'a>(requests: impl IntoIterator<Item = &'a Request>, enough: usize) -> usize {
     let mut writes = 0;
     for request in requests {
-        writes += request.writes.len();
+        writes += request.count;
         if writes >= enough {
             break;
         }
@@ -226,34 +223,42 @@ fn count<'a>(requests: impl IntoIterator<Item = &'a Request>, enough: usize) -> 
     writes
 }
 
-/// Takes the requests of the next entry; `None` when nothing waits.
-fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Vec<Request>> {
-    let mut entry: Vec<Request> = Vec::new();
-    let (mut writes, mut bytes) = (0, 0);
+/// The writes of an entry, and whom to answer for how many of them each.
+#[derive(Default)]
+struct Proposal {
+    writes: Vec<Write>,
+    callers: Callers,
+}
+
+/// Takes what waits into the next entry; `None` when nothing waits.
+fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Proposal> {
+    let mut entry = Proposal::default();
+    let mut bytes = 0;
     while let Some(next) = waiting.front() {
-        writes += next.writes.len();
-        bytes += next.bytes();
-        if !entry.is_empty() && (writes > ENTRY_WRITES_MAX || bytes > ENTRY_BYTES_MAX) {
+        let writes = entry.writes.len() + next.count;
+        bytes += next.bytes;
+        if !entry.writes.is_empty() && (writes > ENTRY_WRITES_MAX || bytes > ENTRY_BYTES_MAX) {
             break;
         }
+        let Some(next) = waiting.pop_front() else { break };
         // Who gave up before has been told that nothing happened, so nothing must.
-        entry.extend(waiting.pop_front().filter(|request| request.ticket.settle(TAKEN)));
+        let Some(writes) = next.ticket.take() else {
+            bytes -= next.bytes;
+            continue;
+        };
+        entry.callers.push((next.count, next.answer));
+        if entry.writes.is_empty() {
+            entry.writes = writes;
+        } else {
+            entry.writes.extend(writes);
+        }
     }
-    (!entry.is_empty()).then_some(entry)
+    (!entry.writes.is_empty()).then_some(entry)
 }
 
 /// Hands an entry to Raft. The future that it leaves waits for Raft's answer and tells the callers.
-async fn propose(raft: &Raft, at_ms: u64, entry: Vec<Request>) -> impl Future<Output = ()> + use<> {
-    let mut writes = Vec::new();
-    let mut callers = Vec::with_capacity(entry.len());
-    for request in entry {
-        callers.push((request.writes.len(), request.answer));
-        if writes.is_empty() {
-            writes = request.writes;
-        } else {
-            writes.extend(request.writes);
-        }
-    }
+async fn propose(raft: &Raft, at_ms: u64, entry: Proposal) -> impl Future<Output = ()> + use<> {
+    let Proposal { writes, callers } = entry;
     let (responder, outcome) = ProgressResponder::complete_only();
     let command = Command::Write { at_ms, writes: writes.into() };
     let handed_over = raft.client_write_ff(command, Some(responder)).await;
@@ -304,13 +309,6 @@ mod tests {
         Write::put("k".into(), value, Condition::Always)
     }
 
-    fn request(writes: Vec<Write>) -> (Request, Waiting) {
-        let (answer, receiver) = oneshot::channel();
-        let waiting = Waiting { ticket: Arc::default(), answer: receiver };
-        let ticket = Arc::clone(&waiting.ticket);
-        (Request { writes, ticket, answer }, waiting)
-    }
-
     fn sizes(parts: Vec<Vec<Write>>) -> Vec<usize> {
         parts.iter().map(Vec::len).collect()
     }
@@ -336,7 +334,7 @@ mod tests {
         let mut queue = VecDeque::from(requests);
         let mut entries = Vec::new();
         while let Some(entry) = next_entry(&mut queue) {
-            entries.push(entry.iter().map(Request::bytes).collect::<Vec<_>>());
+            entries.push(entry.writes.iter().map(Write::bytes).collect::<Vec<_>>());
         }
         let expected = [vec![10, 10, ENTRY_BYTES_MAX - 20], vec![10], vec![sizes[4]], vec![10]];
         assert_eq!(entries, expected);
@@ -360,9 +358,21 @@ mod tests {
         assert!(matches!(gives_up.until(past).await, Err(ProposeError::NotProposed)));
         let mut queue = VecDeque::from([early, taken]);
         let entry = next_entry(&mut queue).unwrap();
-        assert_eq!(entry.len(), 1);
+        assert_eq!((entry.writes.len(), entry.callers.len()), (1, 1));
         assert!(matches!(waits.until(past).await, Err(ProposeError::Unanswered)));
         assert!(next_entry(&mut queue).is_none());
+    }
+
+    /// A node that is cut off answers nothing, and must not keep the writes of all who ask it meanwhile.
+    #[tokio::test]
+    async fn what_was_given_up_takes_no_memory() {
+        let value = bytes::Bytes::from(vec![0; 1 << 20]);
+        let (queued, gives_up) =
+            request(vec![Write::put("k".into(), value.clone(), Condition::Always)]);
+        assert!(!value.is_unique());
+        drop(gives_up);
+        assert!(value.is_unique());
+        assert!(next_entry(&mut VecDeque::from([queued])).is_none());
     }
 
     /// Each caller gets the answers to its own writes.

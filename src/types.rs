@@ -172,6 +172,14 @@ impl Write {
         Self { once, ..self }
     }
 
+    /// Lets go of the request that it was decoded from, which may be much larger.
+    pub fn detach(&mut self) {
+        self.key = Bytes::copy_from_slice(&self.key);
+        if let Action::Put(value) = &mut self.action {
+            *value = Bytes::copy_from_slice(value);
+        }
+    }
+
     /// The bytes of its key and value.
     pub fn bytes(&self) -> usize {
         match &self.action {

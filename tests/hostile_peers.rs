@@ -10,7 +10,10 @@ use std::time::Duration;
 use common::cluster::{Cluster, FAST, expect_ok};
 use common::line::try_request;
 use common::load::{Load, LoadOptions};
-use common::{PATIENCE, eventually};
+use common::{PATIENCE, eventually, request};
+use distrib_kv_store::batch::{MEDIA_TYPE, Operation, decode_results, encode_request};
+use distrib_kv_store::network::body::BODIES_BYTES_MAX;
+use distrib_kv_store::types::Condition;
 use serde_json::json;
 
 /// How many idle connections a flood has.
@@ -55,8 +58,33 @@ fn memory_bytes(pid: u32) -> u64 {
     kib << 10
 }
 
+/// How the answer to a greeting begins that is welcome: magic, version, verdict.
+const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x02\x00";
+
+/// What is asked of a node: who it is, and the number of its cluster's formation, which peers say in clear text.
+#[derive(Clone, Copy)]
+struct Target {
+    id: u64,
+    formation: [u8; 8],
+}
+
+impl Target {
+    fn of(cluster: &Cluster, id: u64) -> Self {
+        // The marker says it behind 8 bytes of magic and the node's id.
+        let marker = std::fs::read(cluster.data_dir(id).join("marker")).expect("a marker");
+        let formation = marker[16..24].try_into().unwrap();
+        assert_ne!(formation, [0; 8], "the cluster is formed");
+        Self { id, formation }
+    }
+
+    /// A greeting that lets in whoever sends it.
+    fn greeting(self, sender: u64) -> Vec<u8> {
+        greeting(1, sender, self.id, "c1", self.formation)
+    }
+}
+
 /// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation.
-fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str) -> Vec<u8> {
+fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8; 8]) -> Vec<u8> {
     let mut bytes = b"dkv-peer\x00\x02".to_vec();
     bytes.push(purpose);
     for node in [sender, target] {
@@ -64,7 +92,7 @@ fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str) -> Vec<u8> {
         bytes.push(u8::try_from(cluster.len()).unwrap());
         bytes.extend(cluster.as_bytes());
     }
-    bytes.extend(0u64.to_be_bytes());
+    bytes.extend(formation);
     bytes
 }
 
@@ -123,8 +151,8 @@ fn is_open(stream: &TcpStream) -> bool {
 }
 
 /// Everything that a stranger may send, each on a connection of its own.
-fn hostile_streams(target: u64) -> Vec<Vec<u8>> {
-    let hello = |rest: &[u8]| [greeting(1, 99, target, "c1").as_slice(), rest].concat();
+fn hostile_streams(target: Target) -> Vec<Vec<u8>> {
+    let hello = |rest: &[u8]| [target.greeting(99).as_slice(), rest].concat();
     let huge_inner = {
         // 38 bytes that a naive decoder of "length, bytes" takes for a request of 2^63 bytes.
         let mut body = [0xff; 25];
@@ -141,9 +169,10 @@ fn hostile_streams(target: u64) -> Vec<Vec<u8>> {
         vec![0; 64],
         // The length first, as other protocols have it.
         [&u32::MAX.to_be_bytes()[..], &[0; 34]].concat(),
-        greeting(1, 99, target, "c2"),
-        greeting(1, 99, target + 1, "c1"),
-        greeting(77, 99, target, "c1"),
+        greeting(1, 99, target.id, "c2", target.formation),
+        greeting(1, 99, target.id + 1, "c1", target.formation),
+        greeting(77, 99, target.id, "c1", target.formation),
+        greeting(1, 99, target.id, "c1", [0; 8]),
         hello(&garbage),
         hello(&frame_header(1, 1, u32::MAX, 0)),
         hello(&frame(200, 1, b"no such method")),
@@ -168,12 +197,13 @@ fn hostile_streams(target: u64) -> Vec<Vec<u8>> {
 fn garbage_on_the_peer_port_harms_nobody() {
     let cluster = Cluster::formed(3, FAST);
     let target = cluster.leader();
+    let streams = hostile_streams(Target::of(&cluster, target));
     let term = cluster.metrics(target).unwrap()["term"].clone();
     let watch = Watch::new(&cluster, target);
     let load = Load::start(cluster.addresses(), LoadOptions::default());
     for round in 0..20 {
-        for bytes in hostile_streams(target) {
-            let stream = send(cluster.rpc(target), &bytes);
+        for bytes in &streams {
+            let stream = send(cluster.rpc(target), bytes);
             // Half of them hang up at once, the others wait for what the node does.
             if round % 2 == 0 {
                 drop(stream);
@@ -182,10 +212,8 @@ fn garbage_on_the_peer_port_harms_nobody() {
     }
     load.await_more("after garbage", 100);
     // Frames that end in the middle, held open together.
-    let halves: Vec<TcpStream> = hostile_streams(target)
-        .into_iter()
-        .map(|bytes| send(cluster.rpc(target), &bytes[..bytes.len() / 2]))
-        .collect();
+    let halves: Vec<TcpStream> =
+        streams.iter().map(|bytes| send(cluster.rpc(target), &bytes[..bytes.len() / 2])).collect();
     load.await_more("with half frames open", 100);
     watch.check();
     drop(halves);
@@ -199,15 +227,20 @@ fn garbage_on_the_peer_port_harms_nobody() {
 fn a_frame_that_declares_too_much_is_refused() {
     let cluster = Cluster::formed(1, FAST);
     let watch = Watch::new(&cluster, 1);
+    let target = Target::of(&cluster, 1);
+    // Who greets so is let in: what follows is refused for what it is.
+    let mut answer = [0; ANSWER_WELCOME.len()];
+    send(cluster.rpc(1), &target.greeting(99)).read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, ANSWER_WELCOME);
     for length in [u32::MAX, 1 << 31, (16 << 20) + 1] {
-        let hello = greeting(1, 99, 1, "c1");
+        let hello = target.greeting(99);
         let bytes = [hello, frame_header(1, 1, length, 0), vec![0; 1000]].concat();
         assert!(closes(send(cluster.rpc(1), &bytes)), "{length}");
     }
     // Within the limit it is waited for, but nothing is set aside for what has not come.
     let open: Vec<TcpStream> = (0..50)
         .map(|n| {
-            let hello = greeting(1, 100 + n, 1, "c1");
+            let hello = target.greeting(100 + n);
             let bytes = [hello, frame_header(1, 1, 15 << 20, 0), vec![0; 1000]].concat();
             send(cluster.rpc(1), &bytes)
         })
@@ -215,6 +248,67 @@ fn a_frame_that_declares_too_much_is_refused() {
     cluster.put(1, "k", "v");
     watch.check();
     drop(open);
+}
+
+/// One small write in a request of 8 MiB, again and again: what is kept of it is the write, and not the request.
+#[test]
+fn a_small_write_does_not_keep_its_large_request_in_memory() {
+    let cluster = Cluster::formed(1, FAST);
+    let watch = Watch::new(&cluster, 1);
+    let read = Operation::Get { key: vec![b'k'; (8 << 20) - 100].into() };
+    for n in 0..40u32 {
+        let (key, value, condition) = (n.to_be_bytes().to_vec(), "v".into(), Condition::Always);
+        let write = Operation::Put { key: key.into(), value, condition, seq: None };
+        let body = encode_request(None, &[write, read.clone()]);
+        let headers = [("Content-Type", MEDIA_TYPE)];
+        expect_ok(&request(cluster.http(1), "POST", "/v1/batch", &headers, &body));
+    }
+    assert_eq!(cluster.metrics(1).unwrap()["keys"], 40);
+    watch.check();
+}
+
+/// Clients that ask for the largest answers and do not read them: all of them together get what memory there is
+/// for answers, and others are served on.
+#[test]
+fn answers_that_nobody_reads_take_up_no_more_than_their_share() {
+    let cluster = Cluster::formed(1, FAST);
+    const READS: usize = 7;
+    let value = "v".repeat(1 << 20);
+    cluster.put(1, "large", &value);
+    cluster.put(1, "small", "v");
+    let memory = || memory_bytes(cluster.node(1).pid());
+    let before = memory();
+    let read = Operation::Get { key: "large".into() };
+    let body = encode_request(None, &vec![read; READS]);
+    let head = format!(
+        "POST /v1/batch HTTP/1.1\r\nHost: node\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let bytes = [head.as_bytes(), &body].concat();
+    let unread: Vec<TcpStream> = (0..150)
+        .map(|_| {
+            let mut stream = send(cluster.http(1), &bytes);
+            // So the answer is there.
+            let mut start = [0; "HTTP/1.1 200".len()];
+            stream.read_exact(&mut start).unwrap();
+            assert_eq!(&start, b"HTTP/1.1 200");
+            stream
+        })
+        .collect();
+    let grown = memory().saturating_sub(before);
+    let share = u64::try_from(BODIES_BYTES_MAX).unwrap();
+    assert!(grown < share + GROWTH_BYTES_MAX, "{} KiB more memory", grown >> 10);
+    // The first ones wait with their values, all others were told to come later.
+    let answers = |body: Vec<u8>| decode_results(body.into(), READS).unwrap();
+    let headers = [("Content-Type", MEDIA_TYPE)];
+    let refused = answers(request(cluster.http(1), "POST", "/v1/batch", &headers, &body).body);
+    assert!(refused.iter().all(|result| result.status() == 503));
+    assert_eq!(cluster.get(1, "/v1/kv/small").text(), "v");
+    drop(unread);
+    eventually("what nobody waits for any more is let go", || {
+        let again = answers(request(cluster.http(1), "POST", "/v1/batch", &headers, &body).body);
+        again.iter().all(|result| result.status() == 200).then_some(())
+    });
 }
 
 /// A thousand idle connections on the peer port keep no peer out.

@@ -10,9 +10,14 @@ use crate::once::ClientFloor;
 /// what a request costs, and their bytes are bounded by the budget of bodies.
 const OPERATIONS_PER_PLACE: usize = 16;
 
+/// Writes that are less than this part of their request are copied out of it: they stay in memory for as long as
+/// they are among the newest of the log, and as slices would keep all of the request.
+const REQUEST_PART_MIN: usize = 4;
+
 impl App {
     /// Carries operations out: the writes in their order, the reads beside them. One result for each;
-    /// reads whose values would make the answer too long say so.
+    /// reads whose values would make the answer too long say so. `request_bytes` is how much memory they keep
+    /// together, as slices of their request.
     ///
     /// An error stands for all of them and says that nothing took effect: they should have gone to
     /// another node, or to this one later.
@@ -20,6 +25,7 @@ impl App {
         &self,
         client: Option<&ClientFloor>,
         operations: &[&Operation],
+        request_bytes: usize,
         consistency: Consistency,
         deadline: Instant,
     ) -> Result<Vec<OperationResult>, ApiError> {
@@ -38,6 +44,10 @@ impl App {
                 Ok(None) => reads.push((index, operation.key())),
                 Err(error) => results[index] = Some(Err(error)),
             }
+        }
+        let kept: usize = writes.iter().map(|(_, write)| write.bytes()).sum();
+        if kept < request_bytes / REQUEST_PART_MIN {
+            writes.iter_mut().for_each(|(_, write)| write.detach());
         }
         let (written, read) = tokio::join!(
             self.write_many(operations, writes, deadline),

@@ -45,13 +45,16 @@ pub struct ApiState {
     pub forwarder: Forwarder,
     /// Bounds the memory of request bodies.
     pub bodies: Arc<BodyBudget>,
+    /// Bounds the memory of large answers.
+    pub answers: Arc<BodyBudget>,
 }
 
 impl ApiState {
     /// Of one node.
     pub fn new(app: App) -> Self {
-        let bodies = BodyBudget::new(app.limits().http_body_bytes_max);
-        Self { app, forwarder: Forwarder::default(), bodies }
+        let budget = || BodyBudget::new(app.limits().http_body_bytes_max);
+        let (bodies, answers) = (budget(), budget());
+        Self { app, forwarder: Forwarder::default(), bodies, answers }
     }
 }
 
@@ -192,7 +195,22 @@ async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>
     let consistency = call.consistency()?;
     call.no_condition()?;
     let read = || state.app.get(&key, consistency, call.deadline);
-    state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await
+    match state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await? {
+        Served::Here(Some(Record { revision, value })) => {
+            let value = state.answers.hold(value)?;
+            Ok(Served::Here(Some(Record { revision, value })))
+        }
+        Served::Here(None) => Ok(Served::Here(None)),
+        Served::Elsewhere(response) => Ok(Served::Elsewhere(held(state, response).await?)),
+    }
+}
+
+/// A response to a read that counts among the answers in memory.
+async fn held(state: &ApiState, response: Response) -> Result<Response, ApiError> {
+    let (head, body) = response.into_parts();
+    // It is in memory already.
+    let body = axum::body::to_bytes(body, usize::MAX).await.expect("what is in memory can be read");
+    Ok(Response::from_parts(head, Body::from(state.answers.hold(body)?)))
 }
 
 fn found_or_not(served: Served<Option<Record>>) -> Answer {
@@ -310,13 +328,14 @@ async fn read_as_json(
     check_key(&state, key.as_bytes())?;
     let read = || state.app.get(key.as_bytes(), consistency, call.deadline);
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Read, read).await?;
-    served.respond(|record| {
+    let response = served.respond(|record| {
         let Some(record) = record else { return Ok(Json(json!(null)).into_response()) };
         let text = std::str::from_utf8(&record.value).map_err(|_| {
             ApiError::Conflict("the value is not UTF-8; read it with GET /v1/kv/{key}".into())
         })?;
         Ok(Json(text).into_response())
-    })
+    })?;
+    Ok(held(&state, response).await?)
 }
 
 async fn original_ring(State(state): State<ApiState>, call: Call) -> Answer {

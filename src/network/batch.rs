@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::BodyLimit;
+use super::body::{BodyLimit, Charge};
 use super::call::{Call, Routing};
 use super::error::{ApiError, ErrorBody, Outcome};
 use super::forward::{Effect, Refusal, Served};
@@ -47,13 +47,37 @@ pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
         json::decode_request(&body.bytes, &limits)
     };
     let batch = decoded.map_err(ApiError::from)?;
-    let results = carry_out(state, call, consistency, &batch, &limits).await?;
+    // What JSON is decoded to is not a slice of it.
+    let request_bytes = if binary { body.bytes.len() } else { 0 };
+    let results = carry_out(state, call, consistency, &batch, request_bytes).await?;
+    let (results, charge) = within_budget(state, results);
     let (content_type, bytes) = if binary {
         (BINARY, batch::encode_results(&results))
     } else {
         (JSON, Bytes::from(json::encode_results(&results)))
     };
-    Ok(([(header::CONTENT_TYPE, content_type)], bytes).into_response())
+    Ok(([(header::CONTENT_TYPE, content_type)], charge.hold(bytes)).into_response())
+}
+
+/// The results, with what they take up in memory until they are sent. Values for which there is no memory left
+/// are refused one by one; what was written was written.
+fn within_budget(
+    state: &ApiState,
+    mut results: Vec<OperationResult>,
+) -> (Vec<OperationResult>, Charge) {
+    let value_bytes = |result: &OperationResult| match result {
+        OperationResult::Found { value, .. } => value.len(),
+        _ => 0,
+    };
+    if let Ok(charge) = state.answers.reserve(results.iter().map(value_bytes).sum()) {
+        return (results, charge);
+    }
+    for result in &mut results {
+        if matches!(result, OperationResult::Found { .. }) {
+            *result = OperationResult::failed(&ApiError::Overloaded);
+        }
+    }
+    (results, Charge::none(&state.answers))
 }
 
 fn limits(state: &ApiState) -> Limits {
@@ -71,19 +95,22 @@ async fn carry_out(
     call: &Call,
     consistency: Consistency,
     batch: &Batch,
-    limits: &Limits,
+    request_bytes: usize,
 ) -> Result<Vec<OperationResult>, Refusal> {
     let Batch { client, operations } = batch;
+    let limits = limits(state);
     let mut results: Vec<_> = operations
         .iter()
-        .map(|operation| operation.check(limits).err().map(|error| OperationResult::failed(&error)))
+        .map(|operation| {
+            operation.check(&limits).err().map(|error| OperationResult::failed(&error))
+        })
         .collect();
     let sound = (0..operations.len()).filter(|index| results[*index].is_none());
     let parts = into_parts(state, call.routing, operations, sound);
     let call = call.with_content_type(BINARY);
     let answers = parts.iter().map(|part| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
-        serve_part(state, &call, consistency, client.as_ref(), operations)
+        serve_part(state, &call, consistency, client.as_ref(), operations, request_bytes)
     });
     for (part, answer) in parts.iter().zip(join_all(answers).await) {
         let answer = match answer {
@@ -131,6 +158,7 @@ async fn serve_part(
     consistency: Consistency,
     client: Option<&ClientFloor>,
     operations: Vec<&Operation>,
+    request_bytes: usize,
 ) -> Result<Vec<OperationResult>, Refusal> {
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
@@ -138,7 +166,7 @@ async fn serve_part(
         Routing::PassOn => batch::encode_request(client, operations.iter().copied()),
         Routing::Direct => Bytes::new(),
     };
-    let here = || state.app.batch(client, &operations, consistency, call.deadline);
+    let here = || state.app.batch(client, &operations, request_bytes, consistency, call.deadline);
     match state.forwarder.serve(call, &body, effect, here).await? {
         Served::Here(results) => Ok(results),
         Served::Elsewhere(response) => Ok(relayed(&operations, response).await),

@@ -1,5 +1,8 @@
 //! Request bodies: read with a bound on each, a bound on all together, a deadline and a pace.
 //!
+//! Large answers are bounded likewise ([`BodyBudget::hold`]): who asks for many and reads none of them could
+//! otherwise take up any amount of memory with a few bytes.
+//!
 //! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
 //! value that announces itself as too large) is read and thrown away for [`DISCARD_TIME`] before the
 //! answer goes out, so that the connection can go on. One whose body is longer, broke off or did not come
@@ -32,7 +35,11 @@ const DISCARD_TIME: Duration = Duration::from_secs(3);
 /// The first allocation for a body, in bytes, whatever its length claims to be.
 const FIRST_BYTES_MAX: usize = 64 << 10;
 
-/// Counts the bytes of all request bodies in memory.
+/// Answers up to this size are not counted: there is one at a time for each connection, and the number of
+/// those is bounded.
+const ANSWER_FREE_BYTES: usize = 64 << 10;
+
+/// Counts the bytes of all request bodies in memory, or of all answers.
 #[derive(Debug)]
 pub struct BodyBudget {
     used: AtomicUsize,
@@ -45,11 +52,34 @@ impl BodyBudget {
         let max = BODIES_BYTES_MAX.max(body_bytes_max.saturating_mul(2));
         Arc::new(Self { used: AtomicUsize::new(0), max })
     }
+
+    /// Sets memory aside for an answer; small ones need none.
+    ///
+    /// # Errors
+    /// [`ApiError::Overloaded`] when answers that clients are slow to take have all there is.
+    pub fn reserve(self: &Arc<Self>, bytes: usize) -> Result<Charge, ApiError> {
+        let mut charge = Charge::none(self);
+        if bytes > ANSWER_FREE_BYTES {
+            charge.add(bytes)?;
+        }
+        Ok(charge)
+    }
+
+    /// Counts an answer's body until the last of it has been handed to the system.
+    ///
+    /// # Errors
+    /// As [`Self::reserve`].
+    pub fn hold(self: &Arc<Self>, body: Bytes) -> Result<Bytes, ApiError> {
+        if body.len() <= ANSWER_FREE_BYTES {
+            return Ok(body);
+        }
+        Ok(self.reserve(body.len())?.hold(body))
+    }
 }
 
 /// A share of the budget, given back on drop.
 #[derive(Debug)]
-struct Charge {
+pub struct Charge {
     budget: Arc<BodyBudget>,
     bytes: usize,
 }
@@ -62,6 +92,32 @@ impl Charge {
             return Err(ApiError::Overloaded);
         }
         Ok(())
+    }
+}
+
+impl Charge {
+    /// Nothing yet.
+    pub fn none(budget: &Arc<BodyBudget>) -> Self {
+        Self { budget: budget.clone(), bytes: 0 }
+    }
+
+    /// The same bytes, which keep the share for as long as there is a slice of them.
+    pub fn hold(self, bytes: Bytes) -> Bytes {
+        if self.bytes == 0 {
+            return bytes;
+        }
+        Bytes::from_owner(Held { bytes, _charge: self })
+    }
+}
+
+struct Held {
+    bytes: Bytes,
+    _charge: Charge,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -133,7 +189,7 @@ impl BodySlot {
         deadline: Instant,
         pace: Duration,
     ) -> Result<ReadBody, ApiError> {
-        let mut charge = Charge { budget: budget.clone(), bytes: 0 };
+        let mut charge = Charge::none(budget);
         // Until it is whole: who reads may be stopped at any moment.
         let mut body = match self.replace(Rest::Lost) {
             Rest::Body(body) => body,

@@ -56,6 +56,8 @@ pub(super) struct Rows {
     /// The change log's part of the same time, without gaps.
     changes: Vec<(Position, Bytes)>,
     bytes: usize,
+    /// How many of the rows are records.
+    records: u64,
     /// The index of the last entry that was applied before the table was begun; 0 before the first.
     since: u64,
 }
@@ -89,8 +91,10 @@ impl Rows {
     fn put(&mut self, key: &[u8], row: Row) {
         let row_bytes = |row: &Row| row.as_ref().map_or(0, Bytes::len);
         self.bytes += row_bytes(&row);
+        self.records += u64::from(row.is_some());
         if let Some(old) = self.rows.get_mut(key) {
             self.bytes -= row_bytes(old);
+            self.records -= u64::from(old.is_some());
             *old = row;
         } else {
             self.bytes += key.len() + ROW_OVERHEAD_BYTES;
@@ -157,6 +161,12 @@ impl Layers {
         let frozen = frozen.into_iter().flat_map(|rows| rows.rows.iter());
         let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
         active.chain(frozen).map(|(key, row)| (&key[..], row))
+    }
+
+    /// How many records came since the last flush; those that changed once more while it runs count twice.
+    pub(super) fn unflushed_records(&self) -> u64 {
+        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.records);
+        self.active.records + frozen
     }
 
     /// All keys that changed since the last flush, once each, and whether they have a record.

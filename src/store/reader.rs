@@ -215,17 +215,17 @@ impl StateReader {
         let on_disk = property("rocksdb.estimate-num-keys")?;
         let bytes = property("rocksdb.total-sst-files-size")?;
         let newer = self.shared.memtables.read();
-        let there = newer.keys().filter(|(_, there)| *there).count() as u64;
         // Some of them may be on disk as well. The head and what goes with it are no keys.
         let family = engine.family(&view.data)?;
         let mut others = 2;
         for prefix in CHUNKED {
             others += u64::from(stored_chunks(engine.db(), &family, prefix)?);
         }
-        let estimate = (on_disk + there).saturating_sub(others);
+        let estimate = (on_disk + newer.unflushed_records()).saturating_sub(others);
         if estimate > COUNTED_KEYS_MAX || bytes > COUNT_BYTES_MAX {
             return Ok(estimate);
         }
+        let there = newer.keys().filter(|(_, there)| *there).count() as u64;
         let mut count = there;
         let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
         for item in engine.db().iterator_cf(&family, records) {

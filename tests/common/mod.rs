@@ -26,6 +26,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+/// The program that is a node.
+pub const RAFT_KV: &str = env!("CARGO_BIN_EXE_raft-kv");
+
 /// How long anything may take that is expected to happen. Generous: test machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -64,7 +67,7 @@ pub struct NodeProcess {
 impl NodeProcess {
     /// Starts a node and waits until both of its listeners accept.
     pub fn start(options: &NodeOptions) -> Self {
-        Self::start_by(options, Command::new(env!("CARGO_BIN_EXE_raft-kv")))
+        Self::start_by(options, Command::new(RAFT_KV))
     }
 
     /// The same by a command that becomes a node when it gets the node's flags.
@@ -300,7 +303,10 @@ impl Connection {
             .filter_map(|line| line.split_once(": "))
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .collect();
-        Answer { status: status.parse().unwrap(), headers, body: Vec::new() }
+        let answer = Answer { status: status.parse().unwrap(), headers, body: Vec::new() };
+        let is_length = |(name, _): &&(String, String)| name.eq_ignore_ascii_case("content-length");
+        assert!(answer.headers.iter().filter(is_length).count() < 2, "{:?}", answer.headers);
+        answer
     }
 
     /// Waits for the node to close; whether it sent something before.

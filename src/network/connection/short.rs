@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::body::to_bytes;
 use bytes::Buf;
+use http::header::CONTENT_LENGTH;
 use http::response::Parts;
 use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, timeout_at};
@@ -149,7 +150,9 @@ fn decimal_digits(number: u64) -> usize {
 fn encode_head(head: &Parts, body_bytes: usize, last: bool, out: &mut Vec<u8>) -> io::Result<()> {
     let reason = head.status.canonical_reason().unwrap_or_default();
     write!(out, "HTTP/1.1 {} {reason}\r\ncontent-length: {body_bytes}\r\n", head.status.as_u16())?;
-    for (name, value) in &head.headers {
+    // Some handlers have said it already, and twice is forbidden (RFC 9110, 8.6).
+    let others = head.headers.iter().filter(|(name, _)| *name != CONTENT_LENGTH);
+    for (name, value) in others {
         for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
             out.extend_from_slice(part);
         }
