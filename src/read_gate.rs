@@ -15,8 +15,9 @@
 //!   round waits until an entry of this leader is applied here.
 //! - What this leader acknowledged itself, it had applied here before.
 //!
-//! No more voters are asked than a majority takes, unless they do not answer at once. Every voter counts the
-//! same, so it does not matter whom: the choice is the quickest of late, and costs a moment when it is wrong.
+//! No more voters are asked than a majority takes, unless they do not answer at once; but all of them now and
+//! then, to see who is quickest. Every voter counts the same, so it does not matter whom: the choice is the
+//! quickest of late, and costs a moment when it is wrong.
 //!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
 //! is committed, which takes more than one of the reports, before the next one begins; and a majority
@@ -57,10 +58,12 @@ pub enum ReadIndexFailure {
     Fatal(Fatal<TypeConfig>),
 }
 
-/// How long the voters that a majority needs may take before all others are asked, too.
+/// How long the voters that a majority needs may take before all others are asked, too. Several round trips of
+/// a local network: asking them costs little, and waiting for one that is gone would hold up every read.
 const PATIENCE: Duration = Duration::from_millis(1);
 
-/// Every so many rounds everyone is asked, and who answers first is asked first from then on.
+/// Every so many rounds everyone is asked, and who answers first is asked first from then on. Rare enough to
+/// cost next to nothing, and under load a few times a second at least.
 const SURVEY_ROUNDS: u64 = 64;
 
 type Waiter = oneshot::Sender<Result<LogId, ReadIndexFailure>>;

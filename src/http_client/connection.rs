@@ -134,9 +134,9 @@ impl<C: Future + Unpin, F: Future> Future for Driven<'_, C, F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         turn(self.io, cx);
-        // The connection would wake this very task, which is looking already: in vain, and for the price
-        // of a turn through the scheduler. Tokio's budget is off: whom that stops it wakes through this
-        // waker, which wakes nobody.
+        // This task is being polled: a wake-up by the connection would only cost a turn through the
+        // scheduler, so the waker does nothing. Tokio's cooperative budget must be off then: what that stops
+        // goes on only when its waker is called.
         let waits_for = pin!(unconstrained(self.waits_for.as_mut()));
         waits_for.poll(&mut Context::from_waker(Waker::noop()))
     }

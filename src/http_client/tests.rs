@@ -1,4 +1,5 @@
-//! Against servers that do what they are told, byte by byte.
+//! The client says truly whether a request may have arrived, and repeats none that may have: against servers
+//! that do what they are told, byte by byte.
 
 use std::time::Duration;
 

@@ -8,8 +8,8 @@ use tokio::time::Instant;
 /// soon; long enough for a handoff's pause to end within a few attempts.
 const PAUSE_FIRST: Duration = Duration::from_millis(20);
 
-/// The longest pause. Keeps thousands of waiting callers at a few attempts a second each; within the
-/// second that `Retry-After` asks for, because the pause is over as soon as one node leads.
+/// The longest pause. Keeps thousands of waiting callers at a few attempts a second each. Shorter than the
+/// second that `Retry-After` asks for: it is slept to its end, also when a new leader is there sooner.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// When an operation began and when it must be over. One budget covers all attempts of an operation,

@@ -31,6 +31,9 @@ pub(super) const FILE_NAME: &str = "flush.sst";
 /// With this many files that reads must look into one by one, a flush gives compaction time.
 /// RocksDB's own measure for slowing writers down.
 const LEVEL0_FILES_MAX: u64 = 20;
+
+/// For so long at most: more files make reads slower, and nothing wrong. Memory is bounded all the same, because
+/// apply waits while a full table has no room.
 const LEVEL0_WAIT_MAX: Duration = Duration::from_secs(10);
 const LEVEL0_POLL: Duration = Duration::from_millis(20);
 

@@ -134,8 +134,7 @@ impl Worker {
             }
             self.mark(closed);
             if closed {
-                // What was applied since the last append is not awaited by anyone, but a clean stop
-                // leaves nothing to replay.
+                // Nobody waits for a purge to be on disk; a clean stop leaves it there all the same.
                 return self.engine.sync();
             }
         }

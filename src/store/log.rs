@@ -2,8 +2,9 @@
 //!
 //! The log is `(purged, last]`: consecutive indexes, without holes. openraft starts it at 0, and so does
 //! a check when the store is opened; only the store itself does not insist where an empty one begins.
-//! Its newest part is also in memory ([`super::tail`]). All writes come from openraft's core task, one after the other, and go into
-//! RocksDB in that order; what must be durable before it is acknowledged waits at the flusher.
+//! Its newest part is also in memory ([`super::tail`]). All writes come from openraft's core task, one after
+//! the other, and go into RocksDB in that order; what must be durable before it is acknowledged waits at the
+//! flusher.
 //!
 //! - `append` returns when the entries are readable and calls back when they are on disk.
 //! - `save_vote` returns when the vote is on disk and the marker vouches for it.
@@ -123,8 +124,8 @@ impl LogStore {
         self.shared.lock().expect("no code panics while it holds this lock")
     }
 
-    /// The entries of `start..end` that the log has, at most about `bytes_max` of them but at least
-    /// one if there is one.
+    /// The entries of `start..end` that the log has: about `bytes_max` bytes of them at most, but at least
+    /// one entry if there is one.
     fn read(&self, start: u64, end: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
         self.engine.check()?;
         let start = {

@@ -10,28 +10,30 @@
 //!                                   └── host3 ── 10.77.0.3  node 3
 //! ```
 //!
-//! Needs root, `ip` and `ss` (iproute2), `unshare` and `nsenter` (util-linux).
+//! Needs root, `ip` and `ss` (iproute2), `unshare` and `nsenter` (util-linux), and a kernel that ends
+//! connections when it is asked to (`CONFIG_INET_DIAG_DESTROY`).
 
 use std::collections::BTreeSet;
 use std::process::{Child, Command, Stdio};
 
-/// Set in the run within the namespace.
+/// Set in the run within the namespace: to a file that it removes, to show that it was there.
 const INSIDE: &str = "KV_TEST_IN_NAMESPACE";
 
 /// Whether this is the run within a namespace of the test's own. If not, runs `test` there and passes its
 /// verdict on.
 pub fn in_a_namespace(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
+    if let Some(unseen) = std::env::var_os(INSIDE) {
+        std::fs::remove_file(unseen).expect("each run asks once");
         return true;
     }
-    let itself = std::env::current_exe().unwrap();
+    // The run inside removes it: with a wrong name it would run no test, and succeed.
+    let unseen = tempfile::NamedTempFile::new().unwrap().into_temp_path().keep().unwrap();
     let mut command = Command::new("unshare");
-    command.args(["--net", "--"]).arg(itself);
-    command.args(["--exact", test, "--ignored", "--nocapture"]).env(INSIDE, "1");
-    assert!(
-        command.status().expect("unshare is there").success(),
-        "{test} failed in its namespace"
-    );
+    command.args(["--net", "--"]).arg(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--ignored", "--nocapture"]).env(INSIDE, &unseen);
+    let status = command.status().expect("unshare is there");
+    assert!(status.success(), "{test} failed in its namespace");
+    assert!(!unseen.exists(), "{test} did not run in its namespace");
     false
 }
 
@@ -123,7 +125,7 @@ impl Host {
         host
     }
 
-    /// Until the keeper is in its namespace, its process id stands for the test's.
+    /// Until `unshare` has made the namespace, the keeper's process id names the one that this test is in.
     fn await_namespace(&mut self) {
         let namespace = |pid| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         let (own, pid) = (namespace(std::process::id()), self.keeper.id());

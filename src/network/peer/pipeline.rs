@@ -16,7 +16,7 @@
 //!
 //! All state is in [`Pipeline`] and moves only when the stream is polled; nothing is spawned.
 //!
-//! A peer is connected to only once there is a request for it. That is more than thrift: openraft's
+//! A peer is connected to only once there is a request for it. That does more than save a connection: openraft's
 //! pause before it tries an unreachable peer again lies in its stream of requests, so a sender that
 //! fails without having asked for one is called again at once, and again, as fast as a core can.
 
@@ -107,7 +107,8 @@ where
         alarm: Alarm::new(),
         calls_max: settings.append_pipeline_max,
         entries_max: settings.append_entries_max,
-        // A request ends before the entry that would be too much.
+        // A full request is smaller than the bound by the entry that did not fit any more. Half of it is
+        // full for certain, unless entries are larger than that.
         full_bytes: settings.append_bytes_max / 2,
         may_pause: true,
         bytes_max: settings.bytes_in_flight_max(),

@@ -4,7 +4,7 @@
 //! for ended gives the lease up ([`super::deathwatch`]), and openraft has no way to take that back: until
 //! another leader is elected, this node would vote for whoever asks, however alive the leader is. So what
 //! openraft does no more is done here: when the leader is heard again, pre-votes are refused for as long as
-//! it is. That is enough: nobody stands for election without them but whom the leader itself asks to.
+//! it is. That is enough: without them nobody stands for election, except whom the leader itself asks to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,7 +25,8 @@ pub(super) struct Lapse {
 struct GivenUp {
     vote: Vote,
     at: Instant,
-    /// When the leader was heard last, later than what may still have been on its way.
+    /// When the leader was last heard. What comes within a lease does not count: it may have been on its way
+    /// when the lease was given up.
     heard: Option<Instant>,
 }
 

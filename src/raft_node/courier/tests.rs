@@ -1,4 +1,4 @@
-//! What callers leave behind, and what the bounds do, below what a fake node can see.
+//! A caller that leaves takes its operation along, and the bounds hold: below what a fake node can see.
 
 use std::future::Future;
 use std::pin::pin;
