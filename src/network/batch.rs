@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::{BodyLimit, Charge};
+use super::body::BodyLimit;
 use super::call::{Call, Routing};
 use super::error::{ApiError, ErrorBody, Outcome};
 use super::forward::{Effect, Refusal, Served};
@@ -50,34 +50,27 @@ pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     // What JSON is decoded to is not a slice of it.
     let request_bytes = if binary { body.bytes.len() } else { 0 };
     let results = carry_out(state, call, consistency, &batch, request_bytes).await?;
-    let (results, charge) = within_budget(state, results);
-    let (content_type, bytes) = if binary {
-        (BINARY, batch::encode_results(&results))
-    } else {
-        (JSON, Bytes::from(json::encode_results(&results)))
-    };
-    Ok(([(header::CONTENT_TYPE, content_type)], charge.hold(bytes)).into_response())
+    let content_type = if binary { BINARY } else { JSON };
+    Ok(([(header::CONTENT_TYPE, content_type)], encode(state, results, binary)).into_response())
 }
 
-/// The results, with what they take up in memory until they are sent. Values for which there is no memory left
-/// are refused one by one; what was written was written.
-fn within_budget(
-    state: &ApiState,
-    mut results: Vec<OperationResult>,
-) -> (Vec<OperationResult>, Charge) {
-    let value_bytes = |result: &OperationResult| match result {
-        OperationResult::Found { value, .. } => value.len(),
-        _ => 0,
+/// The answer's body, counted among those in memory. Values for which there is no memory left are refused one
+/// by one; what was written was written.
+fn encode(state: &ApiState, mut results: Vec<OperationResult>, binary: bool) -> Bytes {
+    let encode = |results: &[OperationResult]| match binary {
+        true => batch::encode_results(results),
+        false => Bytes::from(json::encode_results(results)),
     };
-    if let Ok(charge) = state.answers.reserve(results.iter().map(value_bytes).sum()) {
-        return (results, charge);
+    // Not by the size of the values: JSON needs up to six times as much.
+    if let Ok(body) = state.answers.hold(encode(&results)) {
+        return body;
     }
     for result in &mut results {
         if matches!(result, OperationResult::Found { .. }) {
             *result = OperationResult::failed(&ApiError::Overloaded);
         }
     }
-    (results, Charge::none(&state.answers))
+    encode(&results)
 }
 
 fn limits(state: &ApiState) -> Limits {

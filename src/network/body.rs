@@ -53,33 +53,23 @@ impl BodyBudget {
         Arc::new(Self { used: AtomicUsize::new(0), max })
     }
 
-    /// Sets memory aside for an answer; small ones need none.
+    /// Counts an answer's body until the last of it has been handed to the system; small ones are not counted.
     ///
     /// # Errors
-    /// [`ApiError::Overloaded`] when answers that clients are slow to take have all there is.
-    pub fn reserve(self: &Arc<Self>, bytes: usize) -> Result<Charge, ApiError> {
-        let mut charge = Charge::none(self);
-        if bytes > ANSWER_FREE_BYTES {
-            charge.add(bytes)?;
+    /// [`ApiError::Overloaded`] when answers that clients are slow to take have all the memory there is.
+    pub fn hold(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, ApiError> {
+        if bytes.len() <= ANSWER_FREE_BYTES {
+            return Ok(bytes);
         }
-        Ok(charge)
-    }
-
-    /// Counts an answer's body until the last of it has been handed to the system.
-    ///
-    /// # Errors
-    /// As [`Self::reserve`].
-    pub fn hold(self: &Arc<Self>, body: Bytes) -> Result<Bytes, ApiError> {
-        if body.len() <= ANSWER_FREE_BYTES {
-            return Ok(body);
-        }
-        Ok(self.reserve(body.len())?.hold(body))
+        let mut charge = Charge { budget: self.clone(), bytes: 0 };
+        charge.add(bytes.len())?;
+        Ok(Bytes::from_owner(Held { bytes, _charge: charge }))
     }
 }
 
 /// A share of the budget, given back on drop.
 #[derive(Debug)]
-pub struct Charge {
+struct Charge {
     budget: Arc<BodyBudget>,
     bytes: usize,
 }
@@ -95,21 +85,7 @@ impl Charge {
     }
 }
 
-impl Charge {
-    /// Nothing yet.
-    pub fn none(budget: &Arc<BodyBudget>) -> Self {
-        Self { budget: budget.clone(), bytes: 0 }
-    }
-
-    /// The same bytes, which keep the share for as long as there is a slice of them.
-    pub fn hold(self, bytes: Bytes) -> Bytes {
-        if self.bytes == 0 {
-            return bytes;
-        }
-        Bytes::from_owner(Held { bytes, _charge: self })
-    }
-}
-
+/// An answer and its share.
 struct Held {
     bytes: Bytes,
     _charge: Charge,
@@ -189,7 +165,7 @@ impl BodySlot {
         deadline: Instant,
         pace: Duration,
     ) -> Result<ReadBody, ApiError> {
-        let mut charge = Charge::none(budget);
+        let mut charge = Charge { budget: budget.clone(), bytes: 0 };
         // Until it is whole: who reads may be stopped at any moment.
         let mut body = match self.replace(Rest::Lost) {
             Rest::Body(body) => body,

@@ -23,6 +23,12 @@ impl Promise {
         *promised = (*promised).max(Some(leader));
     }
 
+    /// The term that this node has reached; 0 before its first.
+    pub fn term(&self) -> u64 {
+        let promised = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        promised.map_or(0, |leader| leader.term)
+    }
+
     /// Whether no promise was begun to anyone later than `leader`.
     pub fn none_after(&self, leader: LeaderId) -> bool {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) <= Some(leader)

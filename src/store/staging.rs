@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use rocksdb::WriteBatch;
 
-use crate::types::LogId;
+use crate::types::SnapshotMeta;
 
 use super::engine::CF_DATA_PREFIX;
 use super::machine::Machine;
@@ -96,9 +96,9 @@ impl fmt::Debug for StagedSnapshot {
 }
 
 impl StagedSnapshot {
-    /// The last entry that it contains.
-    pub fn last(&self) -> Option<LogId> {
-        self.0.head.applied()
+    /// What it must have been announced as.
+    pub fn meta(&self) -> SnapshotMeta {
+        self.0.head.meta()
     }
 
     pub(super) fn head(&self) -> &Head {

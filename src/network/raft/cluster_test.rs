@@ -25,7 +25,7 @@ use crate::network::peer::closer::CloseReason;
 use crate::network::peer::handler::PeerHandler;
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::{
-    BeginSnapshot, Failure, FinishSnapshot, Installed, SnapshotChunk, SnapshotStep,
+    AppendRequest, BeginSnapshot, Failure, FinishSnapshot, Installed, SnapshotChunk, SnapshotStep,
     TransferRequest, VoteRequest,
 };
 use crate::network::raft_network_impl::PeerNetwork;
@@ -279,6 +279,12 @@ async fn votes_and_snapshots_that_cannot_be_are_refused() {
         let transfer = TransferRequest::new(vote, follower.id, None);
         assert!(handler.transfer_leader(transfer).await.is_err());
     }
+
+    // The leader's own vote, which every follower knows.
+    let own = nodes[lead].raft.metrics().borrow_watched().vote;
+    let heartbeat =
+        AppendRequest { vote: own, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+    assert!(nodes[lead].handler.heartbeat(heartbeat).await.is_err());
 
     // A snapshot of a later leader that ends before what is committed, and one that ends elsewhere than it says.
     let vote = vote_of(before.leader_id.term + 1, 9, true);

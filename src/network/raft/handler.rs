@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::storage::RaftStateMachine;
-use openraft::{Raft, RaftMetrics, Snapshot};
+use openraft::{Raft, Snapshot};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
@@ -51,6 +51,7 @@ where
     SM: RaftStateMachine<TypeConfig>,
 {
     raft: Raft<TypeConfig, SM>,
+    id: NodeId,
     cluster: ClusterId,
     reader: StateReader,
     page_reads: Arc<Semaphore>,
@@ -78,6 +79,7 @@ where
     ) -> Self {
         Self {
             raft,
+            id: identity.node_id,
             cluster: identity.cluster.clone(),
             reader: store.reader(),
             page_reads: Arc::new(Semaphore::new(PAGE_READS_MAX)),
@@ -101,17 +103,31 @@ where
 
     /// Refuses a vote that no election leads to.
     fn check_vote(&self, vote: &Vote) -> Result<(), Failure> {
-        if is_plausible(vote, &self.raft.metrics().borrow_watched()) {
+        if is_plausible(vote, self.id, self.promise.term()) {
             return Ok(());
         }
         Err(Failure::refused("a vote that no election leads to"))
     }
 
-    /// Whether what is committed here does not lie on the way to this entry: another one has its index,
-    /// or a later one an earlier leader.
-    fn contradicts(&self, last: LogId) -> bool {
-        let committed = self.raft.metrics().borrow_watched().last_applied;
-        committed.is_some_and(|committed| last > committed && last.index <= committed.index)
+    /// Refuses a snapshot at which Raft would panic: what is committed here does not lie on the way to its
+    /// end, because another entry has that index, or a later one an earlier leader.
+    fn check_committed(&self, last: Option<LogId>) -> Result<(), Failure> {
+        let committed = self.raft.metrics().borrow_watched().local_committed;
+        let contradicts = |committed: LogId| {
+            last.is_some_and(|last| last > committed && last.index <= committed.index)
+        };
+        if committed.is_some_and(contradicts) {
+            return Err(Failure::refused("the snapshot contradicts what is committed here"));
+        }
+        Ok(())
+    }
+
+    /// As [`Self::check_vote`], of who sends a snapshot, which only a leader does.
+    fn check_sender(&self, vote: &Vote) -> Result<(), Failure> {
+        if !vote.committed {
+            return Err(Failure::refused("a snapshot that is not from a leader"));
+        }
+        self.check_vote(vote)
     }
 
     /// Runs a blocking step of the stager.
@@ -141,12 +157,12 @@ where
     }
 }
 
-/// Whether an election may have led to this vote. Not if its term is out of reach: after the highest of all
-/// terms there would never be another election. Nor if it is this node's own and this node does not know of it.
-fn is_plausible(vote: &Vote, metrics: &RaftMetrics<TypeConfig>) -> bool {
-    let term_max = metrics.vote.leader_id.term.saturating_add(TERMS_AHEAD_MAX);
-    let own = vote.leader_id.node_id == metrics.id;
-    vote.leader_id.term <= term_max && !(own && *vote > metrics.vote)
+/// Whether another node may say this vote to node `own`, which has reached `term`. Not if its term is out of
+/// reach: after the highest of all terms there would never be another election; only who is new must take what
+/// it hears. Nor if it is the vote of this node itself: as a leader it would follow itself, and Raft panic.
+fn is_plausible(vote: &Vote, own: NodeId, term: u64) -> bool {
+    let within_reach = term == 0 || vote.leader_id.term <= term.saturating_add(TERMS_AHEAD_MAX);
+    within_reach && vote.leader_id.node_id != own
 }
 
 /// Raft's only error of these calls is that it has stopped.
@@ -169,10 +185,10 @@ where
         &self,
         requests: BoxStream<'static, AppendRequest>,
     ) -> BoxStream<'static, Result<AppendReply, Failure>> {
-        let (lapse, metrics) = (Arc::clone(&self.lapse), self.raft.metrics());
+        let (lapse, own, promise) = (Arc::clone(&self.lapse), self.id, self.promise.clone());
         // The session ends with a request whose vote is out of the question.
         let sound = move |request: &AppendRequest| {
-            let sound = is_plausible(&request.vote, &metrics.borrow_watched());
+            let sound = is_plausible(&request.vote, own, promise.term());
             if sound {
                 lapse.heard(&request.vote);
             }
@@ -255,6 +271,7 @@ where
     }
 
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {
+        self.check_sender(&begin.vote)?;
         if let Some(higher) = self.higher_vote(&begin.vote) {
             return Ok(SnapshotStep::HigherVote(higher));
         }
@@ -263,6 +280,7 @@ where
     }
 
     async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure> {
+        self.check_sender(&chunk.vote)?;
         if let Some(higher) = self.higher_vote(&chunk.vote) {
             return Ok(SnapshotStep::HigherVote(higher));
         }
@@ -272,21 +290,21 @@ where
 
     async fn finish_snapshot(&self, finish: FinishSnapshot) -> Result<Installed, Failure> {
         let FinishSnapshot { vote, id, meta } = finish;
-        self.check_vote(&vote)?;
+        self.check_sender(&vote)?;
         if let Some(higher) = self.higher_vote(&vote) {
             return Ok(Installed::new(higher));
         }
         // Raft panics on a snapshot that its leader cannot have; a message must not make it.
-        if !vote.committed || meta.last_log_id.is_some_and(|last| last.leader_id > vote.leader_id) {
+        if meta.last_log_id.is_some_and(|last| last.leader_id > vote.leader_id) {
             return Err(Failure::refused("the snapshot contradicts its sender's vote"));
         }
-        if meta.last_log_id.is_some_and(|last| self.contradicts(last)) {
-            return Err(Failure::refused("the snapshot contradicts what is committed here"));
-        }
+        self.check_committed(meta.last_log_id)?;
         let snapshot = self.stage(move |stager| stager.finish(id)).await?;
-        if !matches!(&snapshot, SnapshotData::Staged(staged) if staged.last() == meta.last_log_id) {
-            return Err(Failure::refused("the snapshot ends elsewhere than was announced"));
+        if !matches!(&snapshot, SnapshotData::Staged(staged) if staged.meta() == meta) {
+            return Err(Failure::refused("the snapshot is not the one that was announced"));
         }
+        // Staging took its time.
+        self.check_committed(meta.last_log_id)?;
         let installed = self.raft.install_full_snapshot(vote, Snapshot { meta, snapshot });
         installed.await.map_err(stopped)
     }
