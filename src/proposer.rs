@@ -235,17 +235,15 @@ fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Proposal> {
     let mut entry = Proposal::default();
     let mut bytes = 0;
     while let Some(next) = waiting.front() {
-        let writes = entry.writes.len() + next.count;
-        bytes += next.bytes;
-        if !entry.writes.is_empty() && (writes > ENTRY_WRITES_MAX || bytes > ENTRY_BYTES_MAX) {
+        let fits = entry.writes.len() + next.count <= ENTRY_WRITES_MAX
+            && bytes + next.bytes <= ENTRY_BYTES_MAX;
+        if !fits && !entry.writes.is_empty() {
             break;
         }
         let Some(next) = waiting.pop_front() else { break };
         // Who gave up before has been told that nothing happened, so nothing must.
-        let Some(writes) = next.ticket.take() else {
-            bytes -= next.bytes;
-            continue;
-        };
+        let Some(writes) = next.ticket.take() else { continue };
+        bytes += next.bytes;
         entry.callers.push((next.count, next.answer));
         if entry.writes.is_empty() {
             entry.writes = writes;

@@ -1,9 +1,9 @@
 //! RocksDB, opened and set for this use, and the rule that its first failure is its last.
 //!
 //! Every write of the log goes through [`Engine::write`], its fsyncs through [`Engine::sync`]. When one of
-//! them, or a flush, fails, the engine remembers it and refuses all further writes: pages that an fsync could not write
-//! may be dropped by the kernel, so a later success would prove nothing (the "fsyncgate" reports of
-//! 2018). Readers ask [`Engine::check`] first; the node watches [`Engine::failure`] and stops serving.
+//! them, or a flush, fails, the engine remembers it and refuses all further writes: pages that an fsync
+//! could not write may be dropped by the kernel, so a later success would prove nothing (the "fsyncgate"
+//! reports of 2018). Readers ask [`Engine::check`] first; the node watches [`Engine::failure`] and stops serving.
 
 use std::io;
 use std::path::{Path, PathBuf};
