@@ -4,12 +4,14 @@
 mod common;
 
 use common::cluster::{Cluster, FAST};
-use common::{Answer, NodeOptions, NodeProcess, init_alone, post, put, request};
+use common::clusters::Clusters;
+use common::{Answer, Connection, NodeOptions, NodeProcess, init_alone, post, put, request};
 use distrib_kv_store::batch::{
     MEDIA_TYPE, Operation, OperationResult, decode_results, encode_request,
 };
 use distrib_kv_store::cluster_manager::ClusterManager;
 use distrib_kv_store::config::Config;
+use distrib_kv_store::network::body::BODIES_BYTES_MAX;
 use distrib_kv_store::network::error::Outcome;
 use distrib_kv_store::ring::RingTable;
 use distrib_kv_store::types::Condition;
@@ -239,4 +241,68 @@ async fn a_batch_may_span_clusters() {
     .await
     .unwrap();
     manager.shutdown().await.unwrap();
+}
+
+/// So many batches at once ask `node` for seven times the value of a key, and for a write that nobody answers.
+/// Meanwhile they take up no more memory than there is for answers.
+fn large_values_wait_within_their_bounds(node: &NodeProcess, large: &str, write: &str) {
+    const BATCHES: usize = 150;
+    const GROWTH_BYTES_MAX: u64 = 96 << 20;
+    let operations = [vec![get_op(large); 7], vec![put_op(write, "v")]].concat();
+    let body = encode_request(None, &operations);
+    let headers = [BINARY, ("Kv-Deadline-Ms", "2500")];
+    let path = format!("{PATH}?consistency=stale");
+    let before = node.resident_bytes();
+    let mut waiting: Vec<Connection> = (0..BATCHES)
+        .map(|_| {
+            let mut connection = Connection::open(node.http());
+            connection.request("POST", &path, &headers, &body);
+            connection
+        })
+        .collect();
+    let answers: Vec<Answer> = waiting.iter_mut().map(Connection::receive).collect();
+    let grown = node.peak_resident_bytes() - before;
+    let share = u64::try_from(BODIES_BYTES_MAX).unwrap();
+    assert!(grown < share + GROWTH_BYTES_MAX, "{} KiB more memory", grown >> 10);
+    let mut found = 0;
+    for answer in answers {
+        assert_eq!(answer.status, 200);
+        let results = decode_results(answer.body.into(), operations.len()).unwrap();
+        let (write, reads) = results.split_last().unwrap();
+        assert!(matches!(write.status(), 503 | 504), "{write:?}");
+        assert!(reads.iter().all(|read| matches!(read.status(), 200 | 503)), "{:?}", reads[0]);
+        found += usize::from(reads[0].status() == 200);
+    }
+    assert!(found > 0, "some had room");
+}
+
+/// Values that a batch has read do not pile up in memory while its writes, or another cluster, are waited for.
+#[test]
+fn what_waits_for_the_rest_of_its_batch_is_bounded() {
+    let config = format!("[storage]\nmemtable_bytes = 4194304\n{FAST}");
+    let mut clusters = Clusters::start(&[3, 1], 2, &config);
+    let table = RingTable::new(clusters.ring()).unwrap();
+    let key_of = |place: usize, name: &str| {
+        let mut keys = (0..1000).map(|i| format!("{name}-{i}"));
+        let owner = clusters.listed(place, 1.0).id;
+        keys.find(|key| table.owner(key.as_bytes()).unwrap().id == owner).expect("some key is its")
+    };
+    let large = [key_of(0, "large"), key_of(1, "large")];
+    let write = key_of(0, "write");
+    let value = "v".repeat(1 << 20);
+    for (place, large) in large.iter().enumerate() {
+        let cluster = clusters.at(place);
+        // Then it stands in a file: rows in memory are shared by all who read them.
+        for key in
+            std::iter::once(large.clone()).chain((0..8).map(|i| key_of(place, &format!("f{i}"))))
+        {
+            cluster.put(1, &key, &value);
+        }
+    }
+    let leader = clusters.at(0).leader();
+    let followers: Vec<u64> = clusters.at(0).ids().filter(|id| *id != leader).collect();
+    followers.iter().for_each(|id| clusters.at_mut(0).pause(*id));
+    large_values_wait_within_their_bounds(clusters.at(0).node(leader), &large[0], &write);
+    clusters.at_mut(0).pause(leader);
+    large_values_wait_within_their_bounds(clusters.at(1).node(1), &large[1], &write);
 }

@@ -134,15 +134,6 @@ async fn the_largest_values_pass_through_every_way() {
     .unwrap();
 }
 
-/// Resident memory of a node, in bytes.
-fn resident(cluster: &Cluster, id: u64) -> usize {
-    let status =
-        std::fs::read_to_string(format!("/proc/{}/status", cluster.node(id).pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("Linux says it");
-    let kib: usize = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kib << 10
-}
-
 /// A follower that sleeps, and one that gets a tenth of the time: the others write on, the leader's
 /// memory does not grow with what the follower misses, and the follower catches up.
 #[test]
@@ -161,11 +152,11 @@ fn a_slow_follower_costs_the_leader_no_memory() {
     load.await_more("until memory is in use", BEHIND / 2);
     let follower = cluster.follower();
     let leader = cluster.leader();
-    let before = resident(&cluster, leader);
+    let before = cluster.node(leader).resident_bytes();
 
     cluster.pause(follower);
     load.await_more("with a follower asleep", BEHIND);
-    let asleep = resident(&cluster, leader);
+    let asleep = cluster.node(leader).resident_bytes();
     cluster.resume(follower);
     for _ in 0..40 {
         cluster.pause(follower);
@@ -173,10 +164,10 @@ fn a_slow_follower_costs_the_leader_no_memory() {
         cluster.resume(follower);
         std::thread::sleep(Duration::from_millis(10));
     }
-    let slow = resident(&cluster, leader);
+    let slow = cluster.node(leader).resident_bytes();
     let promises = load.stop();
 
-    let missed = BEHIND as usize * VALUE_BYTES;
+    let missed = BEHIND * VALUE_BYTES as u64;
     for (when, now) in [("asleep", asleep), ("slow", slow)] {
         let grown = now.saturating_sub(before);
         assert!(grown < missed / 2, "{when}: {grown} bytes more, of {missed} that it missed");

@@ -36,26 +36,18 @@ struct Watch<'a> {
 impl<'a> Watch<'a> {
     fn new(cluster: &'a Cluster, id: u64) -> Self {
         let lines = cluster.log(id).lines().count();
-        Self { cluster, id, memory: memory_bytes(cluster.node(id).pid()), lines }
+        Self { cluster, id, memory: cluster.node(id).resident_bytes(), lines }
     }
 
     #[track_caller]
     fn check(&self) {
-        let memory = memory_bytes(self.cluster.node(self.id).pid());
+        let memory = self.cluster.node(self.id).resident_bytes();
         let grown = memory.saturating_sub(self.memory);
         assert!(grown < GROWTH_BYTES_MAX, "{} KiB more memory", grown >> 10);
         let lines = self.cluster.log(self.id).lines().count() - self.lines;
         assert!(lines < LOG_LINES_MAX, "{lines} more lines in the log");
         expect_ok(&self.cluster.get(self.id, "/livez"));
     }
-}
-
-/// The resident memory of a process, from `/proc`.
-fn memory_bytes(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the node runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a VmRSS line");
-    let kib: u64 = line.trim().trim_end_matches(" kB").trim().parse().expect("KiB");
-    kib << 10
 }
 
 /// How the answer to a greeting begins that is welcome: magic, version, verdict.
@@ -276,7 +268,7 @@ fn answers_that_nobody_reads_take_up_no_more_than_their_share() {
     let value = "v".repeat(1 << 20);
     cluster.put(1, "large", &value);
     cluster.put(1, "small", "v");
-    let memory = || memory_bytes(cluster.node(1).pid());
+    let memory = || cluster.node(1).resident_bytes();
     let before = memory();
     let read = Operation::Get { key: "large".into() };
     let body = encode_request(None, &vec![read; READS]);

@@ -15,7 +15,7 @@ const OPERATIONS_PER_PLACE: usize = 16;
 const REQUEST_PART_MIN: usize = 4;
 
 impl App {
-    /// Carries operations out: the writes in their order, the reads beside them. One result for each;
+    /// Carries operations out: the writes in their order, then the reads. One result for each;
     /// reads whose values would make the answer too long say so. `request_bytes` is how much memory they keep
     /// together, as slices of their request.
     ///
@@ -49,10 +49,16 @@ impl App {
         if kept < request_bytes / REQUEST_PART_MIN {
             writes.iter_mut().for_each(|(_, write)| write.detach());
         }
-        let (written, read) = tokio::join!(
+        let (written, confirmed) = tokio::join!(
             self.write_many(operations, writes, deadline),
-            self.read_many(&reads, consistency, deadline)
+            self.confirm_reads(&reads, consistency, deadline)
         );
+        // Not before: values would wait in memory for writes that no majority answers.
+        let found = match confirmed.and_then(|()| self.look_up_many(&reads)) {
+            Ok(found) => found,
+            Err(error) => vec![Err(error); reads.len()],
+        };
+        let read = reads.iter().map(|(index, _)| *index).zip(found);
         for (index, result) in written.into_iter().chain(read) {
             self.record_one(operations[index], consistency, started, &result);
             results[index] = Some(result);
@@ -105,37 +111,40 @@ impl App {
         results
     }
 
-    async fn read_many(
+    /// Returns once this node may answer the reads from what it has applied.
+    async fn confirm_reads(
         &self,
         reads: &[(usize, &Bytes)],
         consistency: Consistency,
         deadline: Instant,
-    ) -> Vec<(usize, Result<Done, ApiError>)> {
-        let found = async {
-            if reads.is_empty() {
-                return Ok(Vec::new());
-            }
-            if consistency != Consistency::Stale {
-                self.await_read_index(consistency, deadline).await?;
-            }
-            let keys = reads.iter().map(|(_, key)| &key[..]);
-            let looked_up = self.inner.reader.get_many(keys, self.inner.limits.http_body_bytes_max);
-            looked_up.map_err(|error| refusal::storage(error, Outcome::NotApplied))
-        };
-        let found = match found.await {
-            Ok(found) => found,
-            Err(error) => return reads.iter().map(|(at, _)| (*at, Err(error.clone()))).collect(),
-        };
+    ) -> Result<(), ApiError> {
+        if reads.is_empty() || consistency == Consistency::Stale {
+            return Ok(());
+        }
+        self.await_read_index(consistency, deadline).await
+    }
+
+    /// What each of the reads comes to.
+    fn look_up_many(
+        &self,
+        reads: &[(usize, &Bytes)],
+    ) -> Result<Vec<Result<Done, ApiError>>, ApiError> {
+        if reads.is_empty() {
+            return Ok(Vec::new());
+        }
         let max = self.inner.limits.http_body_bytes_max;
+        let keys = reads.iter().map(|(_, key)| &key[..]);
+        let found = self.inner.reader.get_many(keys, max);
+        let found = found.map_err(|error| refusal::storage(error, Outcome::NotApplied))?;
         let left_out = ApiError::TooLarge { what: "answer to the whole batch", max };
         let mut found = found.into_iter();
-        let results = reads.iter().map(|(index, key)| match found.next() {
-            Some(Lookup::Found(record)) => (*index, Ok(Done::Read(Some(record)))),
-            Some(Lookup::Absent) => (*index, Ok(Done::Read(None))),
-            Some(Lookup::NotHere(ring)) => (*index, Err(self.not_here(&ring, key))),
-            None => (*index, Err(left_out.clone())),
+        let results = reads.iter().map(|(_, key)| match found.next() {
+            Some(Lookup::Found(record)) => Ok(Done::Read(Some(record))),
+            Some(Lookup::Absent) => Ok(Done::Read(None)),
+            Some(Lookup::NotHere(ring)) => Err(self.not_here(&ring, key)),
+            None => Err(left_out.clone()),
         });
-        results.collect()
+        Ok(results.collect())
     }
 
     fn record_one(

@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::BodyLimit;
+use super::body::{BodyLimit, Charge};
 use super::call::{Call, Routing};
 use super::error::{ApiError, ErrorBody, Outcome};
 use super::forward::{Effect, Refusal, Served};
@@ -65,12 +65,30 @@ fn encode(state: &ApiState, mut results: Vec<OperationResult>, binary: bool) -> 
     if let Ok(body) = state.answers.hold(encode(&results)) {
         return body;
     }
-    for result in &mut results {
+    refuse_values(&mut results);
+    encode(&results)
+}
+
+/// The share of the memory for answers that a part's values take up while other parts are waited for. Where
+/// there is none left, they are refused.
+fn hold_values(state: &ApiState, results: &mut [OperationResult]) -> Option<Charge> {
+    let value_bytes = |result: &OperationResult| match result {
+        OperationResult::Found { value, .. } => value.len(),
+        _ => 0,
+    };
+    let charge = state.answers.charge(results.iter().map(value_bytes).sum());
+    charge.unwrap_or_else(|_| {
+        refuse_values(results);
+        None
+    })
+}
+
+fn refuse_values(results: &mut [OperationResult]) {
+    for result in results {
         if matches!(result, OperationResult::Found { .. }) {
             *result = OperationResult::failed(&ApiError::Overloaded);
         }
     }
-    encode(&results)
 }
 
 fn limits(state: &ApiState) -> Limits {
@@ -101,13 +119,18 @@ async fn carry_out(
     let sound = (0..operations.len()).filter(|index| results[*index].is_none());
     let parts = into_parts(state, call.routing, operations, sound);
     let call = call.with_content_type(BINARY);
-    let answers = parts.iter().map(|part| {
+    let answers = parts.iter().map(async |part| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
-        serve_part(state, &call, consistency, client.as_ref(), operations, request_bytes)
+        let mut results =
+            serve_part(state, &call, consistency, client.as_ref(), operations, request_bytes)
+                .await?;
+        let charge = hold_values(state, &mut results);
+        Ok((results, charge))
     });
     for (part, answer) in parts.iter().zip(join_all(answers).await) {
         let answer = match answer {
-            Ok(answer) => answer,
+            // The answer is encoded next, and is counted then.
+            Ok((results, _charge)) => results,
             // Said of all operations at once, it is the answer to the request.
             Err(refusal) if part.len() == operations.len() => return Err(refusal),
             Err(refusal) if call.routing == Routing::Direct => return Err(refusal),

@@ -58,18 +58,29 @@ impl BodyBudget {
     /// # Errors
     /// [`ApiError::Overloaded`] when answers that clients are slow to take have all the memory there is.
     pub fn hold(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, ApiError> {
-        if bytes.len() <= ANSWER_FREE_BYTES {
-            return Ok(bytes);
+        Ok(match self.charge(bytes.len())? {
+            None => bytes,
+            Some(charge) => Bytes::from_owner(Held { bytes, _charge: charge }),
+        })
+    }
+
+    /// Counts what an answer is going to be made of; `None` if that is small.
+    ///
+    /// # Errors
+    /// As [`Self::hold`].
+    pub(super) fn charge(self: &Arc<Self>, bytes: usize) -> Result<Option<Charge>, ApiError> {
+        if bytes <= ANSWER_FREE_BYTES {
+            return Ok(None);
         }
         let mut charge = Charge { budget: self.clone(), bytes: 0 };
-        charge.add(bytes.len())?;
-        Ok(Bytes::from_owner(Held { bytes, _charge: charge }))
+        charge.add(bytes)?;
+        Ok(Some(charge))
     }
 }
 
 /// A share of the budget, given back on drop.
 #[derive(Debug)]
-struct Charge {
+pub(super) struct Charge {
     budget: Arc<BodyBudget>,
     bytes: usize,
 }

@@ -13,6 +13,7 @@
 //! | the first byte of a header came, the rest did not | `header_timeout`, not extended by more bytes |
 //! | idle | [`IDLE_TIMEOUT`] since the last byte |
 //! | an answer that the client does not take | [`UNREAD_TIMEOUT`] since the last byte |
+//! | an answer that the client takes slowly | [`UNREAD_TIMEOUT`], and a second for each [`UNREAD_PACE`] taken |
 //! | refused or cut off, and still sending | [`LINGER_TIME`](socket::LINGER_TIME) since the answer |
 //! | idle, sending its body or not taking its answer for [`SHED_AFTER`], and others wait | closed |
 //!
@@ -52,9 +53,13 @@ pub const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 /// Longer than a client needs that is stopped for a moment or loses some packets.
 pub const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How fast an answer has to be taken in the long run, in bytes a second: a byte every now and then would
+/// keep its share of the memory for answers for ever. A fortieth of what an ADSL line brings.
+pub const UNREAD_PACE: usize = 32 << 10;
+
 /// Connections that are idle, wait for the rest of a body or for somebody to take their answer, are
-/// closed after this already when others wait for one. Long enough that a client with a steady stream of requests is never hit between two of
-/// them, nor one that sends a large value over a usual network.
+/// closed after this already when others wait for one. Long enough that a client with a steady stream of requests
+/// is never hit between two of them, nor one that sends a large value over a usual network.
 pub const SHED_AFTER: Duration = Duration::from_secs(1);
 
 /// How long requests in flight may take to finish once the server stops.
@@ -234,8 +239,24 @@ enum Phase {
         /// When the first byte of the next header came.
         header_since: Option<Instant>,
         /// There is more of the answer than the client takes.
-        unread: bool,
+        unread: Option<Unread>,
     },
+}
+
+/// An answer that could not be written at once.
+#[derive(Debug, Clone, Copy)]
+struct Unread {
+    since: Instant,
+    /// How much of it was written since then, in bytes.
+    taken: usize,
+}
+
+impl Unread {
+    /// When its reader has had his time. `last` is when the last byte moved.
+    fn overdue(&self, last: Instant) -> Instant {
+        let earned = Duration::from_secs((self.taken / UNREAD_PACE) as u64);
+        (last + UNREAD_TIMEOUT).min(self.since + UNREAD_TIMEOUT + earned)
+    }
 }
 
 impl Activity {
@@ -262,7 +283,7 @@ impl Activity {
 
     /// Whether nothing is being answered and no answer is on its way.
     fn is_idle(&self) -> bool {
-        matches!(*self.phase(), Phase::Waiting { unread: false, .. })
+        matches!(*self.phase(), Phase::Waiting { unread: None, .. })
     }
 }
 
@@ -270,7 +291,7 @@ impl Activity {
 impl Phase {
     /// As after a whole answer, or before the first request.
     fn waiting(now: Instant) -> Self {
-        Self::Waiting { since: now, header_since: None, unread: false }
+        Self::Waiting { since: now, header_since: None, unread: None }
     }
 
     /// The client sent something.
@@ -289,17 +310,19 @@ impl Phase {
     }
 
     /// The client took less than there is.
-    fn note_unread(&mut self) {
+    fn note_unread(&mut self, now: Instant) {
         if let Self::Waiting { unread, .. } = self {
-            *unread = true;
+            unread.get_or_insert(Unread { since: now, taken: 0 });
         }
     }
 
-    /// The client took something.
-    fn note_written(&mut self, now: Instant) {
-        if let Self::Waiting { .. } = self {
+    /// The client took `count` bytes, or all that there are.
+    fn note_written(&mut self, count: usize, all: bool, now: Instant) {
+        if let Self::Waiting { unread, .. } = *self {
+            let rest = unread.filter(|_| !all);
+            let unread = rest.map(|rest| Unread { taken: rest.taken + count, ..rest });
             // What was read meanwhile is a pipelined request that cannot be looked at yet.
-            *self = Self::waiting(now);
+            *self = Self::Waiting { since: now, header_since: None, unread };
         }
     }
 
@@ -328,11 +351,14 @@ impl Phase {
             Self::Waiting { header_since: Some(first), .. } => {
                 Some((first + header_timeout, Event::Overdue))
             }
-            Self::Waiting { since, unread, .. } if reported == Some(since) => {
-                let timeout = if unread { UNREAD_TIMEOUT } else { IDLE_TIMEOUT };
-                Some((since + timeout, Event::Overdue))
+            Self::Waiting { since, unread, .. } => {
+                let overdue = unread.map_or(since + IDLE_TIMEOUT, |rest| rest.overdue(since));
+                // Who takes a little all the time is never idle for long.
+                if reported == Some(since) || overdue <= since + SHED_AFTER {
+                    return Some((overdue, Event::Overdue));
+                }
+                long_idle(since)
             }
-            Self::Waiting { since, .. } => long_idle(since),
         }
     }
 }
@@ -443,7 +469,7 @@ mod tests {
     fn a_request_being_answered_is_left_alone() {
         let mut phase = Phase::Serving { body_since: None };
         phase.note_read(Instant::now());
-        phase.note_written(Instant::now());
+        phase.note_written(1, false, Instant::now());
         assert_eq!(phase.due(HEADER_TIMEOUT, None), None);
         assert!(!phase.is_long_idle(Instant::now() + IDLE_TIMEOUT));
     }
@@ -453,17 +479,43 @@ mod tests {
     fn an_unread_answer_is_given_up_soon() {
         let start = Instant::now();
         let mut phase = Phase::waiting(start);
-        phase.note_unread();
+        phase.note_unread(start);
         let long_idle = Event::LongIdle { since: start };
         assert_eq!(phase.due(HEADER_TIMEOUT, None), Some((start + SHED_AFTER, long_idle)));
         let overdue = Some((start + UNREAD_TIMEOUT, Event::Overdue));
         assert_eq!(phase.due(HEADER_TIMEOUT, Some(start)), overdue);
-        phase.note_written(start + MOMENT);
+        phase.note_written(1, true, start + MOMENT);
         let long_idle = Event::LongIdle { since: start + MOMENT };
         let due = Some((start + MOMENT + SHED_AFTER, long_idle));
         assert_eq!(phase.due(HEADER_TIMEOUT, Some(start)), due);
         let overdue = Some((start + MOMENT + IDLE_TIMEOUT, Event::Overdue));
         assert_eq!(phase.due(HEADER_TIMEOUT, Some(start + MOMENT)), overdue, "all of it was taken");
+    }
+
+    /// A byte now and then buys no more time; an answer that is taken at a pace has all the time it needs.
+    #[test]
+    fn a_trickled_answer_is_given_up() {
+        let start = Instant::now();
+        let mut phase = Phase::waiting(start);
+        phase.note_unread(start);
+        let end = start + UNREAD_TIMEOUT;
+        let mut now = start;
+        while now + MOMENT < end {
+            now += MOMENT;
+            phase.note_written(1, false, now);
+            phase.note_unread(now);
+        }
+        assert_eq!(phase.due(HEADER_TIMEOUT, None), Some((end, Event::Overdue)));
+
+        let mut phase = Phase::waiting(start);
+        phase.note_unread(start);
+        for second in 1..=100 {
+            let now = start + Duration::from_secs(second);
+            phase.note_written(UNREAD_PACE, false, now);
+            phase.note_unread(now);
+            let overdue = Some((now + UNREAD_TIMEOUT, Event::Overdue));
+            assert_eq!(phase.due(HEADER_TIMEOUT, Some(now)), overdue);
+        }
     }
 
     /// While its body is missing, a request may have to make room; once that is whole, it may not.
@@ -489,7 +541,7 @@ mod tests {
         let mut phase = Phase::waiting(start);
         phase.note_read(start + MOMENT);
         let written = start + HEADER_TIMEOUT * 2;
-        phase.note_written(written);
+        phase.note_written(1, true, written);
         let overdue = Some((written + IDLE_TIMEOUT, Event::Overdue));
         assert_eq!(phase.due(HEADER_TIMEOUT, Some(written)), overdue);
     }

@@ -132,6 +132,23 @@ impl NodeProcess {
         self.child.id()
     }
 
+    /// The memory that it takes up, in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most memory that it has ever taken up, in bytes.
+    pub fn peak_resident_bytes(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("Linux says it");
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("KiB");
+        kib << 10
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the process exists");
     }

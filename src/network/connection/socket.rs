@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::super::error::ApiError;
 use super::super::head::{Gate, Next};
-use super::{Activity, Phase};
+use super::Activity;
 
 /// How long what a client goes on sending after its last answer is thrown away: closing at once would
 /// reset the connection, and the client might lose the answer that says why. As long as a client needs
@@ -60,12 +60,14 @@ impl Watched {
         Ok(read)
     }
 
-    fn note_written(&self, written: &Poll<io::Result<usize>>) {
-        match written {
-            Poll::Ready(Ok(1..)) => {
-                self.activity.update(|phase| phase.note_written(Instant::now()));
+    /// Notes what became of `offered` bytes: all that there are of the answer.
+    fn note_written(&self, written: &Poll<io::Result<usize>>, offered: usize) {
+        match *written {
+            Poll::Ready(Ok(count @ 1..)) => {
+                let all = count == offered;
+                self.activity.update(|phase| phase.note_written(count, all, Instant::now()));
             }
-            Poll::Pending => self.activity.update(Phase::note_unread),
+            Poll::Pending => self.activity.update(|phase| phase.note_unread(Instant::now())),
             Poll::Ready(_) => {}
         }
     }
@@ -102,11 +104,12 @@ impl Watched {
         while let Some(answer) = self.parting.as_mut().map(|parting| &mut parting.answer)
             && answer.has_remaining()
         {
+            let offered = answer.remaining();
             let written = Pin::new(&mut self.stream).poll_write(cx, answer);
             if let Poll::Ready(Ok(count)) = written {
                 answer.advance(count);
             }
-            self.note_written(&written);
+            self.note_written(&written, offered);
             if ready!(written)? == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -195,7 +198,7 @@ impl AsyncWrite for Watched {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        self.note_written(&written);
+        self.note_written(&written, bytes.len());
         written
     }
 
@@ -205,7 +208,7 @@ impl AsyncWrite for Watched {
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
-        self.note_written(&written);
+        self.note_written(&written, slices.iter().map(|slice| slice.len()).sum());
         written
     }
 
@@ -228,30 +231,47 @@ impl AsyncWrite for Watched {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
 
+    use super::super::{Phase, Unread};
     use super::*;
 
-    /// As soon as a client takes less than there is, its answer counts as unread.
+    /// As soon as a client takes less than there is, its answer counts as unread, until all of it is taken.
     #[tokio::test]
     async fn an_answer_that_is_not_taken_is_noted() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, _) = listener.accept().await.unwrap();
         let activity = Arc::new(Activity::new());
         let mut watched = Watched::new(stream, activity.clone());
-        let is_unread = || matches!(*activity.phase(), Phase::Waiting { unread: true, .. });
-        let piece = [0; 64 << 10];
-        let mut written = true;
-        while written {
-            assert!(!is_unread());
-            // Anew for each piece: Tokio makes a task that never waits wait once.
-            tokio::task::yield_now().await;
-            let write = |cx: &mut Context<'_>| {
-                Poll::Ready(Pin::new(&mut watched).poll_write(cx, &piece).is_ready())
-            };
-            written = std::future::poll_fn(write).await;
+        let unread = || match *activity.phase() {
+            Phase::Waiting { unread, .. } => unread.map(|Unread { taken, .. }| taken),
+            Phase::Serving { .. } => None,
+        };
+        // More than both sockets hold, so that it is taken in parts.
+        let answer = vec![0; 32 << 20];
+        let read = tokio::spawn(async move {
+            let mut bytes = vec![0; 32 << 20];
+            client.read_exact(&mut bytes).await.unwrap();
+            client
+        });
+        let (mut written, mut before) = (0, None);
+        while written < answer.len() {
+            let rest = &answer[written..];
+            let count = watched.write(rest).await.unwrap();
+            written += count;
+            match unread() {
+                Some(taken) => {
+                    assert!(count < rest.len());
+                    before = Some(before.map_or(count, |before| before + count));
+                    assert_eq!(Some(taken), before);
+                }
+                None => assert!(written == answer.len() || before.is_none()),
+            }
         }
-        assert!(is_unread());
+        assert!(before.is_some(), "it was too much at some time");
+        assert_eq!(unread(), None, "all of it was taken");
+        read.await.unwrap();
     }
 }
