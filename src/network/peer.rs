@@ -40,6 +40,7 @@ pub(super) mod settings;
 pub(super) mod snapshot;
 pub(super) mod thrift;
 pub(super) mod toy_codec;
+pub(super) mod votes;
 pub(super) mod wire;
 
 #[cfg(test)]

@@ -37,6 +37,7 @@ use super::peer::rounds::{self, RoundError};
 use super::peer::settings::PeerSettings;
 use super::peer::snapshot::{SendError, Transfer};
 use super::peer::thrift::Thrift;
+use super::peer::votes::may_answer;
 use super::peer::wire::{
     AppendReply, AppendRequest, Call, Confirm, Failure, Heartbeat, HeartbeatReply, Installed,
     PreVote, TransferReply, TransferRequest, VoteReply, VoteRequest,
@@ -242,6 +243,14 @@ impl PeerClient {
         called.map_err(|error| call_error(error, action, self.own, self.target))
     }
 
+    /// Refuses the answer to what was said with a vote if Raft would believe a senseless one.
+    fn check_answer(&self, vote: &Vote, said: &Vote) -> Result<(), NetworkError<TypeConfig>> {
+        if may_answer(vote, self.own, said) {
+            return Ok(());
+        }
+        Err(NetworkError::from_string("answered with a vote that no election leads to"))
+    }
+
     async fn send_snapshot(
         &self,
         vote: Vote,
@@ -254,7 +263,9 @@ impl PeerClient {
         };
         let transfer = Transfer { source, vote, meta };
         let sent = transfer.send(&self.snapshot).await;
-        sent.map_err(|error| self.streaming_error(error))
+        let installed = sent.map_err(|error| self.streaming_error(error))?;
+        self.check_answer(&installed.vote, &vote)?;
+        Ok(installed)
     }
 
     fn streaming_error(&self, error: SendError) -> StreamingError<TypeConfig> {
@@ -298,11 +309,14 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         request: AppendRequest,
         _: RPCOption,
     ) -> RpcResult<HeartbeatReply> {
-        let prev = request.prev_log_id;
+        let (prev, said) = (request.prev_log_id, request.vote);
         let reply = self.control(&Heartbeat(request), RPCTypes::AppendEntries).await?;
         // openraft takes it for granted that only an existing entry can conflict.
         if prev.is_none() && reply == HeartbeatReply::Conflict {
             return Err(NetworkError::from_string("a conflict with no entry").into());
+        }
+        if let HeartbeatReply::HigherVote(vote) = &reply {
+            self.check_answer(vote, &said)?;
         }
         Ok(reply)
     }
@@ -332,11 +346,16 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
     }
 
     async fn vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
-        self.control(&request, RPCTypes::Vote).await
+        let reply = self.control(&request, RPCTypes::Vote).await?;
+        self.check_answer(&reply.vote, &request.vote)?;
+        Ok(reply)
     }
 
     async fn pre_vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
-        self.control(&PreVote(request), RPCTypes::Vote).await
+        let said = request.vote;
+        let reply = self.control(&PreVote(request), RPCTypes::Vote).await?;
+        self.check_answer(&reply.vote, &said)?;
+        Ok(reply)
     }
 
     async fn full_snapshot(

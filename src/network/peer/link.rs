@@ -103,6 +103,11 @@ impl Link {
         Self { context, target, addr, purpose, state, rounds: Rounds::default() }
     }
 
+    /// The node whose link it is.
+    pub(in crate::network) fn own(&self) -> NodeId {
+        self.context.identity.node_id
+    }
+
     pub(in crate::network) fn addr(&self) -> &str {
         &self.addr
     }

@@ -34,13 +34,12 @@ use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
 use super::pacer::{Hurry, PaceDue, Pacer};
-use super::settings::PeerSettings;
-use super::thrift::Seat;
+use super::votes::may_answer;
 use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
 };
 use crate::alarm::Alarm;
-use crate::types::LogId;
+use crate::types::{LogId, NodeId, Vote};
 
 /// How long an append that only brings a commit index waits for another one to take it along. A
 /// follower of an idle leader learns of the last commit that much later. Longer than a write takes, so
@@ -72,10 +71,11 @@ where
 {
     let start = async move {
         let Some(first) = input.next().await else { return stream::empty().boxed() };
+        let first_vote = first.vote;
         match link.connection().await {
             Ok(connection) => {
                 let input = stream::iter([first]).chain(input);
-                pipelined(connection, input, link.settings(), link.seat())
+                pipelined(connection, input, &link, first_vote)
             }
             Err(error) => stream::iter([Err(error.into())]).boxed(),
         }
@@ -83,23 +83,21 @@ where
     stream::once(start).flatten().boxed()
 }
 
-fn pipelined<'s, S>(
-    connection: Arc<Connection>,
-    input: S,
-    settings: &PeerSettings,
-    seat: Seat,
-) -> Replies<'s>
+fn pipelined<'s, S>(connection: Arc<Connection>, input: S, link: &Link, vote: Vote) -> Replies<'s>
 where
     S: Stream<Item = AppendRequest> + Send + Unpin + 's,
 {
+    let settings = link.settings();
     let pipeline = Pipeline {
+        own: link.own(),
+        vote,
         session: connection.next_session(),
         connection,
         input: Some(input),
         parts: VecDeque::new(),
         last_sent: None,
         held: None,
-        pacer: Pacer::new(seat),
+        pacer: Pacer::new(link.seat()),
         permit: None,
         in_flight: FuturesOrdered::new(),
         bytes_in_flight: 0,
@@ -125,6 +123,9 @@ where
 }
 
 struct Pipeline<S> {
+    own: NodeId,
+    /// Of the newest request.
+    vote: Vote,
     connection: Arc<Connection>,
     session: u64,
     /// `None` once it has ended.
@@ -231,6 +232,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
     }
 
     fn prepare(&mut self, request: &AppendRequest) -> Result<(), EntryTooLarge> {
+        self.vote = request.vote;
         self.parts = encode_appends(self.session, request, self.message_bytes_max)?.into();
         // Where more is to come than one request takes, there is nothing to wait for.
         let bytes: usize = self.parts.iter().map(|part| part.message.len()).sum();
@@ -323,10 +325,12 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         let possible = match &outcome {
             Ok(matched) => *matched <= last,
             Err(AppendRefusal::Conflict(at)) => Some(*at) == prev,
-            Err(AppendRefusal::HigherVote(_)) => true,
+            Err(AppendRefusal::HigherVote(vote)) => may_answer(vote, self.own, &self.vote),
         };
         if !possible {
-            let reason = CloseReason::Protocol("a reply about entries that were not sent".into());
+            let what =
+                "a reply about entries that were not sent, or a vote that no election leads to";
+            let reason = CloseReason::Protocol(what.into());
             self.connection.closer().close(reason.clone());
             return Some(Err(CallError::Closed(reason).into()));
         }

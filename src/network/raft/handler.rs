@@ -19,6 +19,7 @@ use crate::handoff::PageRequest;
 use crate::network::peer::PeerIdentity;
 use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::network::peer::quiet::Quiet;
+use crate::network::peer::votes::is_plausible;
 use crate::network::peer::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
     PageReply, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
@@ -41,9 +42,6 @@ const PAGES_WAITING_MAX: usize = 64;
 /// Steps of snapshot transfers that run or wait for the one that runs, whoever sends them. A leader sends one at
 /// a time; another may be left over of a connection that was lost.
 const SNAPSHOT_STEPS_MAX: usize = 4;
-
-/// How far the term of a vote may be ahead of this node's own. One election raises it by one.
-const TERMS_AHEAD_MAX: u64 = 1 << 32;
 
 /// The [`PeerHandler`] of a node.
 pub(super) struct RaftHandler<SM>
@@ -155,14 +153,6 @@ where
         }
         Err(Failure::refused(error))
     }
-}
-
-/// Whether another node may say this vote to node `own`, which has reached `term`. Not if its term is out of
-/// reach: after the highest of all terms there would never be another election; only who is new must take what
-/// it hears. Nor if it is the vote of this node itself: as a leader it would follow itself, and Raft panic.
-fn is_plausible(vote: &Vote, own: NodeId, term: u64) -> bool {
-    let within_reach = term == 0 || vote.leader_id.term <= term.saturating_add(TERMS_AHEAD_MAX);
-    within_reach && vote.leader_id.node_id != own
 }
 
 /// Raft's only error of these calls is that it has stopped.

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
+use openraft::network::{RPCOption, RaftNetworkFactory, RaftNetworkV2};
 use tokio::time::{Instant, timeout};
 
 use super::support::*;
@@ -15,7 +17,7 @@ use crate::network::peer::wire::*;
 use crate::network::peer::{PeerIdentity, Purpose};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
 use crate::store::formation::Formation;
-use crate::types::NodeAddrs;
+use crate::types::{LeaderId, NodeAddrs, NodeId, Vote};
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -186,4 +188,38 @@ async fn a_read_index_keeps_to_its_deadline() {
         Err(ReadIndexError::Unavailable(_))
     ));
     node.stop().await;
+}
+
+/// A vote in an answer is believed only where an election could have led to it: Raft never goes back to an
+/// earlier term.
+#[tokio::test]
+async fn answers_with_senseless_votes_are_errors() {
+    let node = FakeNode::start(settings()).await;
+    let addrs = NodeAddrs { http: String::new(), rpc: node.addr.clone() };
+    let mut network = PeerNetwork::new(identity(2), Formation::of(FORMATION), &Config::default());
+    let mut client = network.new_client(1, &addrs).await;
+    let own = vote_of(5, 2);
+    let option = || RPCOption::new(Duration::from_secs(5));
+    let heartbeat =
+        || AppendRequest { vote: own, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+    for (answered, is_sound) in
+        [(vote_of(6, 3), true), (vote_of(u64::MAX, 3), false), (vote_of(6, 2), false)]
+    {
+        *node.fake.answers_vote.lock().unwrap() = Some(answered);
+        assert_eq!(client.append_entries(heartbeat(), option()).await.is_ok(), is_sound);
+        let request = || VoteRequest::new(own, None);
+        assert_eq!(client.vote(request(), option()).await.is_ok(), is_sound);
+        assert_eq!(client.pre_vote(request(), option()).await.is_ok(), is_sound);
+        let mut append = append(1, 1, 10);
+        append.vote = own;
+        let appends = stream::iter([append]).boxed();
+        let mut replies = client.stream_append(appends, option()).await.unwrap();
+        assert_eq!(within("a reply", replies.next()).await.unwrap().is_ok(), is_sound);
+    }
+    network.shutdown().await;
+    node.stop().await;
+}
+
+fn vote_of(term: u64, node_id: NodeId) -> Vote {
+    Vote { leader_id: LeaderId { term, node_id }, committed: true }
 }

@@ -119,6 +119,8 @@ pub(super) struct Fake {
     pub(super) appended: Arc<Mutex<Vec<Appended>>>,
     /// Appends after this index conflict.
     pub(super) conflict_after: Arc<AtomicU64>,
+    /// The vote that is answered instead of what was asked for, if any.
+    pub(super) answers_vote: Arc<Mutex<Option<Vote>>>,
     pub(super) staging: Mutex<Staging>,
     /// A page takes one of these.
     pub(super) pages: Semaphore,
@@ -160,6 +162,7 @@ impl Fake {
             append_replies: Arc::new(Semaphore::new(Semaphore::MAX_PERMITS)),
             appended: Arc::default(),
             conflict_after: Arc::new(AtomicU64::new(u64::MAX)),
+            answers_vote: Arc::default(),
             staging: Mutex::default(),
             pages: Semaphore::new(Semaphore::MAX_PERMITS),
             page_requests: Mutex::default(),
@@ -170,6 +173,10 @@ impl Fake {
 
     pub(super) fn begun(&self) -> usize {
         self.begun.load(Ordering::SeqCst)
+    }
+
+    fn answered_vote(&self) -> Option<Vote> {
+        *self.answers_vote.lock().unwrap()
     }
 
     fn begin(&self) {
@@ -190,6 +197,7 @@ impl PeerHandler for Fake {
     ) -> BoxStream<'static, Result<AppendReply, Failure>> {
         let (appended, replies) = (Arc::clone(&self.appended), Arc::clone(&self.append_replies));
         let conflict_after = Arc::clone(&self.conflict_after);
+        let answers_vote = Arc::clone(&self.answers_vote);
         // Takes requests ahead of replies, as Raft does.
         let taken = requests.map(move |request| {
             let prev = request.prev_log_id.map(|id| id.index);
@@ -198,8 +206,12 @@ impl PeerHandler for Fake {
         });
         let answers = taken.map(move |request| {
             let (replies, conflict_after) = (Arc::clone(&replies), Arc::clone(&conflict_after));
+            let answered_vote = *answers_vote.lock().unwrap();
             async move {
                 replies.acquire().await.unwrap().forget();
+                if let Some(vote) = answered_vote {
+                    return Ok(Err(AppendRefusal::HigherVote(vote)));
+                }
                 let prev = request.prev_log_id;
                 let limit = conflict_after.load(Ordering::SeqCst);
                 if let Some(prev) = prev.filter(|prev| prev.index > limit) {
@@ -214,17 +226,18 @@ impl PeerHandler for Fake {
     async fn heartbeat(&self, _: AppendRequest) -> Result<HeartbeatReply, Failure> {
         self.begin();
         self.heartbeats.acquire().await.unwrap().forget();
-        Ok(HeartbeatReply::Success)
+        Ok(self.answered_vote().map_or(HeartbeatReply::Success, HeartbeatReply::HigherVote))
     }
 
     async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
         self.begin();
-        Ok(VoteReply::new(request.vote, request.last_log_id, true))
+        let vote = self.answered_vote().unwrap_or(request.vote);
+        Ok(VoteReply::new(vote, request.last_log_id, true))
     }
 
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
         self.begin();
-        Ok(VoteReply::new(request.vote, None, false))
+        Ok(VoteReply::new(self.answered_vote().unwrap_or(request.vote), None, false))
     }
 
     async fn transfer_leader(&self, request: TransferRequest) -> Result<TransferReply, Failure> {
