@@ -124,7 +124,8 @@ impl App {
 
 pub(super) fn state_of(metrics: &Metrics) -> NodeState {
     let membership = metrics.membership_config.membership();
-    let uninitialized = membership.voter_ids().next().is_none();
+    // Not by `voter_ids`, which collects them: every request asks.
+    let uninitialized = membership.get_joint_config().iter().all(|voters| voters.is_empty());
     match metrics.state {
         _ if uninitialized => NodeState::Uninitialized,
         openraft::ServerState::Leader => NodeState::Leader,

@@ -118,11 +118,15 @@ async fn carry_out(
         .collect();
     let sound = (0..operations.len()).filter(|index| results[*index].is_none());
     let parts = into_parts(state, call.routing, operations, sound);
-    let call = call.with_content_type(BINARY);
+    let passed_on = match call.routing {
+        Routing::PassOn => Some(call.with_content_type(BINARY)),
+        Routing::Direct => None,
+    };
+    let call = passed_on.as_ref().unwrap_or(call);
     let answers = parts.iter().map(async |part| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
         let mut results =
-            serve_part(state, &call, consistency, client.as_ref(), operations, request_bytes)
+            serve_part(state, call, consistency, client.as_ref(), operations, request_bytes)
                 .await?;
         let charge = hold_values(state, &mut results);
         Ok((results, charge))
