@@ -279,7 +279,9 @@ fn large_values_wait_within_their_bounds(node: &NodeProcess, large: &str, write:
 /// Values that a batch has read do not pile up in memory while its writes, or another cluster, are waited for.
 #[test]
 fn what_waits_for_the_rest_of_its_batch_is_bounded() {
-    let config = format!("[storage]\nmemtable_bytes = 4194304\n{FAST}");
+    // Each worker has one batch's values in its hands that are not counted yet.
+    let config =
+        format!("[storage]\nmemtable_bytes = 4194304\n[runtime]\nworker_threads = 1\n{FAST}");
     let mut clusters = Clusters::start(&[3, 1], 2, &config);
     let table = RingTable::new(clusters.ring()).unwrap();
     let key_of = |place: usize, name: &str| {

@@ -15,7 +15,7 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::{BodyLimit, Charge};
+use super::body::{ANSWER_FREE_BYTES, BodyLimit, Charge};
 use super::call::{Call, Routing};
 use super::error::{ApiError, ErrorBody, Outcome};
 use super::forward::{Effect, Refusal, Served};
@@ -69,14 +69,16 @@ fn encode(state: &ApiState, mut results: Vec<OperationResult>, binary: bool) -> 
     encode(&results)
 }
 
-/// The share of the memory for answers that a part's values take up while other parts are waited for. Where
-/// there is none left, they are refused.
-fn hold_values(state: &ApiState, results: &mut [OperationResult]) -> Option<Charge> {
+/// The share of the memory for answers that the values of one of `parts` take up while the others are waited
+/// for. Where there is none left, they are refused.
+fn hold_values(state: &ApiState, results: &mut [OperationResult], parts: usize) -> Option<Charge> {
     let value_bytes = |result: &OperationResult| match result {
         OperationResult::Found { value, .. } => value.len(),
         _ => 0,
     };
-    let charge = state.answers.charge(results.iter().map(value_bytes).sum());
+    let bytes = results.iter().map(value_bytes).sum();
+    // What an answer has free, its parts share.
+    let charge = state.answers.charge(bytes, ANSWER_FREE_BYTES / parts);
     charge.unwrap_or_else(|_| {
         refuse_values(results);
         None
@@ -128,7 +130,7 @@ async fn carry_out(
         let mut results =
             serve_part(state, call, consistency, client.as_ref(), operations, request_bytes)
                 .await?;
-        let charge = hold_values(state, &mut results);
+        let charge = hold_values(state, &mut results, parts.len());
         Ok((results, charge))
     });
     for (part, answer) in parts.iter().zip(join_all(answers).await) {

@@ -37,7 +37,7 @@ const FIRST_BYTES_MAX: usize = 64 << 10;
 
 /// Answers up to this size are not counted: there is one at a time for each connection, and the number of
 /// those is bounded.
-const ANSWER_FREE_BYTES: usize = 64 << 10;
+pub(super) const ANSWER_FREE_BYTES: usize = 64 << 10;
 
 /// Counts the bytes of all request bodies in memory, or of all answers.
 #[derive(Debug)]
@@ -56,20 +56,25 @@ impl BodyBudget {
     /// Counts an answer's body until the last of it has been handed to the system; small ones are not counted.
     ///
     /// # Errors
-    /// [`ApiError::Overloaded`] when answers that clients are slow to take have all the memory there is.
+    /// [`ApiError::Overloaded`] when other answers, and what others are going to be made of, have all the memory
+    /// there is.
     pub fn hold(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, ApiError> {
-        Ok(match self.charge(bytes.len())? {
+        Ok(match self.charge(bytes.len(), ANSWER_FREE_BYTES)? {
             None => bytes,
             Some(charge) => Bytes::from_owner(Held { bytes, _charge: charge }),
         })
     }
 
-    /// Counts what an answer is going to be made of; `None` if that is small.
+    /// Counts what an answer is going to be made of; `None` up to `free` bytes.
     ///
     /// # Errors
     /// As [`Self::hold`].
-    pub(super) fn charge(self: &Arc<Self>, bytes: usize) -> Result<Option<Charge>, ApiError> {
-        if bytes <= ANSWER_FREE_BYTES {
+    pub(super) fn charge(
+        self: &Arc<Self>,
+        bytes: usize,
+        free: usize,
+    ) -> Result<Option<Charge>, ApiError> {
+        if bytes <= free {
             return Ok(None);
         }
         let mut charge = Charge { budget: self.clone(), bytes: 0 };

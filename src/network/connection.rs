@@ -533,14 +533,17 @@ mod tests {
         assert!(!phase.is_long_idle(start + IDLE_TIMEOUT));
     }
 
-    /// An answer that its reader takes slowly lives as long as it moves, and a request that was
-    /// pipelined behind it does not count as a slow header.
+    /// A request that was pipelined behind an answer that is still on its way does not count as a slow header.
     #[test]
     fn a_moving_answer_is_not_overdue() {
         let start = Instant::now();
         let mut phase = Phase::waiting(start);
+        phase.note_unread(start);
         phase.note_read(start + MOMENT);
         let written = start + HEADER_TIMEOUT * 2;
+        phase.note_written(UNREAD_PACE * 100, false, written);
+        let overdue = Some((written + UNREAD_TIMEOUT, Event::Overdue));
+        assert_eq!(phase.due(HEADER_TIMEOUT, Some(written)), overdue);
         phase.note_written(1, true, written);
         let overdue = Some((written + IDLE_TIMEOUT, Event::Overdue));
         assert_eq!(phase.due(HEADER_TIMEOUT, Some(written)), overdue);

@@ -37,7 +37,7 @@ use super::peer::rounds::{self, RoundError};
 use super::peer::settings::PeerSettings;
 use super::peer::snapshot::{SendError, Transfer};
 use super::peer::thrift::Thrift;
-use super::peer::votes::may_answer;
+use super::peer::votes::{NO_ELECTION, may_answer, may_answer_pre_vote, may_refuse};
 use super::peer::wire::{
     AppendReply, AppendRequest, Call, Confirm, Failure, Heartbeat, HeartbeatReply, Installed,
     PreVote, TransferReply, TransferRequest, VoteReply, VoteRequest,
@@ -243,14 +243,6 @@ impl PeerClient {
         called.map_err(|error| call_error(error, action, self.own, self.target))
     }
 
-    /// Refuses the answer to what was said with a vote if Raft would believe a senseless one.
-    fn check_answer(&self, vote: &Vote, said: &Vote) -> Result<(), NetworkError<TypeConfig>> {
-        if may_answer(vote, self.own, said) {
-            return Ok(());
-        }
-        Err(NetworkError::from_string("answered with a vote that no election leads to"))
-    }
-
     async fn send_snapshot(
         &self,
         vote: Vote,
@@ -263,9 +255,7 @@ impl PeerClient {
         };
         let transfer = Transfer { source, vote, meta };
         let sent = transfer.send(&self.snapshot).await;
-        let installed = sent.map_err(|error| self.streaming_error(error))?;
-        self.check_answer(&installed.vote, &vote)?;
-        Ok(installed)
+        sent.map_err(|error| self.streaming_error(error))
     }
 
     fn streaming_error(&self, error: SendError) -> StreamingError<TypeConfig> {
@@ -301,6 +291,14 @@ fn call_error(
     }
 }
 
+/// Refuses an answer if the vote in it is not one to be believed.
+fn believed(is_possible: bool) -> RpcResult<()> {
+    match is_possible {
+        true => Ok(()),
+        false => Err(NetworkError::from_string(NO_ELECTION).into()),
+    }
+}
+
 impl RaftNetworkV2<TypeConfig> for PeerClient {
     type SnapshotData = SnapshotData;
 
@@ -316,7 +314,7 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
             return Err(NetworkError::from_string("a conflict with no entry").into());
         }
         if let HeartbeatReply::HigherVote(vote) = &reply {
-            self.check_answer(vote, &said)?;
+            believed(may_refuse(vote, self.own, &said))?;
         }
         Ok(reply)
     }
@@ -347,14 +345,14 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
 
     async fn vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
         let reply = self.control(&request, RPCTypes::Vote).await?;
-        self.check_answer(&reply.vote, &request.vote)?;
+        believed(may_answer(&reply.vote, self.own, &request.vote))?;
         Ok(reply)
     }
 
     async fn pre_vote(&mut self, request: VoteRequest, _: RPCOption) -> RpcResult<VoteReply> {
         let said = request.vote;
         let reply = self.control(&PreVote(request), RPCTypes::Vote).await?;
-        self.check_answer(&reply.vote, &said)?;
+        believed(may_answer_pre_vote(&reply.vote, self.own, &said))?;
         Ok(reply)
     }
 

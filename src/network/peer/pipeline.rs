@@ -34,7 +34,7 @@ use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
 use super::pacer::{Hurry, PaceDue, Pacer};
-use super::votes::may_answer;
+use super::votes::may_refuse;
 use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
 };
@@ -325,7 +325,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         let possible = match &outcome {
             Ok(matched) => *matched <= last,
             Err(AppendRefusal::Conflict(at)) => Some(*at) == prev,
-            Err(AppendRefusal::HigherVote(vote)) => may_answer(vote, self.own, &self.vote),
+            Err(AppendRefusal::HigherVote(vote)) => may_refuse(vote, self.own, &self.vote),
         };
         if !possible {
             let what =

@@ -14,6 +14,7 @@ use tokio::time::sleep;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
 use super::settings::PeerSettings;
+use super::votes::{NO_ELECTION, may_answer};
 use super::wire::{BeginSnapshot, FinishSnapshot, Installed, SnapshotChunk, SnapshotStep};
 use crate::store::snapshot::{Chunk, SnapshotImage, StagingPosition};
 use crate::types::{SnapshotMeta, Vote};
@@ -73,7 +74,10 @@ impl<C: ChunkSource> Transfer<C> {
         loop {
             let mut chunks = 0;
             let error = match self.attempt(link, &mut chunks).await {
-                Ok(installed) => return Ok(installed),
+                Ok(installed) if may_answer(&installed.vote, link.own(), &self.vote) => {
+                    return Ok(installed);
+                }
+                Ok(_) => return Err(SendError::Senseless(NO_ELECTION)),
                 Err(error) => error,
             };
             fruitless = if chunks > 0 { 0 } else { fruitless + 1 };

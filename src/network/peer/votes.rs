@@ -5,6 +5,9 @@
 
 use crate::types::{NodeId, Vote};
 
+/// What is said of a vote that is not believed.
+pub(in crate::network) const NO_ELECTION: &str = "a vote that no election leads to";
+
 /// How far the term of a vote may be ahead of this node's own. One election raises it by one.
 const TERMS_AHEAD_MAX: u64 = 1 << 32;
 
@@ -16,10 +19,20 @@ pub(in crate::network) fn is_plausible(vote: &Vote, own: NodeId, term: u64) -> b
     within_reach && vote.leader_id.node_id != own
 }
 
-/// Whether another node may answer this vote to what node `own` said with the vote `said`: that one, one before
-/// it, or one that it may say by itself.
+/// Whether another node may answer with this vote what node `own` said with the vote `said`: with that one, which
+/// may have won meanwhile, one before it, or one that it may say by itself.
 pub(in crate::network) fn may_answer(vote: &Vote, own: NodeId, said: &Vote) -> bool {
-    vote <= said || is_plausible(vote, own, said.leader_id.term)
+    vote.leader_id <= said.leader_id || is_plausible(vote, own, said.leader_id.term)
+}
+
+/// The same of a question whether a vote would be granted: nobody knows of that one yet.
+pub(in crate::network) fn may_answer_pre_vote(vote: &Vote, own: NodeId, asked: &Vote) -> bool {
+    vote.leader_id != asked.leader_id && may_answer(vote, own, asked)
+}
+
+/// Whether another node may refuse what node `own` said with the vote `said`, because this one is higher.
+pub(in crate::network) fn may_refuse(vote: &Vote, own: NodeId, said: &Vote) -> bool {
+    vote > said && is_plausible(vote, own, said.leader_id.term)
 }
 
 #[cfg(test)]
@@ -27,18 +40,43 @@ mod tests {
     use super::*;
     use crate::types::LeaderId;
 
+    const OWN: NodeId = 1;
+
+    fn vote(term: u64, node_id: NodeId, committed: bool) -> Vote {
+        Vote { leader_id: LeaderId { term, node_id }, committed }
+    }
+
     #[test]
     fn an_answer_repeats_the_vote_or_names_one_within_reach() {
-        let vote =
-            |term, node_id, committed| Vote { leader_id: LeaderId { term, node_id }, committed };
-        let said = vote(5, 1, true);
-        for possible in
-            [said, vote(5, 1, false), vote(4, 1, true), vote(5, 2, true), vote(9, 3, false)]
-        {
-            assert!(may_answer(&possible, 1, &said), "{possible}");
+        let said = vote(5, OWN, false);
+        let won = vote(5, OWN, true);
+        for possible in [said, won, vote(4, OWN, true), vote(5, 2, true), vote(9, 3, false)] {
+            assert!(may_answer(&possible, OWN, &said), "{possible}");
         }
-        for impossible in [vote(6, 1, false), vote(6, 1, true), vote(u64::MAX, 2, false)] {
-            assert!(!may_answer(&impossible, 1, &said), "{impossible}");
+        for impossible in [vote(6, OWN, false), vote(6, OWN, true), vote(u64::MAX, 2, false)] {
+            assert!(!may_answer(&impossible, OWN, &said), "{impossible}");
+        }
+    }
+
+    #[test]
+    fn nobody_knows_of_a_vote_that_was_only_asked_about() {
+        let asked = vote(5, OWN, false);
+        for impossible in [asked, vote(5, OWN, true), vote(u64::MAX, 2, false)] {
+            assert!(!may_answer_pre_vote(&impossible, OWN, &asked), "{impossible}");
+        }
+        for possible in [vote(4, OWN, true), vote(4, 3, true), vote(5, 2, false)] {
+            assert!(may_answer_pre_vote(&possible, OWN, &asked), "{possible}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_a_higher_vote() {
+        let said = vote(5, OWN, true);
+        for possible in [vote(5, 2, false), vote(6, 3, true)] {
+            assert!(may_refuse(&possible, OWN, &said), "{possible}");
+        }
+        for impossible in [said, vote(4, 2, true), vote(6, OWN, true), vote(u64::MAX, 2, true)] {
+            assert!(!may_refuse(&impossible, OWN, &said), "{impossible}");
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::handoff::PageRequest;
 use crate::network::peer::PeerIdentity;
 use crate::network::peer::handler::{Followed, PeerHandler};
 use crate::network::peer::quiet::Quiet;
-use crate::network::peer::votes::is_plausible;
+use crate::network::peer::votes::{NO_ELECTION, is_plausible};
 use crate::network::peer::wire::{
     AppendReply, AppendRequest, BeginSnapshot, Failure, FinishSnapshot, HeartbeatReply, Installed,
     PageReply, SnapshotChunk, SnapshotStep, TransferReply, TransferRequest, VoteReply, VoteRequest,
@@ -104,7 +104,7 @@ where
         if is_plausible(vote, self.id, self.promise.term()) {
             return Ok(());
         }
-        Err(Failure::refused("a vote that no election leads to"))
+        Err(Failure::refused(NO_ELECTION))
     }
 
     /// Refuses a snapshot at which Raft would panic: what is committed here does not lie on the way to its
