@@ -355,11 +355,14 @@ pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// 1024 writes, when every one is of another client with the longest name.
 const ENTRY_OVERHEAD_BYTES_MAX: usize = 128 << 10;
 
+/// The largest value that can be configured, in bytes. Clients take answers of this size and some overhead.
+pub const VALUE_BYTES_MAX: usize = 64 << 20;
+
 impl Limits {
     fn check(&self) -> Result<(), OutOfRange> {
         // In a path each byte of a key may take three, and a path has 64 KiB at most.
         within("limits.key_bytes_max", self.key_bytes_max, 1..=21 << 10)?;
-        within("limits.value_bytes_max", self.value_bytes_max, 1..=64 << 20)?;
+        within("limits.value_bytes_max", self.value_bytes_max, 1..=VALUE_BYTES_MAX)?;
         within(
             "limits.http_body_bytes_max",
             self.http_body_bytes_max,

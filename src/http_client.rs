@@ -23,6 +23,8 @@ use http_body_util::Full;
 use hyper_util::client::legacy::connect::HttpConnector;
 use tokio::time::Instant;
 
+use crate::config::VALUE_BYTES_MAX;
+
 use connection::{Connection, Failure};
 use pool::Pool;
 
@@ -34,9 +36,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// that no request meets a connection that is just being closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The largest answer that is read: the largest value that can be configured (64 MiB) and some room.
-/// A larger one is an error.
-const RESPONSE_BYTES_MAX: usize = 65 << 20;
+/// The largest answer that is read: the largest value that can be configured, or as many bytes of smaller ones,
+/// and some room. A larger one is an error.
+const RESPONSE_BYTES_MAX: usize = VALUE_BYTES_MAX + (1 << 20);
 
 /// A request to one node.
 #[derive(Debug, Clone)]

@@ -144,11 +144,18 @@ impl KVClient {
                 Err(error @ ClientError::Unreachable { .. }) => {
                     let pause = backoff.pause();
                     if budget.left() <= pause {
+                        self.rings.confirm_in_background();
                         return Err(error);
                     }
                     tokio::time::sleep(pause).await;
                     target = self.target_after_silence(key, target, budget).await;
                     continue;
+                }
+                Err(error @ (ClientError::Timeout { .. } | ClientError::AnswerLost { .. })) => {
+                    // A cluster that has left the ring may be silent instead of refusing: nobody else
+                    // should have to wait for that.
+                    self.rings.confirm_in_background();
+                    return Err(error);
                 }
                 other => return other,
             };

@@ -181,6 +181,20 @@ fn every_node_of_a_cluster_takes_batches() {
             );
             assert_eq!(found[1], OperationResult::Absent);
         }
+        // Reads that are served here keep no write here, nor does a write that is refused.
+        let stale = format!("{PATH}?consistency=stale");
+        let mixed = [put_op(&key, "w"), get_op(&key)];
+        for (path, headers) in [(&stale[..], &[][..]), (PATH, &follower)] {
+            let results = binary(cluster.http(id), path, headers, &mixed);
+            assert!(results.iter().all(|result| result.status() == 200), "{results:?}");
+        }
+        let numbered = json!({"client": format!("client-{id}"), "floor": 5, "operations": [
+            {"op": "put", "key": key, "value": "w", "seq": 4},
+            {"op": "put", "key": key, "value": "w", "seq": 5},
+        ]});
+        let answer = post(cluster.http(id), PATH, &numbered.to_string());
+        let statuses: Vec<_> = results(&answer).iter().map(|r| r["status"].clone()).collect();
+        assert_eq!(statuses, [400, 200]);
         let direct = [("Kv-Routing", "direct")];
         let answer = raw(cluster.http(id), PATH, &direct, &[put_op(&key, "x"), get_op(&key)]);
         if id == leader {

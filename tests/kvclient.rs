@@ -215,6 +215,34 @@ async fn a_call_does_not_wait_for_the_ring_to_be_confirmed() {
     wait_until("the newer ring is used", async || client.write("k", "v").await.unwrap() == 6).await;
 }
 
+/// A cluster that has left the ring and is cut off refuses nothing: one call finds out at its deadline, and those
+/// after it need not.
+#[tokio::test]
+async fn a_silent_owner_makes_the_client_ask_for_the_ring() {
+    let (a, b) = (bind(), bind());
+    let before = ring(1, vec![cluster("a", &[&a.address])]);
+    let after = ring(2, vec![cluster("b", &[&b.address])]);
+    let removed = Arc::new(AtomicBool::new(false));
+    let (is_silent, is_owner) = (removed.clone(), removed.clone());
+    let known = before.clone();
+    let a = a.serve(move |seen| match seen.path.as_str() {
+        _ if is_silent.load(Ordering::SeqCst) => Reply::Hang,
+        RING => ring_reply(&known),
+        _ => written(5),
+    });
+    let b = b.serve(move |seen| match seen.path.as_str() {
+        RING if is_owner.load(Ordering::SeqCst) => ring_reply(&after),
+        RING => ring_reply(&before),
+        _ => written(6),
+    });
+    let client = client_of(&[&a, &b]).await.unwrap();
+    assert_eq!(client.write("k", "v").await.unwrap(), 5);
+    removed.store(true, Ordering::SeqCst);
+    let client = client.with_timeout(Duration::from_millis(500));
+    assert_eq!(client.write("k", "v").await.unwrap_err().outcome(), Outcome::Unknown);
+    wait_until("the newer ring is used", async || client.write("k", "v").await == Ok(6)).await;
+}
+
 #[tokio::test]
 async fn a_named_owner_is_followed_even_when_nobody_has_its_ring_yet() {
     let (a, b) = (bind(), bind());

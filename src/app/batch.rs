@@ -4,6 +4,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::*;
 use crate::batch::{Operation, OperationResult};
+use crate::config::VALUE_BYTES_MAX;
 use crate::once::ClientFloor;
 
 /// One of the places for requests in flight stands for this many operations of a batch: they share
@@ -132,7 +133,8 @@ impl App {
         if reads.is_empty() {
             return Ok(Vec::new());
         }
-        let max = self.inner.limits.http_body_bytes_max;
+        // No more than clients take.
+        let max = self.inner.limits.http_body_bytes_max.min(VALUE_BYTES_MAX);
         let keys = reads.iter().map(|(_, key)| &key[..]);
         let found = self.inner.reader.get_many(keys, max);
         let found = found.map_err(|error| refusal::storage(error, Outcome::NotApplied))?;

@@ -5,9 +5,10 @@
 //! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
 //! servers check ownership again and name the owner, so an old ring costs a detour at most.
 //!
-//! There are four reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
-//! one that could not reach its cluster, which may have left the ring. A ring whose time is over only
-//! wants confirming, and a ring that turns out to be changing only its successor: both happen in the
+//! There are five reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
+//! one that could not reach its cluster, which may have left the ring. One whose cluster was silent until
+//! its time was over wants to know for those that come after it. A ring whose time is over only wants
+//! confirming, and a ring that turns out to be changing only its successor: these happen in the
 //! background, and the call that found it so goes on with what it knows.
 
 use std::collections::BTreeSet;
@@ -165,6 +166,11 @@ impl Rings {
             // Out of time is the caller's own concern: its next attempt finds that out.
             let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
         }
+    }
+
+    /// Begins to ask whether the ring in hand is still in force. Waits for nothing.
+    pub(super) fn confirm_in_background(&self) {
+        self.refresh_in_background(None);
     }
 
     /// Asks whether the ring in hand is still in force.

@@ -23,7 +23,7 @@ use crate::app::Consistency;
 use crate::batch::{
     self, Batch, Failure, Limits, MEDIA_TYPE, OPERATIONS_MAX, Operation, OperationResult, json,
 };
-use crate::once::ClientFloor;
+use crate::once::{ClientFloor, InvalidSeq};
 use crate::types::ClusterId;
 
 const BINARY: HeaderValue = HeaderValue::from_static(MEDIA_TYPE);
@@ -115,11 +115,15 @@ async fn carry_out(
     let mut results: Vec<_> = operations
         .iter()
         .map(|operation| {
-            operation.check(&limits).err().map(|error| OperationResult::failed(&error))
+            // Not where the part is served: one bad operation must not keep the others there.
+            let bad_seq = |error: InvalidSeq| ApiError::BadRequest(error.to_string());
+            let once = || operation.once(client.as_ref()).map(drop).map_err(bad_seq);
+            let error = operation.check(&limits).and_then(|()| once()).err();
+            error.map(|error| OperationResult::failed(&error))
         })
         .collect();
     let sound = (0..operations.len()).filter(|index| results[*index].is_none());
-    let parts = into_parts(state, call.routing, operations, sound);
+    let parts = into_parts(state, call.routing, consistency, operations, sound);
     let passed_on = match call.routing {
         Routing::PassOn => Some(call.with_content_type(BINARY)),
         Routing::Direct => None,
@@ -150,10 +154,12 @@ async fn carry_out(
 }
 
 /// The indexes of the operations that go to the same cluster, and, while the ring changes, move together:
-/// what has moved is redirected as a whole then, and does not fail beside what stays.
+/// what has moved is redirected as a whole then, and does not fail beside what stays. Likewise apart are writes
+/// from reads that any node may serve: else writes would fail beside them on all nodes but the leader.
 fn into_parts(
     state: &ApiState,
     routing: Routing,
+    consistency: Consistency,
     operations: &[Operation],
     sound: impl Iterator<Item = usize>,
 ) -> Vec<Vec<usize>> {
@@ -162,10 +168,13 @@ fn into_parts(
         return if all.is_empty() { Vec::new() } else { vec![all] };
     }
     let ring = state.app.ring_view();
-    let mut places: HashMap<[Option<&ClusterId>; 2], usize> = HashMap::new();
+    let mut places: HashMap<([Option<&ClusterId>; 2], bool), usize> = HashMap::new();
     let mut parts: Vec<Vec<usize>> = Vec::new();
     for index in sound {
-        let place = *places.entry(ring.owners(operations[index].key())).or_insert(parts.len());
+        let operation = &operations[index];
+        let by_leader = operation.is_write() || consistency == Consistency::Linearizable;
+        let whose = (ring.owners(operation.key()), by_leader);
+        let place = *places.entry(whose).or_insert(parts.len());
         if place == parts.len() {
             parts.push(Vec::new());
         }

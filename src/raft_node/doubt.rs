@@ -9,6 +9,9 @@ use crate::network::error::Outcome;
 
 use super::call::Kind;
 
+/// The status of what contradicts something that is so already, or is under way.
+const CONFLICT: u16 = 409;
+
 #[derive(Debug)]
 pub(crate) struct Doubt {
     kind: Kind,
@@ -44,8 +47,9 @@ fn is_last_word(kind: Kind, error: &ClientError) -> bool {
     match error {
         // The answer to whichever attempt was carried out.
         ClientError::ConditionFailed { .. } => true,
-        // Saying it twice changes nothing: what a node says about the second is true of the first.
-        ClientError::Server { .. } if kind == Kind::Manage => true,
+        // Saying it twice changes nothing: what a node says about the second is true of the first. But what
+        // the second contradicts may be what the first has begun.
+        ClientError::Server { status, .. } if kind == Kind::Manage => *status != CONFLICT,
         other => other.outcome() == Outcome::Unknown,
     }
 }
@@ -54,9 +58,9 @@ fn is_last_word(kind: Kind, error: &ClientError) -> bool {
 mod tests {
     use super::*;
 
-    fn server(outcome: Outcome) -> ClientError {
+    fn server(status: u16, outcome: Outcome) -> ClientError {
         let (address, code) = ("a:1".to_owned(), "X".to_owned());
-        ClientError::Server { address, status: 409, code, message: "m".into(), outcome }
+        ClientError::Server { address, status, code, message: "m".into(), outcome }
     }
 
     fn told(kind: Kind, error: ClientError) -> ClientError {
@@ -71,14 +75,17 @@ mod tests {
         let unreachable = ClientError::Unreachable { tried: Vec::new() };
         let failed = ClientError::ConditionFailed { current: Some(1) };
         let wrong = ClientError::WrongCluster { address: "a:1".into(), owner: None, epoch: 1 };
-        for error in [unreachable.clone(), server(Outcome::NotApplied), wrong] {
+        for error in [unreachable.clone(), server(CONFLICT, Outcome::NotApplied), wrong] {
             assert_eq!(told(Kind::Write, error), lost);
         }
-        for error in [failed, server(Outcome::Unknown)] {
+        for error in [failed, server(CONFLICT, Outcome::Unknown)] {
             assert_eq!(told(Kind::Write, error.clone()), error);
         }
-        let refused = server(Outcome::NotApplied);
+        let refused = server(400, Outcome::NotApplied);
         assert_eq!(told(Kind::Manage, refused.clone()), refused);
+        let contradicted = server(CONFLICT, Outcome::NotApplied);
+        assert_eq!(told(Kind::Manage, contradicted.clone()), lost, "by the first attempt, perhaps");
+        assert_eq!(Doubt::new(Kind::Manage).settle(contradicted.clone()), contradicted);
         assert_eq!(told(Kind::Manage, unreachable.clone()), lost);
         assert_eq!(told(Kind::LeaderRead, unreachable.clone()), unreachable);
         assert_eq!(Doubt::new(Kind::Write).settle(unreachable.clone()), unreachable);

@@ -136,7 +136,8 @@ impl StateReader {
     }
 
     /// Looks keys up, all in the same view of ring and data family; a write may take effect between
-    /// one key and the next. Stops, with fewer answers than keys, once it found `bytes_max` of values.
+    /// one key and the next. Stops, with fewer answers than keys, before the values take more than `bytes_max`; the
+    /// first has room in any case.
     pub fn get_many<'a>(
         &self,
         keys: impl IntoIterator<Item = &'a [u8]>,
@@ -170,12 +171,12 @@ impl StateReader {
         for key in keys {
             let lookup = look_up(key)?;
             if let Lookup::Found(record) = &lookup {
+                if bytes > 0 && bytes + record.value.len() > bytes_max {
+                    break;
+                }
                 bytes += record.value.len();
             }
             found.push(lookup);
-            if bytes >= bytes_max {
-                break;
-            }
         }
         Ok(found)
     }

@@ -154,20 +154,18 @@ impl Carrier {
     fn hand_out(&self, load: Vec<(Number, Waiting)>, results: Vec<OperationResult>) {
         let count = load.len();
         let mut left_out = Vec::new();
-        for ((number, waiting), result) in load.into_iter().zip(results) {
-            if is_left_out(&waiting.operation, &result) {
-                left_out.push((number, waiting));
-            } else {
+        for (place, ((number, waiting), result)) in load.into_iter().zip(results).enumerate() {
+            if !is_left_out(&waiting.operation, &result) {
                 waiting.answer(Carried::Item(result));
+            } else if place == 0 {
+                // An answer always has room for the first value: it is this operation that is too large.
+                waiting.refuse(Undelivered::Alone);
+            } else {
+                left_out.push((number, waiting));
             }
         }
         if left_out.is_empty() {
             return self.lane.queue().all_fitted(count);
-        }
-        if count == 1 {
-            return left_out
-                .into_iter()
-                .for_each(|(_, waiting)| waiting.refuse(Undelivered::Alone));
         }
         let mut queue = self.lane.queue();
         queue.answer_overflowed(count - left_out.len());
@@ -221,14 +219,45 @@ fn results_in(response: &HttpResponse, expected: usize) -> Option<Vec<OperationR
 }
 
 /// A read that the answer had no room for. (Or its key is too large: then it will be told so once
-/// more when it comes alone.)
+/// more when it comes first.)
 fn is_left_out(operation: &Operation, result: &OperationResult) -> bool {
     !operation.is_write() && result.status() == StatusCode::PAYLOAD_TOO_LARGE.as_u16()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+
+    use super::super::{Class, Courier};
     use super::*;
+    use crate::network::error::ApiError;
+
+    /// An answer has room for the first value in any case. What it leaves out first is too large by itself, and
+    /// would be left out for ever; what it leaves out behind others goes again.
+    #[test]
+    fn what_is_too_large_by_itself_goes_alone() {
+        let courier = Courier::default();
+        let lane = courier.lane("n:1", Class::LinearizableRead);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut answers = Vec::new();
+        for _ in 0..3 {
+            let (reply, answer) = oneshot::channel();
+            let operation = Arc::new(Operation::Get { key: "k".into() });
+            lane.queue().push(Waiting { operation, deadline, reply });
+            answers.push(answer);
+        }
+        let load = lane.queue().take(Instant::now());
+        let carrier =
+            Carrier { http: courier.http().clone(), lane: lane.clone(), state: State::Ended };
+        let left_out = OperationResult::failed(&ApiError::TooLarge { what: "answer", max: 1 });
+        carrier.hand_out(load, vec![left_out.clone(), found(vec![1]), left_out]);
+        assert!(matches!(answers[0].try_recv(), Ok(Err(Undelivered::Alone))));
+        assert!(matches!(answers[1].try_recv(), Ok(Ok(Carried::Item(_)))));
+        assert_eq!(lane.queue().waiting(), 1);
+        assert!(answers[2].try_recv().is_err());
+    }
 
     fn found(value: Vec<u8>) -> OperationResult {
         OperationResult::Found { revision: 1, value: value.into() }
