@@ -37,8 +37,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The largest answer that is read: the largest value that can be configured, or as many bytes of smaller ones,
-/// and some room. A larger one is an error.
-const RESPONSE_BYTES_MAX: usize = VALUE_BYTES_MAX + (1 << 20);
+/// and room for what a batch's other operations are answered. A larger one is an error.
+const RESPONSE_BYTES_MAX: usize = VALUE_BYTES_MAX + (4 << 20);
 
 /// A request to one node.
 #[derive(Debug, Clone)]

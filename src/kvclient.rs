@@ -144,17 +144,17 @@ impl KVClient {
                 Err(error @ ClientError::Unreachable { .. }) => {
                     let pause = backoff.pause();
                     if budget.left() <= pause {
-                        self.rings.confirm_in_background();
+                        self.rings.look_for_newer();
                         return Err(error);
                     }
                     tokio::time::sleep(pause).await;
                     target = self.target_after_silence(key, target, budget).await;
                     continue;
                 }
-                Err(error @ (ClientError::Timeout { .. } | ClientError::AnswerLost { .. })) => {
+                Err(error @ ClientError::Timeout { .. }) => {
                     // A cluster that has left the ring may be silent instead of refusing: nobody else
                     // should have to wait for that.
-                    self.rings.confirm_in_background();
+                    self.rings.look_for_newer();
                     return Err(error);
                 }
                 other => return other,

@@ -257,6 +257,34 @@ async fn a_batch_may_span_clusters() {
     manager.shutdown().await.unwrap();
 }
 
+/// A key of the cluster at this place.
+fn key_of(clusters: &Clusters, place: usize, name: &str) -> String {
+    let table = RingTable::new(clusters.ring()).unwrap();
+    let owner = clusters.listed(place, 1.0).id;
+    let mut keys = (0..1000).map(|i| format!("{name}-{i}"));
+    keys.find(|key| table.owner(key.as_bytes()).unwrap().id == owner).expect("some key is its")
+}
+
+/// Reads and writes of a cluster that the asked node does not belong to, when that node does not lead its own,
+/// and when all others of that are away.
+#[test]
+fn a_follower_passes_on_what_another_cluster_owns() {
+    let mut clusters = Clusters::start(&[3, 1], 2, FAST);
+    let key = key_of(&clusters, 1, "key");
+    let mixed = [put_op(&key, "v"), get_op(&key)];
+    let follower = clusters.at(0).follower();
+    let served = |clusters: &Clusters, operations: &[Operation]| {
+        let results = binary(clusters.at(0).http(follower), PATH, &[], operations);
+        assert!(results.iter().all(|result| result.status() == 200), "{results:?}");
+    };
+    served(&clusters, &mixed);
+    for id in clusters.at(0).ids().filter(|id| *id != follower) {
+        clusters.at_mut(0).pause(id);
+    }
+    served(&clusters, &mixed);
+    served(&clusters, &mixed[1..]);
+}
+
 /// So many batches at once ask `node` for seven times the value of a key, and for a write that nobody answers.
 /// Meanwhile they take up no more memory than there is for answers.
 fn large_values_wait_within_their_bounds(node: &NodeProcess, large: &str, write: &str) {
@@ -297,20 +325,14 @@ fn what_waits_for_the_rest_of_its_batch_is_bounded() {
     let config =
         format!("[storage]\nmemtable_bytes = 4194304\n[runtime]\nworker_threads = 1\n{FAST}");
     let mut clusters = Clusters::start(&[3, 1], 2, &config);
-    let table = RingTable::new(clusters.ring()).unwrap();
-    let key_of = |place: usize, name: &str| {
-        let mut keys = (0..1000).map(|i| format!("{name}-{i}"));
-        let owner = clusters.listed(place, 1.0).id;
-        keys.find(|key| table.owner(key.as_bytes()).unwrap().id == owner).expect("some key is its")
-    };
-    let large = [key_of(0, "large"), key_of(1, "large")];
-    let write = key_of(0, "write");
+    let large = [0, 1].map(|place| key_of(&clusters, place, "large"));
+    let write = key_of(&clusters, 0, "write");
     let value = "v".repeat(1 << 20);
     for (place, large) in large.iter().enumerate() {
         let cluster = clusters.at(place);
         // Then it stands in a file: rows in memory are shared by all who read them.
-        for key in
-            std::iter::once(large.clone()).chain((0..8).map(|i| key_of(place, &format!("f{i}"))))
+        for key in std::iter::once(large.clone())
+            .chain((0..8).map(|i| key_of(&clusters, place, &format!("f{i}"))))
         {
             cluster.put(1, &key, &value);
         }

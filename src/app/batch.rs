@@ -32,14 +32,21 @@ impl App {
     ) -> Result<Vec<OperationResult>, ApiError> {
         self.check_serving()?;
         self.check_initialized()?;
-        if Instant::now() >= deadline {
+        let waits = consistency != Consistency::Stale || operations.iter().any(|o| o.is_write());
+        if waits && Instant::now() >= deadline {
             return Err(not_proposed());
         }
         let _permit = self.admit_many(operations.len())?;
         let started = Instant::now();
         let mut results = vec![None; operations.len()];
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
+        let ring = self.inner.reader.ring_view();
         for (index, operation) in operations.iter().enumerate() {
+            // Not only when it is carried out: what belongs elsewhere says so also where nobody leads.
+            if !ring.serves(&self.inner.identity.cluster, operation.key()) {
+                results[index] = Some(Err(self.not_here(&ring, operation.key())));
+                continue;
+            }
             match as_write(client, operation) {
                 Ok(Some(write)) => writes.push((index, write)),
                 Ok(None) => reads.push((index, operation.key())),
@@ -61,13 +68,15 @@ impl App {
         };
         let read = reads.iter().map(|(index, _)| *index).zip(found);
         for (index, result) in written.into_iter().chain(read) {
-            self.record_one(operations[index], consistency, started, &result);
             results[index] = Some(result);
         }
         let results: Vec<_> = results
             .into_iter()
             .map(|result| result.expect("every operation is a read, a write or an error"))
             .collect();
+        for (operation, result) in operations.iter().zip(&results) {
+            self.record_one(operation, consistency, started, result);
+        }
         match misdirected(&results) {
             Some(error) => Err(error),
             None => Ok(results.into_iter().map(into_result).collect()),
@@ -89,27 +98,15 @@ impl App {
         writes: Vec<(usize, Write)>,
         deadline: Instant,
     ) -> Vec<(usize, Result<Done, ApiError>)> {
-        let mut results = Vec::with_capacity(writes.len());
-        let mut proposed = Vec::with_capacity(writes.len());
-        let mut places = Vec::with_capacity(writes.len());
-        let ring = self.inner.reader.ring_view();
-        for (index, write) in writes {
-            if ring.serves(&self.inner.identity.cluster, &write.key) {
-                places.push(index);
-                proposed.push(write);
-            } else {
-                results.push((index, Err(self.not_here(&ring, &write.key))));
-            }
+        if writes.is_empty() {
+            return Vec::new();
         }
-        if proposed.is_empty() {
-            return results;
-        }
+        let (places, proposed): (Vec<_>, Vec<_>) = writes.into_iter().unzip();
         let answers = self.inner.proposer.propose(proposed, deadline).await;
-        for (index, answer) in places.into_iter().zip(answers) {
-            let key = operations[index].key();
-            results.push((index, self.judge(key, answer).map(Done::Written)));
-        }
-        results
+        let judged = places.into_iter().zip(answers).map(|(index, answer)| {
+            (index, self.judge(operations[index].key(), answer).map(Done::Written))
+        });
+        judged.collect()
     }
 
     /// Returns once this node may answer the reads from what it has applied.

@@ -124,12 +124,11 @@ impl Rings {
     /// Begins to confirm the ring when its time is over. Waits for nothing.
     pub(super) fn refresh_if_due(&self) {
         if self.core.is_due() {
-            self.refresh_in_background(None);
+            self.refresh_in_background(self.routes().epoch(), None);
         }
     }
 
-    fn refresh_in_background(&self, address: Option<&str>) {
-        let epoch = self.routes().epoch();
+    fn refresh_in_background(&self, epoch: Epoch, address: Option<&str>) {
         let Some(flight) = self.core.join_flight(epoch, address.map(str::to_owned)) else { return };
         let task = AbortOnDropHandle::new(tokio::spawn(flight));
         // One before that still runs waits for the same refresh, and need not any more.
@@ -152,7 +151,7 @@ impl Rings {
         match routes.hearsay(key, refused, named) {
             Hearsay::Moved => self.core.set_moved(epoch, refused, named, true),
             Hearsay::NotMoved => self.core.set_moved(epoch, named, refused, false),
-            Hearsay::Changing => self.refresh_in_background(Some(address)),
+            Hearsay::Changing => self.refresh_in_background(epoch, Some(address)),
             Hearsay::Nothing => {}
         }
     }
@@ -168,9 +167,10 @@ impl Rings {
         }
     }
 
-    /// Begins to ask whether the ring in hand is still in force. Waits for nothing.
-    pub(super) fn confirm_in_background(&self) {
-        self.refresh_in_background(None);
+    /// Begins to look for a newer ring than the one in hand; who says the same may be the one that has left it.
+    /// Waits for nothing.
+    pub(super) fn look_for_newer(&self) {
+        self.refresh_in_background(self.routes().epoch().saturating_add(1), None);
     }
 
     /// Asks whether the ring in hand is still in force.

@@ -1,8 +1,10 @@
 //! `POST /v1/batch`: many operations in one request ([`crate::batch`] has the bodies).
 //!
-//! The operations of each cluster are one part; while the ring changes, those of each handoff. A part
-//! is served as a single request would be: here, or by the node that can ([`super::forward`]), and what
-//! happens to one part says nothing of another.
+//! The operations of each cluster are one part; while the ring changes, those of each handoff. Reads that need
+//! no leader are a part of their own, which is served once the other one is: together with them, writes would
+//! have to be served here, too, and beside them their values would wait for the writes. A part is served as a
+//! single request would be: here, or by the node that can ([`super::forward`]), and what happens to one part
+//! says nothing of another.
 //! With `Kv-Routing: direct` there is one part, which is answered here or not at all: each key of
 //! another cluster fails by itself, and a node that does not lead redirects the whole.
 
@@ -123,21 +125,29 @@ async fn carry_out(
         })
         .collect();
     let sound = (0..operations.len()).filter(|index| results[*index].is_none());
-    let parts = into_parts(state, call.routing, consistency, operations, sound);
+    let places = into_places(state, call.routing, consistency, operations, sound);
     let passed_on = match call.routing {
         Routing::PassOn => Some(call.with_content_type(BINARY)),
         Routing::Direct => None,
     };
     let call = passed_on.as_ref().unwrap_or(call);
-    let answers = parts.iter().map(async |part| {
+    let parts_max = places.as_flattened().len().max(1);
+    let serve = async |part: &[usize]| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
         let mut results =
             serve_part(state, call, consistency, client.as_ref(), operations, request_bytes)
                 .await?;
-        let charge = hold_values(state, &mut results, parts.len());
+        let charge = hold_values(state, &mut results, parts_max);
         Ok((results, charge))
+    };
+    let answers = places.iter().map(async |parts| {
+        let mut answers = Vec::with_capacity(parts.len());
+        for part in parts.iter().filter(|part| !part.is_empty()) {
+            answers.push((part, serve(part).await));
+        }
+        answers
     });
-    for (part, answer) in parts.iter().zip(join_all(answers).await) {
+    for (part, answer) in join_all(answers).await.into_iter().flatten() {
         let answer = match answer {
             // The answer is encoded next, and is counted then.
             Ok((results, _charge)) => results,
@@ -153,34 +163,38 @@ async fn carry_out(
     Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
 }
 
-/// The indexes of the operations that go to the same cluster, and, while the ring changes, move together:
-/// what has moved is redirected as a whole then, and does not fail beside what stays. Likewise apart are writes
-/// from reads that any node may serve: else writes would fail beside them on all nodes but the leader.
-fn into_parts(
+/// The indexes of operations that go to the same cluster: those that only its leader serves, and the others.
+type Parts = [Vec<usize>; 2];
+
+/// The parts of each cluster, and, while the ring changes, of each handoff: what has moved is redirected as a
+/// whole then, and does not fail beside what stays.
+fn into_places(
     state: &ApiState,
     routing: Routing,
     consistency: Consistency,
     operations: &[Operation],
     sound: impl Iterator<Item = usize>,
-) -> Vec<Vec<usize>> {
+) -> Vec<Parts> {
     if routing == Routing::Direct {
-        let all: Vec<_> = sound.collect();
-        return if all.is_empty() { Vec::new() } else { vec![all] };
+        return vec![[sound.collect(), Vec::new()]];
     }
     let ring = state.app.ring_view();
-    let mut places: HashMap<([Option<&ClusterId>; 2], bool), usize> = HashMap::new();
-    let mut parts: Vec<Vec<usize>> = Vec::new();
+    let mut numbers: HashMap<[Option<&ClusterId>; 2], usize> = HashMap::new();
+    let mut places: Vec<Parts> = Vec::new();
     for index in sound {
         let operation = &operations[index];
-        let by_leader = operation.is_write() || consistency == Consistency::Linearizable;
-        let whose = (ring.owners(operation.key()), by_leader);
-        let place = *places.entry(whose).or_insert(parts.len());
-        if place == parts.len() {
-            parts.push(Vec::new());
+        let number = *numbers.entry(ring.owners(operation.key())).or_insert(places.len());
+        if number == places.len() {
+            places.push(Parts::default());
         }
-        parts[place].push(index);
+        places[number][usize::from(!by_leader(operation, consistency))].push(index);
     }
-    parts
+    places
+}
+
+/// Whether only the leader can serve this.
+fn by_leader(operation: &Operation, consistency: Consistency) -> bool {
+    operation.is_write() || consistency == Consistency::Linearizable
 }
 
 async fn serve_part(

@@ -35,6 +35,11 @@ impl Doubt {
     pub(crate) fn settle(self, error: ClientError) -> ClientError {
         match self.message {
             Some(message) if !is_last_word(self.kind, &error) => {
+                // What speaks against the repeat may be the reason.
+                let message = match &error {
+                    ClientError::Server { .. } => format!("{message}; asked again: {error}"),
+                    _ => message,
+                };
                 ClientError::AnswerLost { message }
             }
             _ => error,
@@ -75,16 +80,19 @@ mod tests {
         let unreachable = ClientError::Unreachable { tried: Vec::new() };
         let failed = ClientError::ConditionFailed { current: Some(1) };
         let wrong = ClientError::WrongCluster { address: "a:1".into(), owner: None, epoch: 1 };
-        for error in [unreachable.clone(), server(CONFLICT, Outcome::NotApplied), wrong] {
+        let contradicted = server(CONFLICT, Outcome::NotApplied);
+        let both = format!("lost; asked again: {contradicted}");
+        let lost_and_refused = ClientError::AnswerLost { message: both };
+        for error in [unreachable.clone(), wrong] {
             assert_eq!(told(Kind::Write, error), lost);
         }
+        assert_eq!(told(Kind::Write, contradicted.clone()), lost_and_refused);
         for error in [failed, server(CONFLICT, Outcome::Unknown)] {
             assert_eq!(told(Kind::Write, error.clone()), error);
         }
         let refused = server(400, Outcome::NotApplied);
         assert_eq!(told(Kind::Manage, refused.clone()), refused);
-        let contradicted = server(CONFLICT, Outcome::NotApplied);
-        assert_eq!(told(Kind::Manage, contradicted.clone()), lost, "by the first attempt, perhaps");
+        assert_eq!(told(Kind::Manage, contradicted.clone()), lost_and_refused);
         assert_eq!(Doubt::new(Kind::Manage).settle(contradicted.clone()), contradicted);
         assert_eq!(told(Kind::Manage, unreachable.clone()), lost);
         assert_eq!(told(Kind::LeaderRead, unreachable.clone()), unreachable);

@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
 use super::settings::PeerSettings;
-use super::votes::{NO_ELECTION, may_answer};
+use super::votes::{NO_ELECTION, may_answer, may_refuse};
 use super::wire::{BeginSnapshot, FinishSnapshot, Installed, SnapshotChunk, SnapshotStep};
 use crate::store::snapshot::{Chunk, SnapshotImage, StagingPosition};
 use crate::types::{SnapshotMeta, Vote};
@@ -101,17 +101,25 @@ impl<C: ChunkSource> Transfer<C> {
         let begin = BeginSnapshot { vote, id, meta: self.meta.clone() };
         let mut position = match connection.call(&begin, settings.chunk_timeout).await? {
             SnapshotStep::Position(position) => position,
-            SnapshotStep::HigherVote(vote) => return Ok(Installed::new(vote)),
+            SnapshotStep::HigherVote(vote) => return self.refused(link, vote),
         };
         while !position.complete {
             match self.send_chunk(&connection, settings, &position).await? {
                 SnapshotStep::Position(next) => position = next,
-                SnapshotStep::HigherVote(vote) => return Ok(Installed::new(vote)),
+                SnapshotStep::HigherVote(vote) => return self.refused(link, vote),
             }
             *chunks += 1;
         }
         let finish = FinishSnapshot { vote, id, meta: self.meta.clone() };
         Ok(connection.call(&finish, settings.install_timeout).await?)
+    }
+
+    /// The receiver follows somebody else.
+    fn refused(&self, link: &Link, vote: Vote) -> Result<Installed, SendError> {
+        if may_refuse(&vote, link.own(), &self.vote) {
+            return Ok(Installed::new(vote));
+        }
+        Err(SendError::Senseless(NO_ELECTION))
     }
 
     async fn send_chunk(

@@ -203,24 +203,34 @@ async fn answers_with_senseless_votes_are_errors() {
     let option = || RPCOption::new(Duration::from_secs(5));
     let heartbeat =
         || AppendRequest { vote: own, prev_log_id: None, entries: Vec::new(), leader_commit: None };
-    let refused = |error: RPCError<TypeConfig>| matches!(error, RPCError::Network(_));
-    // The last is a sound one again: what came before it has broken nothing for good.
-    let answers = [(vote_of(6, 3), true), (vote_of(u64::MAX, 3), false), (vote_of(6, 2), false)];
-    for (answered, is_sound) in answers.into_iter().chain([answers[0]]) {
+    let network_error = |error: RPCError<TypeConfig>| matches!(error, RPCError::Network(_));
+    let expected = |is_sound: bool| is_sound.then_some(()).ok_or(true);
+    // What is answered, and whether an append, a vote and a pre-vote may be answered so.
+    let answers = [
+        (vote_of(6, 3), [true, true, true]),
+        (vote_of(u64::MAX, 3), [false, false, false]),
+        (vote_of(6, 2), [false, false, false]),
+        // No refusal, and nobody can know of what was only asked about.
+        (own, [false, true, false]),
+        (vote_of(4, 3), [false, true, true]),
+        // What came before it has broken nothing for good.
+        (vote_of(6, 3), [true, true, true]),
+    ];
+    for (answered, [appends, votes, pre_votes]) in answers {
         *node.fake.answers_vote.lock().unwrap() = Some(answered);
-        let heard = client.append_entries(heartbeat(), option()).await.map_err(refused);
-        assert_eq!(heard.map(drop), is_sound.then_some(()).ok_or(true));
+        let heard = client.append_entries(heartbeat(), option()).await;
+        assert_eq!(heard.map(drop).map_err(network_error), expected(appends), "{answered}");
         let request = || VoteRequest::new(own, None);
-        let voted = client.vote(request(), option()).await.map_err(refused);
-        assert_eq!(voted.map(drop), is_sound.then_some(()).ok_or(true));
-        let voted = client.pre_vote(request(), option()).await.map_err(refused);
-        assert_eq!(voted.map(drop), is_sound.then_some(()).ok_or(true));
+        let voted = client.vote(request(), option()).await;
+        assert_eq!(voted.map(drop).map_err(network_error), expected(votes), "{answered}");
+        let voted = client.pre_vote(request(), option()).await;
+        assert_eq!(voted.map(drop).map_err(network_error), expected(pre_votes), "{answered}");
         let mut append = append(1, 1, 10);
         append.vote = own;
-        let appends = stream::iter([append]).boxed();
-        let mut replies = client.stream_append(appends, option()).await.unwrap();
+        let requests = stream::iter([append]).boxed();
+        let mut replies = client.stream_append(requests, option()).await.unwrap();
         let reply = within("a reply", replies.next()).await.unwrap();
-        assert_eq!(reply.map(drop).map_err(refused), is_sound.then_some(()).ok_or(true));
+        assert_eq!(reply.map(drop).map_err(network_error), expected(appends), "{answered}");
     }
     network.shutdown().await;
     node.stop().await;
