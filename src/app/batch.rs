@@ -41,17 +41,24 @@ impl App {
         let mut results = vec![None; operations.len()];
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         let ring = self.inner.reader.ring_view();
+        let serves = |key: &[u8]| ring.serves(&self.inner.identity.cluster, key);
         for (index, operation) in operations.iter().enumerate() {
-            // Not only when it is carried out: what belongs elsewhere says so also where nobody leads.
-            if !ring.serves(&self.inner.identity.cluster, operation.key()) {
-                results[index] = Some(Err(self.not_here(&ring, operation.key())));
-                continue;
-            }
             match as_write(client, operation) {
-                Ok(Some(write)) => writes.push((index, write)),
+                Ok(Some(write)) if serves(&write.key) => writes.push((index, write)),
+                Ok(Some(write)) => results[index] = Some(Err(self.not_here(&ring, &write.key))),
                 Ok(None) => reads.push((index, operation.key())),
                 Err(error) => results[index] = Some(Err(error)),
             }
+        }
+        // What belongs elsewhere has nothing to wait for here. Usually all of a batch does, or nothing.
+        if reads.first().is_some_and(|(_, key)| !serves(key)) {
+            reads.retain(|(index, key)| {
+                let here = serves(key);
+                if !here {
+                    results[*index] = Some(Err(self.not_here(&ring, key)));
+                }
+                here
+            });
         }
         let kept: usize = writes.iter().map(|(_, write)| write.bytes()).sum();
         if kept < request_bytes / REQUEST_PART_MIN {
@@ -62,18 +69,20 @@ impl App {
             self.confirm_reads(&reads, consistency, deadline)
         );
         // Not before: values would wait in memory for writes that no majority answers.
-        let found = match confirmed.and_then(|()| self.look_up_many(&reads)) {
-            Ok(found) => found,
-            Err(error) => vec![Err(error); reads.len()],
+        let found = confirmed.and_then(|()| self.look_up_many(&reads));
+        // What belongs elsewhere says so also where nobody leads.
+        let why = |key: &[u8], error: &ApiError| match serves(key) {
+            true => error.clone(),
+            false => self.not_here(&ring, key),
         };
+        let found = found
+            .unwrap_or_else(|error| reads.iter().map(|(_, key)| Err(why(key, &error))).collect());
         let read = reads.iter().map(|(index, _)| *index).zip(found);
         for (index, result) in written.into_iter().chain(read) {
             results[index] = Some(result);
         }
-        let results: Vec<_> = results
-            .into_iter()
-            .map(|result| result.expect("every operation is a read, a write or an error"))
-            .collect();
+        let results = results.into_iter().map(|r| r.expect("a read, a write or an error"));
+        let results: Vec<_> = results.collect();
         for (operation, result) in operations.iter().zip(&results) {
             self.record_one(operation, consistency, started, result);
         }
