@@ -131,13 +131,13 @@ async fn carry_out(
         Routing::Direct => None,
     };
     let call = passed_on.as_ref().unwrap_or(call);
-    let parts_max = places.as_flattened().len().max(1);
+    let count = places.iter().flatten().filter(|part| !part.is_empty()).count();
     let serve = async |part: &[usize]| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
         let mut results =
             serve_part(state, call, consistency, client.as_ref(), operations, request_bytes)
                 .await?;
-        let charge = hold_values(state, &mut results, parts_max);
+        let charge = hold_values(state, &mut results, count);
         Ok((results, charge))
     };
     let answers = places.iter().map(async |parts| {

@@ -4,13 +4,15 @@
 //! matter, or only say that *this* attempt did nothing: then the caller still has to be told that it may
 //! have taken effect. A write's way can lead through several clusters, and its doubt goes along.
 
+use http::StatusCode;
+
 use crate::client_error::ClientError;
 use crate::network::error::Outcome;
 
 use super::call::Kind;
 
 /// The status of what contradicts something that is so already, or is under way.
-const CONFLICT: u16 = 409;
+const CONFLICT: u16 = StatusCode::CONFLICT.as_u16();
 
 #[derive(Debug)]
 pub(crate) struct Doubt {

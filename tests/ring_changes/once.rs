@@ -7,7 +7,7 @@ use distrib_kv_store::handoff::{Step, pairs};
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::reshard::{Request, Scene, next_ring};
 use distrib_kv_store::ring::RingTable;
-use distrib_kv_store::types::{Condition, Consistency};
+use distrib_kv_store::types::{Condition, Consistency, Revision};
 
 use crate::common::clusters::{Clusters, id};
 use crate::common::{eventually, get, request};
@@ -18,6 +18,25 @@ const KEYS: usize = 4;
 
 /// As long as answers are lost the client tries again and again.
 const CALLER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Asks for a write of this kind, to a key at this revision.
+async fn write_of(
+    kind: usize,
+    client: &KVClient,
+    key: &str,
+    revision: Revision,
+) -> Result<(), ClientError> {
+    match kind {
+        0 => client.write_if(key, "after", Condition::Revision(revision)).await.map(drop),
+        1 => client.write_if(key, "after", Condition::Absent).await.map(drop),
+        2 => client.delete(key).await.map(|done| assert!(done.deleted, "{key}")),
+        _ => {
+            let failed = client.write_if(key, "no", Condition::Absent).await;
+            assert!(matches!(failed, Err(ClientError::ConditionFailed { .. })), "{failed:?}");
+            Ok(())
+        }
+    }
+}
 
 /// A conditional write, a creation, a deletion and one whose condition fails are done at the source, and
 /// every answer is lost. Then the keys move, somebody deletes what the last kind would have overwritten,
@@ -48,21 +67,7 @@ async fn a_write_whose_key_moves_before_its_answer_comes_is_done_once() {
     clusters.gate(0).lose_every(1);
     let write = |(n, key): (usize, &String)| {
         let (client, revision, key) = (client.clone(), revisions[n], key.clone());
-        tokio::spawn(async move {
-            match n % 4 {
-                0 => client.write_if(&key, "after", Condition::Revision(revision)).await.map(drop),
-                1 => client.write_if(&key, "after", Condition::Absent).await.map(drop),
-                2 => client.delete(&key).await.map(|done| assert!(done.deleted, "{key}")),
-                _ => {
-                    let failed = client.write_if(&key, "no", Condition::Absent).await;
-                    assert!(
-                        matches!(failed, Err(ClientError::ConditionFailed { .. })),
-                        "{failed:?}"
-                    );
-                    Ok(())
-                }
-            }
-        })
+        tokio::spawn(async move { write_of(n % 4, &client, &key, revision).await })
     };
     let (failing, others): (Vec<_>, Vec<_>) =
         keys.iter().enumerate().partition(|(n, _)| n % 4 == 3);
