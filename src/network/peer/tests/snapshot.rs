@@ -105,10 +105,12 @@ async fn a_deposed_leader_is_told_and_writes_nothing() {
     node.fake.staging.lock().unwrap().higher_vote = Some(vote(8));
     let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await.unwrap();
     assert_eq!(sent, Installed::new(vote(8)));
-    // But not by a vote that no election leads to.
-    node.fake.staging.lock().unwrap().higher_vote = Some(vote(u64::MAX));
-    let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await;
-    assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
+    // But not by its own vote, nor by one that no election leads to.
+    for senseless in [vote(3), vote(u64::MAX)] {
+        node.fake.staging.lock().unwrap().higher_vote = Some(senseless);
+        let sent = transfer(5).send(&link(&node.addr, Purpose::Snapshot)).await;
+        assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
+    }
     assert_eq!(node.fake.staging.lock().unwrap().writes, 0);
     node.stop().await;
 }

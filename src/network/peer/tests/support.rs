@@ -143,8 +143,8 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    fn step(&self, vote: Vote) -> SnapshotStep {
-        if let Some(higher) = self.higher_vote.filter(|higher| *higher > vote) {
+    fn step(&self) -> SnapshotStep {
+        if let Some(higher) = self.higher_vote {
             return SnapshotStep::HigherVote(higher);
         }
         let next_seq = self.chunks.len() as u64;
@@ -271,7 +271,7 @@ impl PeerHandler for Fake {
             staging.id = Some(begin.id);
             staging.chunks.clear();
         }
-        Ok(staging.step(begin.vote))
+        Ok(staging.step())
     }
 
     async fn snapshot_chunk(&self, chunk: SnapshotChunk) -> Result<SnapshotStep, Failure> {
@@ -282,7 +282,7 @@ impl PeerHandler for Fake {
                 return Err(Failure::refused("not the next chunk"));
             }
             staging.chunks.push_back(chunk.bytes);
-            staging.step(chunk.vote)
+            staging.step()
         };
         if let Some(on_chunk) = self.on_chunk.lock().unwrap().as_mut() {
             on_chunk(chunk.seq);
