@@ -25,7 +25,8 @@
 //! `storage.memtable_bytes` each, plus one round; when the active one is full while the frozen one is not on
 //! disk yet, apply waits.
 
-use std::collections::HashMap;
+mod table;
+
 use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -33,12 +34,14 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::handoff::Position;
+use crate::types::Revision;
 
 use super::machine::Side;
+use super::meta;
 use super::snapshot::Head;
 
-/// What a row costs beside its bytes: its place in the table and two allocations. An estimate.
-const ROW_OVERHEAD_BYTES: usize = 128;
+pub(super) use table::Row;
+use table::RowTable;
 
 /// What a change costs beside its bytes.
 const CHANGE_OVERHEAD_BYTES: usize = 64;
@@ -46,18 +49,26 @@ const CHANGE_OVERHEAD_BYTES: usize = 64;
 /// How many flushed tables are kept: a read that finds nothing in memory looks into all of them.
 const FLUSHED_MAX: usize = 4;
 
-/// A stored record, or `None` for a deleted key.
-pub(super) type Row = Option<Bytes>;
+/// What a round does to a key's row.
+#[derive(Debug, Clone)]
+pub(super) enum Update<'a> {
+    /// A client's put. The record is made where it will stand.
+    Put {
+        revision: Revision,
+        value: &'a [u8],
+    },
+    /// A record as it is stored.
+    Record(Bytes),
+    Delete,
+}
 
-/// Rows by key, newest only.
+/// Rows by key, newest only, and what else came in the same time.
 #[derive(Default)]
 pub(super) struct Rows {
-    rows: HashMap<Box<[u8]>, Row, ahash::RandomState>,
+    table: RowTable,
     /// The change log's part of the same time, without gaps.
     changes: Vec<(Position, Bytes)>,
-    bytes: usize,
-    /// How many of the rows are records.
-    records: u64,
+    change_bytes: usize,
     /// The index of the last entry that was applied before the table was begun; 0 before the first.
     since: u64,
 }
@@ -87,23 +98,50 @@ pub(super) struct Layers {
     changed: bool,
 }
 
-impl Rows {
-    fn put(&mut self, key: &[u8], row: Row) {
-        let row_bytes = |row: &Row| row.as_ref().map_or(0, Bytes::len);
-        self.bytes += row_bytes(&row);
-        self.records += u64::from(row.is_some());
-        if let Some(old) = self.rows.get_mut(key) {
-            self.bytes -= row_bytes(old);
-            self.records -= u64::from(old.is_some());
-            *old = row;
-        } else {
-            self.bytes += key.len() + ROW_OVERHEAD_BYTES;
-            self.rows.insert(key.into(), row);
+impl Update<'_> {
+    /// How long the record is; `None` if there is none.
+    fn record_bytes(&self) -> Option<usize> {
+        match self {
+            Self::Put { value, .. } => Some(meta::RECORD_HEAD_BYTES + value.len()),
+            Self::Record(record) => Some(record.len()),
+            Self::Delete => None,
         }
     }
 
+    /// Writes the record, which is as long as `place`, if there is one.
+    fn write(&self, place: &mut [u8]) {
+        match self {
+            Self::Put { revision, value } => {
+                let (head, rest) = place.split_at_mut(meta::RECORD_HEAD_BYTES);
+                head.copy_from_slice(&meta::record_head(*revision));
+                rest.copy_from_slice(value);
+            }
+            Self::Record(record) => place.copy_from_slice(record),
+            Self::Delete => {}
+        }
+    }
+
+    pub(super) fn is_delete(&self) -> bool {
+        matches!(self, Self::Delete)
+    }
+
+    /// The record, if there is one.
+    pub(super) fn to_bytes(&self) -> Option<Bytes> {
+        match self {
+            Self::Put { revision, value } => Some(meta::encode_record(*revision, value).into()),
+            Self::Record(record) => Some(record.clone()),
+            Self::Delete => None,
+        }
+    }
+}
+
+impl Rows {
+    fn bytes(&self) -> usize {
+        self.table.bytes() + self.change_bytes
+    }
+
     fn log(&mut self, position: Position, change: Bytes) {
-        self.bytes += change.len() + CHANGE_OVERHEAD_BYTES;
+        self.change_bytes += change.len() + CHANGE_OVERHEAD_BYTES;
         self.changes.push((position, change));
     }
 
@@ -118,8 +156,8 @@ impl Rows {
     }
 
     pub(super) fn sorted(&self) -> Vec<(&[u8], Option<&[u8]>)> {
-        let mut sorted: Vec<_> =
-            self.rows.iter().map(|(key, row)| (&key[..], row.as_deref())).collect();
+        let rows = self.table.iter();
+        let mut sorted: Vec<_> = rows.map(|(key, row)| (key, row.record())).collect();
         sorted.sort_unstable_by_key(|(key, _)| *key);
         sorted
     }
@@ -127,14 +165,16 @@ impl Rows {
 
 impl Layers {
     /// The newest row of a key, if it is in memory.
-    pub(super) fn get(&self, key: &[u8]) -> Option<&Row> {
-        let flushed = || self.flushed.iter().find_map(|rows| rows.rows.get(key));
-        self.unflushed(key).or_else(flushed)
+    pub(super) fn get(&self, key: &[u8]) -> Option<Row<'_>> {
+        let flushed = || self.flushed.iter().find_map(|rows| rows.table.get(key));
+        let frozen = || self.frozen.as_ref()?.rows.table.get(key);
+        self.active.table.get(key).or_else(frozen).or_else(flushed)
     }
 
-    /// The newest row of a key, if it changed since the last flush.
-    pub(super) fn unflushed(&self, key: &[u8]) -> Option<&Row> {
-        self.active.rows.get(key).or_else(|| self.frozen.as_ref()?.rows.rows.get(key))
+    /// Whether a key changed since the last flush.
+    pub(super) fn is_unflushed(&self, key: &[u8]) -> bool {
+        let frozen = || self.frozen.as_ref().is_some_and(|frozen| frozen.rows.table.contains(key));
+        self.active.table.contains(key) || frozen()
     }
 
     /// The change at this position, if it is in memory.
@@ -144,29 +184,29 @@ impl Layers {
         self.active.change(position).or_else(|| older.into_iter().find_map(|r| r.change(position)))
     }
 
-    /// The rows that changed since the last flush, newest only.
-    pub(super) fn unflushed_rows(&self) -> impl Iterator<Item = (&[u8], &Row)> {
-        let active = self.active.rows.iter();
-        let frozen = self.frozen.iter().flat_map(|frozen| frozen.rows.rows.iter());
-        let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
-        active.chain(frozen).map(|(key, row)| (&key[..], row))
+    /// The records of keys that changed since the last flush, newest only; `None` for deleted ones.
+    pub(super) fn unflushed_rows(&self) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+        self.unflushed_rows_before(u64::MAX)
     }
 
     /// Those of them in tables that may hold a row from before this entry was applied.
-    pub(super) fn unflushed_rows_before(&self, index: u64) -> impl Iterator<Item = (&[u8], &Row)> {
+    pub(super) fn unflushed_rows_before(
+        &self,
+        index: u64,
+    ) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
         let active = Some(&self.active).filter(|rows| rows.since < index);
-        let active = active.into_iter().flat_map(|rows| rows.rows.iter());
+        let active = active.into_iter().flat_map(|rows| rows.table.iter());
         let frozen = self.frozen.as_ref().map(|frozen| &frozen.rows);
         let frozen = frozen.filter(|rows| rows.since < index);
-        let frozen = frozen.into_iter().flat_map(|rows| rows.rows.iter());
-        let frozen = frozen.filter(|(key, _)| !self.active.rows.contains_key(*key));
-        active.chain(frozen).map(|(key, row)| (&key[..], row))
+        let frozen = frozen.into_iter().flat_map(|rows| rows.table.iter());
+        let frozen = frozen.filter(|(key, _)| !self.active.table.contains(key));
+        active.chain(frozen).map(|(key, row)| (key, row.record()))
     }
 
     /// How many records came since the last flush; those that changed once more while it runs count twice.
     pub(super) fn unflushed_records(&self) -> u64 {
-        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.records);
-        self.active.records + frozen
+        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.table.records());
+        self.active.table.records() + frozen
     }
 
     /// All keys that changed since the last flush, once each, and whether they have a record.
@@ -181,8 +221,8 @@ impl Layers {
     /// Bytes of memory in all tables.
     #[cfg(test)]
     fn bytes(&self) -> usize {
-        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.bytes);
-        self.active.bytes + frozen + self.flushed.iter().map(|rows| rows.bytes).sum::<usize>()
+        let frozen = self.frozen.as_ref().map_or(0, |frozen| frozen.rows.bytes());
+        self.active.bytes() + frozen + self.flushed.iter().map(|rows| rows.bytes()).sum::<usize>()
     }
 }
 
@@ -201,9 +241,9 @@ impl Memtables {
     }
 
     /// Makes a round visible: its rows, and what it changes of the head.
-    pub(super) fn apply(
+    pub(super) fn apply<'a>(
         &self,
-        rows: impl IntoIterator<Item = (Bytes, Row)>,
+        updates: impl IntoIterator<Item = (&'a [u8], Update<'a>)>,
         changes: Vec<(Position, Bytes)>,
         change: impl FnOnce(&mut Head),
     ) {
@@ -211,9 +251,7 @@ impl Memtables {
         for (position, change) in changes {
             layers.active.log(position, change);
         }
-        for (key, row) in rows {
-            layers.active.put(&key, row);
-        }
+        layers.active.table.put_all(updates);
         change(&mut layers.head);
         layers.changed = true;
     }
@@ -221,7 +259,7 @@ impl Memtables {
     /// Whether the active table is full, and may be frozen.
     pub(super) fn is_due(&self) -> bool {
         let layers = self.read();
-        layers.active.bytes >= self.bytes_max && layers.frozen.is_none()
+        layers.active.bytes() >= self.bytes_max && layers.frozen.is_none()
     }
 
     /// The table that is to be flushed, if one is.
@@ -285,7 +323,7 @@ impl Memtables {
             check()?;
             let full = {
                 let layers = self.read();
-                layers.active.bytes >= self.bytes_max && layers.frozen.is_some()
+                layers.active.bytes() >= self.bytes_max && layers.frozen.is_some()
             };
             if !full {
                 return Ok(());
@@ -304,10 +342,10 @@ impl Layers {
     /// One more table is on disk. Returns those that have to make room for it.
     fn keep_flushed(&mut self, rows: Option<Arc<Rows>>, bytes_max: usize) -> Vec<Arc<Rows>> {
         let Some(rows) = rows else { return Vec::new() };
-        let mut bytes = rows.bytes;
+        let mut bytes = rows.bytes();
         self.flushed.insert(0, rows);
         let fit = |older: &&Arc<Rows>| {
-            bytes += older.bytes;
+            bytes += older.bytes();
             bytes <= bytes_max
         };
         let kept = 1 + self.flushed[1..].iter().take(FLUSHED_MAX - 1).take_while(fit).count();
@@ -317,10 +355,9 @@ impl Layers {
     fn freeze(&mut self, side: Side) {
         // The next one will hold about as many rows: room for them now, not by moving them again and
         // again as it grows.
-        let rows =
-            HashMap::with_capacity_and_hasher(self.active.rows.len(), ahash::RandomState::new());
+        let table = RowTable::with_capacity(self.active.table.len());
         let since = applied_index(&self.head);
-        let rows = std::mem::replace(&mut self.active, Rows { rows, since, ..Rows::default() });
+        let rows = std::mem::replace(&mut self.active, Rows { table, since, ..Rows::default() });
         let (rows, head) = (Arc::new(rows), self.head.clone());
         self.frozen = Some(Arc::new(Frozen { rows, head, side }));
         self.changed = false;
@@ -339,8 +376,13 @@ mod tests {
         Memtables::new(Head::default(), bytes_max)
     }
 
-    fn row(text: &'static str) -> (Bytes, Row) {
-        (Bytes::from_static(b"k"), Some(Bytes::from_static(text.as_bytes())))
+    fn row(text: &'static str) -> (&'static [u8], Update<'static>) {
+        (b"k", Update::Record(Bytes::from_static(text.as_bytes())))
+    }
+
+    /// A key's record in memory: `None` if nothing is known of it.
+    fn get(tables: &Memtables, key: &[u8]) -> Option<Option<Bytes>> {
+        tables.read().get(key).map(Row::to_bytes)
     }
 
     /// The active row hides the frozen one, also when it says "deleted".
@@ -349,35 +391,39 @@ mod tests {
         let tables = tables(1);
         tables.apply([row("old")], Vec::new(), |_| ());
         assert!(tables.is_due() && tables.freeze(Side::default).is_some());
-        assert_eq!(tables.read().get(b"k"), Some(&row("old").1));
+        assert_eq!(get(&tables, b"k"), Some(Some("old".into())));
         tables.apply([row("new")], Vec::new(), |_| ());
-        assert_eq!(tables.read().get(b"k"), Some(&row("new").1));
-        tables.apply([(Bytes::from_static(b"k"), None)], Vec::new(), |_| ());
-        assert_eq!(tables.read().get(b"k"), Some(&None));
+        assert_eq!(get(&tables, b"k"), Some(Some("new".into())));
+        tables.apply([(&b"k"[..], Update::Delete)], Vec::new(), |_| ());
+        assert_eq!(get(&tables, b"k"), Some(None));
         assert_eq!(tables.read().keys().collect::<Vec<_>>(), [(&b"k"[..], false)]);
-        assert_eq!(tables.read().get(b"other"), None);
+        assert_eq!(get(&tables, b"other"), None);
         tables.thaw();
-        assert_eq!(tables.read().get(b"k"), Some(&None));
+        assert_eq!(get(&tables, b"k"), Some(None));
         assert!(tables.is_due() && tables.freeze(Side::default).is_some());
         tables.thaw();
-        assert_eq!(tables.read().get(b"k"), Some(&None), "kept for readers");
-        assert_eq!(tables.read().unflushed(b"k"), None);
+        assert_eq!(get(&tables, b"k"), Some(None), "kept for readers");
+        assert!(!tables.read().is_unflushed(b"k"));
         assert_eq!(tables.read().keys().count(), 0);
     }
 
     /// Tables that are flushed early stay in memory beside older ones, as far as there is room for them.
     #[test]
     fn small_tables_leave_larger_ones_in_memory() {
-        let key = |n: u8| Bytes::copy_from_slice(&[n]);
-        let value = || Some(Bytes::from_static(b"v"));
-        let each = 1 + 1 + ROW_OVERHEAD_BYTES;
+        let each = {
+            let one = tables(1);
+            one.apply([row("v")], Vec::new(), |_| ());
+            one.read().bytes()
+        };
         let tables = tables(10 * each);
         let flush = |keys: std::ops::Range<u8>| {
-            tables.apply(keys.map(|n| (key(n), value())), Vec::new(), |_| ());
+            let keys: Vec<_> = keys.map(|n| [n]).collect();
+            let updates = keys.iter().map(|key| (&key[..], row("v").1));
+            tables.apply(updates, Vec::new(), |_| ());
             assert!(tables.freeze(Side::default).is_some());
             tables.thaw();
         };
-        let there = |n: u8| tables.read().get(&key(n)).is_some();
+        let there = |n: u8| tables.read().get(&[n]).is_some();
         flush(0..7);
         flush(7..9);
         assert!((0..9).all(there));
@@ -394,10 +440,12 @@ mod tests {
     #[test]
     fn bytes_are_those_of_the_newest_rows() {
         let tables = tables(usize::MAX);
+        tables.apply([row("long value")], Vec::new(), |_| ());
+        let once = tables.read().bytes();
         for _ in 0..1000 {
             tables.apply([row("long value"), row("v")], Vec::new(), |_| ());
         }
-        assert_eq!(tables.read().bytes(), 1 + 1 + ROW_OVERHEAD_BYTES);
+        assert_eq!(tables.read().bytes(), once);
     }
 
     /// Apply waits only while both tables are full, and not for ever when the disk has failed.
@@ -425,7 +473,7 @@ mod tests {
     fn what_is_on_disk_is_not_frozen_again() {
         let tables = tables(1);
         assert!(tables.freeze(Side::default).is_none());
-        tables.apply([], Vec::new(), |_| ());
+        tables.apply(std::iter::empty(), Vec::new(), |_| ());
         assert!(tables.freeze(Side::default).is_some());
         tables.thaw();
         assert!(tables.freeze(Side::default).is_none());

@@ -24,7 +24,7 @@ use bytes::{Buf, BufMut, Bytes};
 
 use crate::codec;
 use crate::handoff::{Position, RingState, Tag};
-use crate::types::{ClusterId, LogId, NodeId, Record, Revision, StoredMembership, Vote};
+use crate::types::{ClusterId, LogId, NodeId, Revision, StoredMembership, Vote};
 
 use super::snapshot::Head;
 
@@ -248,16 +248,19 @@ pub(super) fn check_row(stored: &[u8], row: &[u8]) -> io::Result<()> {
 const RECORD_VERSION: u8 = 1;
 /// What a handoff staged. Another flag will announce an expiry time between tag and value.
 const FLAG_STAGED: u8 = 1;
-const RECORD_HEAD_BYTES: usize = 10;
+pub(super) const RECORD_HEAD_BYTES: usize = 10;
 const TAG_BYTES: usize = 16;
 
+/// What stands before the value in a record that no handoff staged.
+pub(super) fn record_head(revision: Revision) -> [u8; RECORD_HEAD_BYTES] {
+    let mut head = [0; RECORD_HEAD_BYTES];
+    head[0] = RECORD_VERSION;
+    head[2..].copy_from_slice(&revision.to_be_bytes());
+    head
+}
+
 pub(super) fn encode_record(revision: Revision, value: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(RECORD_HEAD_BYTES + value.len());
-    bytes.put_u8(RECORD_VERSION);
-    bytes.put_u8(0);
-    bytes.put_u64(revision);
-    bytes.put_slice(value);
-    bytes
+    [&record_head(revision), value].concat()
 }
 
 /// Revision and tag of a stored record, and where its value begins, without copying that.
@@ -296,12 +299,6 @@ pub(super) fn record_hash(key: &[u8], bytes: &[u8]) -> io::Result<u64> {
     hash.update(&revision.to_be_bytes());
     hash.update(&bytes[value..]);
     Ok(hash.digest())
-}
-
-/// The record itself, without copying its value.
-pub(super) fn slice_record(bytes: &Bytes) -> io::Result<Record> {
-    let (revision, _, value) = decode_row(bytes)?;
-    Ok(Record { revision, value: bytes.slice(value..) })
 }
 
 // --- Changes of keys that move ---------------------------------------------------------------------
@@ -354,8 +351,8 @@ mod tests {
     #[test]
     fn a_record_comes_back_and_half_a_record_does_not() {
         let bytes = encode_record(7, b"value");
-        let record = slice_record(&bytes.clone().into()).unwrap();
-        assert_eq!((record.revision, &record.value[..]), (7, &b"value"[..]));
+        let (revision, tag, value) = decode_row(&bytes).unwrap();
+        assert_eq!((revision, tag, &bytes[value..]), (7, None, &b"value"[..]));
         for length in 0..RECORD_HEAD_BYTES {
             assert!(decode_row(&bytes[..length]).is_err(), "{length}");
         }
@@ -371,7 +368,7 @@ mod tests {
         let tag = Tag { epoch: 2, attempt: 3 };
         let staged = retag(&plain, Some(tag)).unwrap();
         assert_eq!(decode_row(&staged).unwrap().1, Some(tag));
-        assert_eq!(slice_record(&staged).unwrap().value, &b"value"[..]);
+        assert_eq!(staged[decode_row(&staged).unwrap().2..], b"value"[..]);
         assert_eq!(record_hash(b"k", &staged).unwrap(), record_hash(b"k", &plain).unwrap());
         assert_eq!(retag(&staged, None).unwrap(), plain);
         for length in RECORD_HEAD_BYTES..RECORD_HEAD_BYTES + TAG_BYTES {

@@ -24,6 +24,7 @@ use crate::types::{ClusterId, Revision, Write, Written};
 use super::dedupe::{answer_hash, answered_key, place};
 use super::engine::to_io;
 use super::machine::Machine;
+use super::memtable::Update;
 use super::meta;
 use super::round::{Round, falls};
 
@@ -31,9 +32,9 @@ use super::round::{Round, falls};
 /// meanwhile.
 const COUNTED_ROWS_MAX: usize = 20_000;
 
-impl Round<'_> {
+impl<'a> Round<'a> {
     /// A write to a key that is being copied to another cluster.
-    pub(super) fn write_moving(&mut self, write: &Write) -> io::Result<Written> {
+    pub(super) fn write_moving(&mut self, write: &'a Write) -> io::Result<Written> {
         let key = &write.key;
         let before = self.live_row(key)?;
         let (written, recorded) = self.write_once(write)?;
@@ -139,7 +140,7 @@ impl Round<'_> {
     }
 
     /// Stages a page.
-    pub(super) fn import(&mut self, import: &Import) -> io::Result<Result<Done, Refused>> {
+    pub(super) fn import(&mut self, import: &'a Import) -> io::Result<Result<Done, Refused>> {
         let Import { handoff, attempt, from, page } = import;
         let own = self.shared.cluster.clone();
         let ring = &self.machine.ring;
@@ -181,11 +182,11 @@ impl Round<'_> {
     /// written, when a row of another origin is in the way.
     fn stage_records(
         &mut self,
-        records: &[(Bytes, Option<Bytes>)],
+        records: &'a [(Bytes, Option<Bytes>)],
         tag: Tag,
         tally: &mut Tally,
     ) -> io::Result<Option<u64>> {
-        let (mut rows, mut garbage) = (Vec::new(), 0);
+        let (mut updates, mut garbage) = (Vec::new(), 0);
         let mut counted = *tally;
         let mut seen = std::collections::HashSet::new();
         for (key, record) in records {
@@ -205,18 +206,19 @@ impl Round<'_> {
             }
             if let Some(record) = record {
                 counted.add_record(meta::record_hash(key, record)?);
-                rows.push((key.clone(), Some(meta::retag(record, Some(tag))?)));
+                let record = meta::retag(record, Some(tag))?;
+                updates.push((&key[..], Update::Record(record)));
             } else if old.is_some() {
-                rows.push((key.clone(), None));
+                updates.push((&key[..], Update::Delete));
             }
         }
         *tally = counted;
-        self.rows.extend(rows);
+        self.updates.extend(updates);
         Ok(Some(garbage))
     }
 
     /// Deletes rows that a handoff has made useless; leaves all others alone.
-    pub(super) fn clean(&mut self, clean: &Clean) -> io::Result<Result<Done, Refused>> {
+    pub(super) fn clean(&mut self, clean: &'a Clean) -> io::Result<Result<Done, Refused>> {
         let Clean { handoff, keys } = clean;
         let own = self.shared.cluster.clone();
         let ring = &self.machine.ring;
@@ -230,7 +232,7 @@ impl Round<'_> {
                     if let Some(outgoing) = self.machine.ring.outgoing_slot(handoff) {
                         outgoing.tally.remove_record(hash);
                     }
-                    self.rows.insert(key.clone(), None);
+                    self.updates.insert(key, Update::Delete);
                 }
             }
         } else if ring.incoming(handoff).is_some() && handoff.to == own {
@@ -239,7 +241,7 @@ impl Round<'_> {
                     if let Some(incoming) = self.machine.ring.incoming_slot(handoff) {
                         incoming.garbage = incoming.garbage.saturating_sub(1);
                     }
-                    self.rows.insert(key.clone(), None);
+                    self.updates.insert(key, Update::Delete);
                 }
             }
         } else {
@@ -343,9 +345,9 @@ impl Facts for RoundFacts<'_, '_> {
             Ok(looks <= COUNTED_ROWS_MAX)
         };
         let round = self.round;
-        for (key, row) in &round.rows {
-            if let Some(row) = row
-                && !count(key, row)?
+        for (key, update) in &round.updates {
+            if let Some(row) = update.to_bytes()
+                && !count(key, &row)?
             {
                 return Ok(None);
             }
@@ -353,7 +355,7 @@ impl Facts for RoundFacts<'_, '_> {
         let newer = round.shared.memtables.read();
         for (key, row) in newer.unflushed_rows_before(prepared.index) {
             if let Some(row) = row
-                && !round.rows.contains_key(key)
+                && !round.updates.contains_key(key)
                 && !count(key, row)?
             {
                 return Ok(None);
@@ -372,7 +374,7 @@ impl Facts for RoundFacts<'_, '_> {
             if to.is_some_and(|to| key > to) {
                 break;
             }
-            let hidden = round.rows.contains_key(key) || newer.unflushed(key).is_some();
+            let hidden = round.updates.contains_key(key) || newer.is_unflushed(key);
             if !hidden && !count(key, &row)? {
                 return Ok(None);
             }

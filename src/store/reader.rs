@@ -22,7 +22,7 @@ use crate::types::{ClusterId, LogId, Record, Revision};
 use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
 use super::machine::{CHUNKED, Machine, stored_chunks};
-use super::memtable::Memtables;
+use super::memtable::{Memtables, Row};
 use super::meta::{self, Progress};
 
 /// Up to this many bytes of data, and [`COUNTED_KEYS_MAX`] keys by RocksDB's estimate,
@@ -95,7 +95,7 @@ impl StateShared {
     /// A key's newest row, from memory or disk.
     pub(super) fn row(&self, data: &str, key: &[u8]) -> io::Result<Option<Bytes>> {
         if let Some(row) = self.memtables.read().get(key) {
-            return Ok(row.clone());
+            return Ok(row.to_bytes());
         }
         let mut stored = Vec::new();
         meta::record_key(key, &mut stored);
@@ -152,18 +152,24 @@ impl StateReader {
             if !view.ring.serves(&self.shared.cluster, key) {
                 return Ok(Lookup::NotHere(view.ring.clone()));
             }
-            let found = |row: Bytes| -> io::Result<Lookup> {
-                match meta::decode_row(&row)?.1 {
-                    Some(tag) if !view.ring.is_live(tag, key) => Ok(Lookup::Absent),
-                    _ => Ok(Lookup::Found(meta::slice_record(&row)?)),
+            let found = |row: Row<'_>| -> io::Result<Lookup> {
+                let Some(stored) = row.record() else { return Ok(Lookup::Absent) };
+                let (revision, tag, value) = meta::decode_row(stored)?;
+                if tag.is_some_and(|tag| !view.ring.is_live(tag, key)) {
+                    return Ok(Lookup::Absent);
                 }
+                let value = match row {
+                    Row::Large(record) => record.slice(value..),
+                    _ => Bytes::copy_from_slice(&stored[value..]),
+                };
+                Ok(Lookup::Found(Record { revision, value }))
             };
             if let Some(row) = self.shared.memtables.read().get(key) {
-                return row.clone().map_or(Ok(Lookup::Absent), found);
+                return found(row);
             }
             meta::record_key(key, &mut stored);
             match engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? {
-                Some(row) => found(Bytes::copy_from_slice(&row)),
+                Some(row) => found(Row::Near(&row)),
                 None => Ok(Lookup::Absent),
             }
         };
@@ -231,7 +237,7 @@ impl StateReader {
         let records = IteratorMode::From(meta::RECORDS, Direction::Forward);
         for item in engine.db().iterator_cf(&family, records) {
             let (stored, _) = item.map_err(to_io)?;
-            count += u64::from(newer.unflushed(meta::key_of(&stored)?).is_none());
+            count += u64::from(!newer.is_unflushed(meta::key_of(&stored)?));
             if count > ESTIMATE_FACTOR_MAX * COUNTED_KEYS_MAX {
                 return Ok(count.max(estimate));
             }

@@ -27,7 +27,7 @@ use crate::types::{
 use super::dedupe::{Fall, Verdict};
 use super::engine::to_io;
 use super::machine::Machine;
-use super::memtable::Row;
+use super::memtable::Update;
 use super::meta::{self, Progress};
 use super::reader::{StateShared, View};
 
@@ -36,8 +36,8 @@ pub(super) struct Round<'a> {
     pub(super) machine: &'a mut Machine,
     /// As of the round's beginning. Nobody changes it while the machine is locked.
     pub(super) view: View,
-    /// What this round wrote or deleted, by key.
-    pub(super) rows: HashMap<Bytes, Row, ahash::RandomState>,
+    /// What this round wrote or deleted, by key, newest only.
+    pub(super) updates: HashMap<&'a [u8], Update<'a>, ahash::RandomState>,
     /// What this round adds to the log of changes to moving keys.
     pub(super) changes: Vec<(Position, Bytes)>,
     pub(super) progress: Progress,
@@ -54,7 +54,7 @@ impl<'a> Round<'a> {
             shared,
             machine,
             view,
-            rows: HashMap::default(),
+            updates: HashMap::default(),
             changes: Vec::new(),
             progress,
             membership: None,
@@ -63,30 +63,32 @@ impl<'a> Round<'a> {
     }
 
     /// Adds one entry's changes.
-    pub(super) fn step(&mut self, entry: Entry) -> io::Result<Applied> {
-        let answer = match entry.payload {
+    pub(super) fn step(&mut self, entry: &'a Entry) -> io::Result<Applied> {
+        let answer = match &entry.payload {
             EntryPayload::Blank => Applied::Nothing,
             EntryPayload::Membership(membership) => {
-                let stored = StoredMembership::new(Some(entry.log_id), membership);
+                let stored = StoredMembership::new(Some(entry.log_id), membership.clone());
                 self.membership = Some(stored);
                 Applied::Nothing
             }
             EntryPayload::Normal(Command::Write { at_ms, writes }) => {
                 let Machine { dedupe, ring, .. } = &mut *self.machine;
-                self.rows.reserve(writes.len());
-                dedupe.advance(at_ms, &falls(ring, &self.shared.cluster));
+                self.updates.reserve(writes.len());
+                dedupe.advance(*at_ms, &falls(ring, &self.shared.cluster));
                 let written = writes.iter().map(|write| self.write(write));
                 Applied::Written(written.collect::<io::Result<_>>()?)
             }
-            EntryPayload::Normal(Command::InstallRing(ring)) => self.install_ring(*ring)?,
+            EntryPayload::Normal(Command::InstallRing(ring)) => {
+                self.install_ring((**ring).clone())?
+            }
             EntryPayload::Normal(Command::Step(step)) => {
-                Applied::Step(Box::new(self.take_step(&step, entry.log_id.index)?))
+                Applied::Step(Box::new(self.take_step(step, entry.log_id.index)?))
             }
             EntryPayload::Normal(Command::Import(import)) => {
-                Applied::Step(Box::new(self.import(&import)?))
+                Applied::Step(Box::new(self.import(import)?))
             }
             EntryPayload::Normal(Command::Clean(clean)) => {
-                Applied::Step(Box::new(self.clean(&clean)?))
+                Applied::Step(Box::new(self.clean(clean)?))
             }
         };
         self.log_fallen();
@@ -94,7 +96,7 @@ impl<'a> Round<'a> {
         Ok(answer)
     }
 
-    fn write(&mut self, write: &Write) -> io::Result<Written> {
+    fn write(&mut self, write: &'a Write) -> io::Result<Written> {
         let ring = &mut self.machine.ring;
         match ring.ownership(&self.shared.cluster, &write.key) {
             Ownership::Here => {}
@@ -108,7 +110,7 @@ impl<'a> Round<'a> {
     }
 
     /// Carries a write out, unless it was before. Also says whether its answer was recorded now.
-    pub(super) fn write_once(&mut self, write: &Write) -> io::Result<(Written, bool)> {
+    pub(super) fn write_once(&mut self, write: &'a Write) -> io::Result<(Written, bool)> {
         let Some(once) = &write.once else { return Ok((self.carry_out(write)?, false)) };
         let Machine { dedupe, ring, .. } = &mut *self.machine;
         let verdict = dedupe.check(once, write, &falls(ring, &self.shared.cluster));
@@ -123,7 +125,7 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn carry_out(&mut self, write: &Write) -> io::Result<Written> {
+    fn carry_out(&mut self, write: &'a Write) -> io::Result<Written> {
         let Write { key, action, condition, .. } = write;
         if *condition != Condition::Always {
             let current = self.current(key)?;
@@ -141,15 +143,14 @@ impl<'a> Round<'a> {
                 self.progress.revision += 1;
                 let revision = self.progress.revision;
                 self.replaces_dead_row(key)?;
-                let record = meta::encode_record(revision, value);
-                self.rows.insert(key.clone(), Some(record.into()));
+                self.updates.insert(key, Update::Put { revision, value });
                 Ok(Written::Put { revision })
             }
             Action::Delete => {
                 let deleted = self.current(key)?.is_some();
                 if deleted {
                     self.progress.revision += 1;
-                    self.rows.insert(key.clone(), None);
+                    self.updates.insert(key, Update::Delete);
                 }
                 Ok(Written::Deleted { revision: self.progress.revision, deleted })
             }
@@ -171,8 +172,8 @@ impl<'a> Round<'a> {
 
     /// A key's row as of this point of the round, whether it counts or is only staged.
     pub(super) fn row(&self, key: &[u8]) -> io::Result<Option<Bytes>> {
-        if let Some(row) = self.rows.get(key) {
-            return Ok(row.clone());
+        if let Some(update) = self.updates.get(key) {
+            return Ok(update.to_bytes());
         }
         self.shared.row(&self.view.data, key)
     }
@@ -215,11 +216,11 @@ impl<'a> Round<'a> {
     /// Whether there is any row with such a key, counting or staged. Reads all keys until it finds one:
     /// for what happens once in a cluster's life.
     pub(super) fn holds_key(&self, wanted: &dyn Fn(&[u8]) -> bool) -> io::Result<bool> {
-        if self.rows.iter().any(|(key, row)| row.is_some() && wanted(key)) {
+        if self.updates.iter().any(|(key, update)| !update.is_delete() && wanted(key)) {
             return Ok(true);
         }
         let newer = self.shared.memtables.read();
-        let hidden = |key: &[u8]| self.rows.contains_key(key);
+        let hidden = |key: &[u8]| self.updates.contains_key(key);
         if newer.keys().any(|(key, there)| there && wanted(key) && !hidden(key)) {
             return Ok(true);
         }
@@ -229,7 +230,7 @@ impl<'a> Round<'a> {
         for item in engine.db().iterator_cf(&family, records) {
             let (stored, _) = item.map_err(to_io)?;
             let key = meta::key_of(&stored)?;
-            if wanted(key) && !hidden(key) && newer.unflushed(key).is_none() {
+            if wanted(key) && !hidden(key) && !newer.is_unflushed(key) {
                 return Ok(true);
             }
         }
@@ -243,7 +244,7 @@ impl<'a> Round<'a> {
         {
             let ring = self.ring_changed.then(|| Arc::new(self.machine.ring.clone()));
             let view = ring.map(|ring| (self.shared.view_mut(), ring));
-            self.shared.memtables.apply(self.rows, self.changes, |head| {
+            self.shared.memtables.apply(self.updates, self.changes, |head| {
                 head.progress = progress;
                 if let Some(membership) = self.membership {
                     head.membership = membership;

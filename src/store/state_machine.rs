@@ -87,10 +87,12 @@ impl StateMachine {
     /// Applies the entries of a round and answers their clients.
     fn apply_round(&self, entries: Vec<EntryResponder<TypeConfig>>) -> io::Result<()> {
         let mut replies = Vec::with_capacity(entries.len());
+        // The round's rows are those of the entries: nothing is copied before it becomes visible.
+        let (entries, responders): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
         {
             let mut machine = self.shared.machine();
             let mut round = Round::new(&self.shared, &mut machine);
-            for (entry, responder) in entries {
+            for (entry, responder) in entries.iter().zip(responders) {
                 // The machine may know of what the rows do not show: no flush may write that.
                 let answer =
                     round.step(entry).map_err(|error| self.shared.engine.fail("apply", &error))?;

@@ -508,7 +508,7 @@ async fn reads_never_go_back_while_memtables_are_flushed() {
     const KEYS: u64 = 50;
     let dir = tempfile::tempdir().unwrap();
     let mut small = options(dir.path());
-    small.storage.memtable_bytes = 4 << 10;
+    small.storage.memtable_bytes = 1 << 10;
     let store = Store::open(&small).unwrap();
     let mut machine = store.state_machine();
     let put = |i: u64| put_entry(i, &format!("k{}", i % KEYS), "some value");

@@ -50,9 +50,10 @@ impl Site {
     fn run(&mut self, command: Command) -> Applied {
         self.index += 1;
         let shared = self.reader().shared;
+        let entry = command_entry(self.index, command);
         let mut machine = shared.machine();
         let mut round = Round::new(&shared, &mut machine);
-        let answer = round.step(command_entry(self.index, command)).unwrap();
+        let answer = round.step(&entry).unwrap();
         round.finish().unwrap();
         answer
     }
