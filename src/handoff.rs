@@ -58,7 +58,6 @@ use crate::types::{ClusterId, Epoch, Revision};
 pub use decide::{Decision, Facts};
 pub use page::{Clean, Import, Page, PageRequest};
 pub use plan::pairs;
-pub(crate) use source::floors_bytes;
 pub use state::{
     Change, Counted, Course, Incoming, Outgoing, Ownership, Prepared, Receipt, RingState, Sending,
     Tag,
@@ -80,9 +79,9 @@ pub(crate) const ATTEMPT_JUMP_MAX: u64 = 1 << 20;
 
 /// How many bytes the floors of a source's clients may take in [`Step::Activate`], as JSON: all that a
 /// cluster remembers by itself, with the longest names, and still no more than a request's body and half
-/// a peer's frame may have, by default. Clients are taken over with every handoff, so there can be more;
-/// then nothing freezes, because it could not be activated. Where limits are lower, a leader does not even
-/// propose it.
+/// a peer's frame may have, by default. Where there are more, or limits are lower, clients that have not written
+/// for long are not told of: they might be forgotten at any moment. Without those there can still be more,
+/// because clients are taken over with every handoff; then nothing freezes, as it could not be activated.
 pub(crate) const FLOORS_BYTES_MAX: usize = 6 << 20;
 
 /// The highest revision with which a destination takes over: no cluster gets there by writing, and one
@@ -301,6 +300,10 @@ pub enum Step {
         handoff: Handoff,
         /// Its present attempt.
         attempt: Attempt,
+        /// How many bytes the floors of clients may take in [`Self::Activate`], if that is less than usual:
+        /// the leader says so that takes the step, by its limits.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        floors_bytes_max: Option<usize>,
     },
     /// At the source: serve on, because the destination has refused the attempt.
     Thaw {

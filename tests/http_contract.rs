@@ -128,8 +128,25 @@ fn what_is_not_understood_is_refused() {
         ("PUT", "/v1/kv/k", &[("If-None-Match", "\"1\"")]),
         ("PUT", "/v1/kv/k", &[("If-Match", "\"1\""), ("If-None-Match", "*")]),
         ("DELETE", "/v1/kv/k", &[("If-None-Match", "*")]),
+        ("GET", "/v1/kv/k", &[("Idempotency-Key", "c/1")]),
+        ("POST", "/v1/batch", &[("If-None-Match", "*")]),
+        ("POST", "/api/write", &[("If-None-Match", "*")]),
+        ("POST", "/api/write", &[("If-Match", "\"1\"")]),
+        ("POST", "/api/write", &[("Idempotency-Key", "c/1")]),
+        ("POST", "/api/read", &[("If-Match", "\"1\"")]),
+        ("POST", "/api/consistent_read", &[("Idempotency-Key", "c/1")]),
+        ("POST", "/cluster/change-membership", &[("Idempotency-Key", "c/1")]),
+        ("GET", "/cluster/metrics", &[("If-None-Match", "\"1\"")]),
     ] {
-        let answer = request(http, method, path, headers, b"");
+        // What each route would take, were it not for the header or parameter.
+        let body = match path {
+            "/v1/batch" => r#"{"operations":[{"get":"k"}]}"#,
+            "/api/write" => r#"{"Set":{"key":"k","value":"v"}}"#,
+            "/api/read" | "/api/consistent_read" => r#""k""#,
+            "/cluster/change-membership" => "[1]",
+            _ => "",
+        };
+        let answer = request(http, method, path, headers, body.as_bytes());
         assert_eq!(answer.status, 400, "{method} {path} {headers:?}");
         answer.assert_error(400, "BAD_REQUEST", "not_applied");
     }

@@ -5,7 +5,7 @@
 
 use tokio::time::Instant;
 
-use crate::handoff::{Attempt, Done, Handoff, Outgoing, Refused, Step, floors_bytes};
+use crate::handoff::{Done, FLOORS_BYTES_MAX, Step};
 use crate::metrics::{HandoffView, Sizes};
 use crate::network::error::{ApiError, Outcome};
 use crate::ring::Ring;
@@ -56,8 +56,11 @@ impl App {
     }
 
     /// Takes a step of a change of the ring. A repeat gets the first answer.
-    pub async fn step(&self, step: Step, deadline: Instant) -> Result<Done, ApiError> {
+    pub async fn step(&self, mut step: Step, deadline: Instant) -> Result<Done, ApiError> {
         self.check_serving()?;
+        if let Step::Freeze { floors_bytes_max, .. } = &mut step {
+            *floors_bytes_max = Some(self.floors_bytes_max()).filter(|max| *max < FLOORS_BYTES_MAX);
+        }
         // A step travels to the followers in one message.
         let bytes_max = self.ring_bytes_max();
         let json = serde_json::to_vec(&step).map_err(|error| bad_step(&error))?;
@@ -70,9 +73,6 @@ impl App {
             Ok(_) => return Err(bad_step("it is not itself after a journey")),
             Err(error) => return Err(bad_step(&error)),
         }
-        if let Step::Freeze { handoff, attempt } = &step {
-            self.check_floors(handoff, *attempt)?;
-        }
         match self.propose(Command::Step(Box::new(step)), deadline).await? {
             Applied::Step(decided) => {
                 (*decided).map_err(|refused| ApiError::StepRefused(Box::new(refused)))
@@ -81,21 +81,11 @@ impl App {
         }
     }
 
-    /// What freezes must fit into the step that activates it: the body of a request and a message to the
-    /// followers, as large as they may be here. The destination is taken to have the same limits.
-    fn check_floors(&self, handoff: &Handoff, attempt: Attempt) -> Result<(), ApiError> {
-        let state = self.inner.reader.ring_state();
-        let frozen = |outgoing: &Outgoing| outgoing.attempt == attempt && outgoing.frozen.is_some();
-        if state.outgoing(handoff).is_some_and(frozen) {
-            // A repeat, which gets the first answer.
-            return Ok(());
-        }
+    /// What the floors of clients may take: the step that activates what was frozen must fit into the body of a
+    /// request, and into a message to the followers. The destination is taken to have the same limits.
+    fn floors_bytes_max(&self) -> usize {
         let step_bytes_max = self.ring_bytes_max().min(self.inner.limits.http_body_bytes_max);
-        let floors = self.inner.reader.client_floors();
-        if floors_bytes(&floors) + ACTIVATE_BYTES_MAX <= step_bytes_max {
-            return Ok(());
-        }
-        Err(ApiError::StepRefused(Box::new(Refused::TooManyClients)))
+        step_bytes_max.saturating_sub(ACTIVATE_BYTES_MAX)
     }
 }
 

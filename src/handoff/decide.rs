@@ -11,7 +11,9 @@ use crate::ring::{Ring, RingTable};
 use crate::types::{ClusterId, Epoch, Revision};
 
 use super::state::{Change, Course, Incoming, Outgoing, Prepared, Receipt, RingState, Sending};
-use super::{Attempt, Done, Handoff, Pair, Refused, Step, Tally, members_of_both, pairs};
+use super::{
+    Attempt, Done, FLOORS_BYTES_MAX, Handoff, Pair, Refused, Step, Tally, members_of_both, pairs,
+};
 
 /// What a step needs to know about the data of the cluster that takes it.
 pub trait Facts {
@@ -92,7 +94,10 @@ impl RingState {
             Step::Count { handoff, attempt, from, to } => {
                 return self.count(handoff, *attempt, from, to.as_deref(), facts);
             }
-            Step::Freeze { handoff, attempt } => return Ok(self.freeze(handoff, *attempt, facts)),
+            Step::Freeze { handoff, attempt, floors_bytes_max } => {
+                let bytes_max = floors_bytes_max.unwrap_or(FLOORS_BYTES_MAX).min(FLOORS_BYTES_MAX);
+                return Ok(self.freeze(handoff, *attempt, bytes_max, facts));
+            }
             _ => {}
         }
         let decided = self.decide_blindly(step, facts.own());

@@ -6,7 +6,7 @@ use crate::types::ClusterId;
 
 use super::decide::{Decided, Facts, first, repeat};
 use super::state::{Counted, Outgoing, RingState, Sending};
-use super::{Attempt, Done, FLOORS_BYTES_MAX, Frozen, Handoff, Refused, Tally, is_next_attempt};
+use super::{Attempt, Done, Frozen, Handoff, Refused, Tally, is_next_attempt};
 
 impl RingState {
     pub(super) fn prepare(
@@ -82,6 +82,7 @@ impl RingState {
         &mut self,
         handoff: &Handoff,
         attempt: Attempt,
+        floors_bytes_max: usize,
         facts: &dyn Facts,
     ) -> Decided {
         let position = self.position;
@@ -101,9 +102,13 @@ impl RingState {
         if outgoing.counted != Counted::All {
             return Err(Refused::Uncounted);
         }
-        let (floors, idle_floors) = (facts.floors(), facts.idle_floors());
-        if floors_bytes(&floors) + floors_bytes(&idle_floors) > FLOORS_BYTES_MAX {
+        let (floors, mut idle_floors) = (facts.floors(), facts.idle_floors());
+        let bytes = floors_bytes(&floors);
+        if bytes > floors_bytes_max {
             return Err(Refused::TooManyClients);
+        }
+        if bytes + floors_bytes(&idle_floors) > floors_bytes_max {
+            idle_floors = Vec::new();
         }
         let (revision, tally) = (facts.revision(), outgoing.tally);
         let frozen = Frozen { position, revision, tally, floors, idle_floors };
@@ -157,7 +162,7 @@ impl RingState {
 }
 
 /// What floors take in a step, at most.
-pub fn floors_bytes(floors: &[(String, u64)]) -> usize {
+fn floors_bytes(floors: &[(String, u64)]) -> usize {
     /// Brackets, quotes, commas and a number of 20 digits.
     const EACH: usize = 26;
     // Of what names are made of, these two are escaped.

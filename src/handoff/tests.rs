@@ -80,11 +80,12 @@ fn steps_and_states_survive_json() {
 struct Nothing {
     own: ClusterId,
     floors: Vec<(String, u64)>,
+    idle_floors: Vec<(String, u64)>,
 }
 
 impl Default for Nothing {
     fn default() -> Self {
-        Self { own: id("b"), floors: Vec::new() }
+        Self { own: id("b"), floors: Vec::new(), idle_floors: Vec::new() }
     }
 }
 
@@ -103,6 +104,10 @@ impl Facts for Nothing {
 
     fn floors(&self) -> Vec<(String, u64)> {
         self.floors.clone()
+    }
+
+    fn idle_floors(&self) -> Vec<(String, u64)> {
+        self.idle_floors.clone()
     }
 
     fn is_empty(&self) -> std::io::Result<bool> {
@@ -178,7 +183,8 @@ fn no_attempt_uses_up_the_numbers() {
     assert!(source.decide(&prepare, &at_a).unwrap().is_ok(), "near enough");
 }
 
-/// What could not be activated, because no message can tell of so many clients, does not freeze.
+/// What could not be activated, because no message can tell of so many clients, does not freeze. Clients that
+/// have not written for long hold nothing up: they are told of where there is room for all of them.
 #[test]
 fn too_many_clients_do_not_freeze() {
     let name = "\\".repeat(64);
@@ -186,18 +192,20 @@ fn too_many_clients_do_not_freeze() {
     for (clients, fits) in [(fitting, true), (fitting + 1, false)] {
         let (mut source, mut facts, handoff) = begun("a");
         facts.floors = vec![(name.clone(), u64::MAX); clients];
+        facts.idle_floors = vec![(name.clone(), u64::MAX); 2];
         let count =
             Step::Count { handoff: handoff.clone(), attempt: 1, from: Bytes::new(), to: None };
         for step in [Step::Prepare { handoff: handoff.clone(), attempt: 1 }, count] {
             source.decide(&step, &facts).unwrap().unwrap();
         }
-        let freeze = Step::Freeze { handoff, attempt: 1 };
+        let freeze = Step::Freeze { handoff, attempt: 1, floors_bytes_max: None };
         match source.decide(&freeze, &facts).unwrap() {
             Ok(Decision { done: Done::Frozen(frozen), .. }) => {
                 assert!(
                     fits && serde_json::to_vec(&frozen.floors).unwrap().len()
                         <= FLOORS_BYTES_MAX + 1
                 );
+                assert!(frozen.idle_floors.is_empty(), "there is no room for them");
             }
             refused => assert!(!fits && refused == Err(Refused::TooManyClients)),
         }

@@ -193,7 +193,7 @@ async fn get_kv(State(state): State<ApiState>, call: Call) -> Answer {
 async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>>, Refusal> {
     let key = key_of(state, call)?;
     let consistency = call.consistency()?;
-    call.no_condition()?;
+    call.no_terms()?;
     let read = || state.app.get(&key, consistency, call.deadline);
     match state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await? {
         Served::Here(Some(Record { revision, value })) => {
@@ -206,7 +206,7 @@ async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>
 }
 
 /// A response to a read that counts among the answers in memory.
-async fn held(state: &ApiState, response: Response) -> Result<Response, ApiError> {
+pub(super) async fn held(state: &ApiState, response: Response) -> Result<Response, ApiError> {
     let (head, body) = response.into_parts();
     // It is in memory already.
     let body = axum::body::to_bytes(body, usize::MAX).await.expect("what is in memory can be read");
@@ -292,7 +292,7 @@ struct OriginalSet {
 
 async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    call.no_once()?;
+    call.no_terms()?;
     let (OriginalWrite::Set(Object(set)), body) = call.read_json(&state).await?;
     check_key(&state, set.key.as_bytes())?;
     let max = state.app.limits().value_bytes_max;
@@ -324,6 +324,7 @@ async fn read_as_json(
     consistency: Consistency,
 ) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let (key, body) = call.read_json::<String>(&state).await?;
     check_key(&state, key.as_bytes())?;
     let read = || state.app.get(key.as_bytes(), consistency, call.deadline);

@@ -37,8 +37,7 @@ pub(super) async fn serve(State(state): State<ApiState>, call: Call) -> Answer {
 
 pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     let consistency = call.consistency()?;
-    call.no_condition()?;
-    call.no_once()?;
+    call.no_terms()?;
     let limits = limits(state);
     let bytes_max = state.app.limits().http_body_bytes_max;
     let body = call.read_body(state, BodyLimit { what: "body", bytes_max }).await?;
@@ -124,19 +123,54 @@ async fn carry_out(
             error.map(|error| OperationResult::failed(&error))
         })
         .collect();
-    let sound = (0..operations.len()).filter(|index| results[*index].is_none());
-    let places = into_places(state, call.routing, consistency, operations, sound);
     let passed_on = match call.routing {
         Routing::PassOn => Some(call.with_content_type(BINARY)),
         Routing::Direct => None,
     };
     let call = passed_on.as_ref().unwrap_or(call);
+    let request = Request { call, consistency, client: client.as_ref(), request_bytes };
+    let sound = (0..operations.len()).filter(|index| results[*index].is_none()).collect();
+    serve_all(state, &request, operations, sound, &mut results).await?;
+    if call.routing == Routing::PassOn {
+        // Keys that moved to another cluster while the part was served. Once more: a key does not move twice
+        // in the life of a request, unless that is long.
+        let moved = |index: &usize| results[*index].as_ref().is_some_and(is_misdirected);
+        let moved: Vec<_> = (0..operations.len()).filter(moved).collect();
+        if !moved.is_empty() {
+            serve_all(state, &request, operations, moved, &mut results).await?;
+        }
+    }
+    Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
+}
+
+/// Whether it was told that another cluster owns its key, and not done.
+fn is_misdirected(result: &OperationResult) -> bool {
+    matches!(result, OperationResult::Failed(failure)
+        if failure.status == StatusCode::MISDIRECTED_REQUEST.as_u16())
+}
+
+/// What all operations of a batch share.
+struct Request<'a> {
+    call: &'a Call,
+    consistency: Consistency,
+    client: Option<&'a ClientFloor>,
+    request_bytes: usize,
+}
+
+/// Serves these operations where they belong, and puts down what each came to.
+async fn serve_all(
+    state: &ApiState,
+    request: &Request<'_>,
+    operations: &[Operation],
+    sound: Vec<usize>,
+    results: &mut [Option<OperationResult>],
+) -> Result<(), Refusal> {
+    let routing = request.call.routing;
+    let places = into_places(state, routing, request.consistency, operations, sound);
     let count = places.iter().flatten().filter(|part| !part.is_empty()).count();
     let serve = async |part: &[usize]| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
-        let mut results =
-            serve_part(state, call, consistency, client.as_ref(), operations, request_bytes)
-                .await?;
+        let mut results = serve_part(state, request, operations).await?;
         let charge = hold_values(state, &mut results, count);
         Ok((results, charge))
     };
@@ -153,14 +187,14 @@ async fn carry_out(
             Ok((results, _charge)) => results,
             // Said of all operations at once, it is the answer to the request.
             Err(refusal) if part.len() == operations.len() => return Err(refusal),
-            Err(refusal) if call.routing == Routing::Direct => return Err(refusal),
+            Err(refusal) if routing == Routing::Direct => return Err(refusal),
             Err(refusal) => fail_all(operations, part, refusal),
         };
         for (index, result) in part.iter().zip(answer) {
             results[*index] = Some(result);
         }
     }
-    Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
+    Ok(())
 }
 
 /// The indexes of operations that go to the same cluster: those that only its leader serves, and the others.
@@ -173,10 +207,10 @@ fn into_places(
     routing: Routing,
     consistency: Consistency,
     operations: &[Operation],
-    sound: impl Iterator<Item = usize>,
+    sound: Vec<usize>,
 ) -> Vec<Parts> {
     if routing == Routing::Direct {
-        return vec![[sound.collect(), Vec::new()]];
+        return vec![[sound, Vec::new()]];
     }
     let ring = state.app.ring_view();
     let mut numbers: HashMap<[Option<&ClusterId>; 2], usize> = HashMap::new();
@@ -199,12 +233,10 @@ fn by_leader(operation: &Operation, consistency: Consistency) -> bool {
 
 async fn serve_part(
     state: &ApiState,
-    call: &Call,
-    consistency: Consistency,
-    client: Option<&ClientFloor>,
+    request: &Request<'_>,
     operations: Vec<&Operation>,
-    request_bytes: usize,
 ) -> Result<Vec<OperationResult>, Refusal> {
+    let Request { call, consistency, client, request_bytes } = *request;
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
     let body = match call.routing {

@@ -218,7 +218,7 @@ impl Call {
     pub fn no_condition(&self) -> Result<(), ApiError> {
         let conditional = [header::IF_MATCH, header::IF_NONE_MATCH];
         if conditional.iter().any(|name| self.headers.contains_key(name)) {
-            return Err(bad("If-Match and If-None-Match are not understood on reads"));
+            return Err(bad("If-Match and If-None-Match are not understood here"));
         }
         Ok(())
     }
@@ -253,6 +253,12 @@ impl Call {
             }
         }
         Ok(())
+    }
+
+    /// Refuses all that is said of writes only.
+    pub fn no_terms(&self) -> Result<(), ApiError> {
+        self.no_condition()?;
+        self.no_once()
     }
 
     /// How fresh a read has to be: the query's `consistency` and the header `Kv-Read`. A stale read is

@@ -14,7 +14,7 @@ use axum::routing::{get, post};
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::api::{Answer, ApiState, only};
+use super::api::{Answer, ApiState, held, only};
 use super::call::Call;
 use super::error::{ApiError, Outcome};
 use super::forward::Effect;
@@ -48,6 +48,7 @@ struct Nothing {}
 
 async fn init(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let (Object(Nothing {}), _body) = call.read_json(&state).await?;
     let initialized = tokio::time::timeout_at(call.deadline, state.app.init()).await;
     initialized.unwrap_or_else(|_| {
@@ -59,6 +60,7 @@ async fn init(State(state): State<ApiState>, call: Call) -> Answer {
 
 async fn add_learner(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let ((id, http, rpc), body) = call.read_json::<(NodeId, String, String)>(&state).await?;
     check_node(id, [&http, &rpc])?;
     let addrs = NodeAddrs { http, rpc };
@@ -70,6 +72,7 @@ async fn add_learner(State(state): State<ApiState>, call: Call) -> Answer {
 
 async fn change_membership(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let (ids, body) = call.read_json::<Vec<NodeId>>(&state).await?;
     let voters = distinct(&ids)?;
     let app = &state.app;
@@ -80,6 +83,7 @@ async fn change_membership(State(state): State<ApiState>, call: Call) -> Answer 
 
 async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let (Object(ring), body) = call.read_json::<Object<Ring>>(&state).await?;
     check_ring(&ring)?;
     let app = &state.app;
@@ -92,7 +96,9 @@ async fn handoffs(State(state): State<ApiState>, call: Call) -> Answer {
     let sizes = sizes(call.query.as_deref())?;
     let view = || state.app.handoffs(sizes, call.deadline);
     let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, view).await?;
-    served.respond(|view| Ok(Json(view).into_response()))
+    let response = served.respond(|view| Ok(Json(view).into_response()))?;
+    // While something is frozen, megabytes: the floors of all clients.
+    Ok(held(&state, response).await?)
 }
 
 fn sizes(query: Option<&str>) -> Result<Sizes, ApiError> {
@@ -107,6 +113,7 @@ fn sizes(query: Option<&str>) -> Result<Sizes, ApiError> {
 
 async fn step(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     let (Object(step), body) = call.read_json::<Object<Step>>(&state).await?;
     check_step(&step)?;
     let local = || witness::take(&state, &step, call.deadline);
@@ -117,11 +124,13 @@ async fn step(State(state): State<ApiState>, call: Call) -> Answer {
 
 async fn digest(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     Ok(Json(state.app.digest().await?).into_response())
 }
 
 async fn metrics(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
+    call.no_terms()?;
     Ok(Json(state.app.metrics()).into_response())
 }
 
@@ -148,6 +157,14 @@ fn check_ring(ring: &Ring) -> Result<(), ApiError> {
     let nodes = ring.clusters.iter().flat_map(|cluster| &cluster.nodes);
     for node in nodes {
         check_node(node.id, [&node.http, &node.rpc])?;
+        let addrs = NodeAddrs { http: node.http.clone(), rpc: node.rpc.clone() };
+        if addrs.has_wildcard() {
+            let message = format!(
+                "node {}: nobody can connect to a wildcard; start the node with its own address",
+                node.id
+            );
+            return Err(ApiError::BadRequest(message));
+        }
     }
     Ok(())
 }

@@ -153,12 +153,10 @@ fn settle(views: &Views, ring: &Ring) -> Option<Action> {
 
 fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
     let begin = begin(views, transition);
-    let decided = is_decided(views, transition);
-    if transition.cancelled && decided {
+    if transition.cancelled && is_decided(views, transition) {
         return resume(views, transition);
     }
-    // Too late to call it off: who wished to has nothing left to do but to help it to its end.
-    if transition.cancelled || (hints.goal == Goal::Abort && !decided) {
+    if is_called_off(views, transition, hints) {
         let off = call_off(views, transition, hints);
         return begin.into_iter().chain(off).collect();
     }
@@ -166,6 +164,12 @@ fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> 
         return begin;
     }
     go_on(views, transition, hints)
+}
+
+/// Whether all that is left is to call the change off. Once a handoff has been activated it is too late for that:
+/// who wished to has nothing left to do but to help it to its end.
+pub(super) fn is_called_off(views: &Views, transition: &Transition, hints: &Hints) -> bool {
+    (transition.cancelled || hints.goal == Goal::Abort) && !is_decided(views, transition)
 }
 
 /// Whether some handoff has been activated: from there the change can only go forward.
@@ -316,7 +320,7 @@ fn next_of_handoff(
     let is_close =
         || left_to_copy(views, transition, pair).is_some_and(|left| left <= freeze_lag(attempt));
     if outgoing.counted == Counted::All && is_close() {
-        return at_source(Step::Freeze { handoff, attempt });
+        return at_source(Step::Freeze { handoff, attempt, floors_bytes_max: None });
     }
     None
 }

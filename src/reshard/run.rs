@@ -8,6 +8,7 @@
 //! entry in a log. So a driver acts at once only on what is its own ([`Role`]), and on the rest once it
 //! has been left undone for [`PATIENCE`].
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::Pin;
@@ -25,7 +26,7 @@ use crate::raft_node::{Courier, RaftNode};
 use crate::ring::RingCluster;
 use crate::types::ClusterId;
 
-use super::driver::{Action, Goal, Hints, frozen, is_hot, next_actions};
+use super::driver::{Action, Goal, Hints, frozen, is_called_off, is_hot, next_actions};
 use super::progress::Progress;
 use super::scene::{Scene, Views, mentioned};
 
@@ -51,6 +52,10 @@ const PAUSE_FIRST: Duration = Duration::from_millis(50);
 
 /// The longest pause: a cluster that comes back is noticed within a second.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// How long nothing may be heard of a cluster before a change is called off without it, if it was to join: far
+/// above an election, or one that only stumbles would have to be brought back later.
+const GONE_AFTER: Duration = Duration::from_secs(10);
 
 /// How long one look may take: longer than an election, because the client waits one out.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -183,6 +188,8 @@ struct Contact {
     fresh: bool,
     pause: Duration,
     trouble: Option<String>,
+    /// Since when there has been nothing but trouble.
+    troubled_since: Option<Instant>,
 }
 
 /// A driver. Dropping it loses nothing.
@@ -192,6 +199,7 @@ pub struct Drive<'a, C> {
     hints: Hints,
     /// Give up when nothing has moved for so long.
     stalled_after: Option<Duration>,
+    gone_after: Duration,
     contacts: BTreeMap<ClusterId, Contact>,
     views: Views,
     moved_at: Instant,
@@ -218,6 +226,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
             role,
             hints: Hints::new(goal),
             stalled_after: None,
+            gone_after: GONE_AFTER,
             contacts: BTreeMap::new(),
             views: Views::new(),
             moved_at: Instant::now(),
@@ -236,6 +245,13 @@ impl<'a, C: Clusters> Drive<'a, C> {
     #[must_use]
     pub fn stalled_after(mut self, after: Duration) -> Self {
         self.stalled_after = Some(after);
+        self
+    }
+
+    /// Does not wait so long for what is gone.
+    #[cfg(test)]
+    pub(super) fn gone_after(mut self, after: Duration) -> Self {
+        self.gone_after = after;
         self
     }
 
@@ -280,6 +296,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
                     fresh: false,
                     pause: PAUSE_FIRST,
                     trouble: None,
+                    troubled_since: None,
                 };
                 self.contacts.insert(cluster.id, contact);
             }
@@ -327,6 +344,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         }
         contact.fresh = true;
         contact.trouble = None;
+        contact.troubled_since = None;
         contact.look_at = Instant::now() + PAUSE_MAX;
         if self.views.get(&id) != Some(&view) {
             self.contact(&id).pause = PAUSE_FIRST;
@@ -378,6 +396,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         let contact = self.contact(id);
         contact.fresh = false;
         contact.trouble = Some(format!("cluster {id}: {error}"));
+        contact.troubled_since.get_or_insert_with(Instant::now);
         contact.look_at = Instant::now() + contact.pause;
         contact.pause = PAUSE_MAX.min(contact.pause * 2);
     }
@@ -387,7 +406,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
     fn act(&mut self) {
         let now = Instant::now();
         self.time_frozen(now);
-        let actions = next_actions(&self.views, &self.hints);
+        let actions = next_actions(&self.views_without_gone(), &self.hints);
         self.wanted_since.retain(|(wanted, _)| actions.contains(wanted));
         for action in actions {
             let Some(patience) = self.patience(&action) else { continue };
@@ -401,6 +420,30 @@ impl<'a, C: Clusters> Drive<'a, C> {
                 self.propose(action);
             }
         }
+    }
+
+    /// What is known, but for what clusters said of themselves that were to join a change which is called off,
+    /// and are gone: nobody waits for them, and their last word would be waited for. Somebody who begins to
+    /// look now sees no more, so it is as safe.
+    fn views_without_gone(&self) -> Cow<'_, Views> {
+        let stays = match Scene::of(&self.views) {
+            Scene::Changing(transition) if is_called_off(&self.views, &transition, &self.hints) => {
+                transition.old
+            }
+            Scene::Reverting(ring) => ring,
+            _ => return Cow::Borrowed(&self.views),
+        };
+        let is_silent = |contact: &Contact| {
+            contact.troubled_since.is_some_and(|since| since.elapsed() >= self.gone_after)
+        };
+        let is_gone = |id: &ClusterId| {
+            stays.cluster(id).is_none() && self.contacts.get(id).is_some_and(is_silent)
+        };
+        if !self.views.keys().any(is_gone) {
+            return Cow::Borrowed(&self.views);
+        }
+        let there = self.views.iter().filter(|(id, _)| !is_gone(id));
+        Cow::Owned(there.map(|(id, view)| (id.clone(), view.clone())).collect())
     }
 
     /// Who calls a change off begins with that at once; the rest is anybody's.
@@ -500,7 +543,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         if !self.under_way.is_empty() || !self.contacts.values().all(|contact| contact.asked) {
             return None;
         }
-        let scene = Scene::of(&self.views);
+        let scene = Scene::of(&self.views_without_gone());
         let settled = matches!(scene, Scene::Quiet { settled: Some(true), .. });
         let seen = || self.contacts.values().all(|contact| contact.fresh);
         (settled || (scene == Scene::NoRing && seen())).then_some(scene)

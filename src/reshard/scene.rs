@@ -12,6 +12,8 @@ use crate::handoff::{
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch};
 
+use super::rings::reverted;
+
 /// What clusters said of themselves, by their ids. A cluster that did not answer is not there.
 pub type Views = BTreeMap<ClusterId, RingState>;
 
@@ -29,7 +31,8 @@ pub enum Scene {
     },
     /// A change is under way, or not finished everywhere.
     Changing(Transition),
-    /// A change was called off, and not all of its clusters have taken the ring that ends it.
+    /// A change was called off, and not all of its clusters have taken the ring that ends it. There may be later
+    /// rings than that one.
     Reverting(Ring),
 }
 
@@ -75,6 +78,7 @@ impl Scene {
         if let Some(change) = at_newest.filter_map(|view| view.change.as_ref()).next() {
             return Self::Changing(Transition::new(ring, change.next.ring(), views));
         }
+        let mut straggler = None;
         for (id, view) in views {
             let behind = epoch - view.epoch();
             if view.epoch() == 0 || behind == 0 || !concerns(views, ring, id, view) {
@@ -86,9 +90,15 @@ impl Scene {
                 2 if Ring { epoch, ..old.clone() } == *ring => {
                     return Self::Reverting(ring.clone());
                 }
+                // No change is followed by another before all of its members are through with it, but for
+                // clusters that were to join when it was called off: nobody waits for those.
+                2.. if view.change.is_some() => straggler = Some(reverted(old)),
                 // Of no change that anybody knows of: an operator's to look at.
                 _ => {}
             }
+        }
+        if let Some(ring) = straggler {
+            return Self::Reverting(ring);
         }
         let settled = sequencer_of(views, ring).map(|view| view.settling.is_empty());
         Self::Quiet { ring: ring.clone(), settled }

@@ -38,14 +38,6 @@ impl StateReader {
         self.shared.machine().ring.clone()
     }
 
-    /// The floors of all clients, as applied here.
-    pub fn client_floors(&self) -> Vec<(String, u64)> {
-        let machine = self.shared.machine();
-        let mut floors = machine.dedupe.floors();
-        floors.append(&mut machine.dedupe.idle_floors());
-        floors
-    }
-
     /// The page that follows a destination's cursor, out of one view of this replica's state.
     ///
     /// # Errors
@@ -75,15 +67,24 @@ impl StateReader {
         let end = ring.position;
         let (own, to) = (&self.shared.cluster, &request.handoff.to);
         let mut page = Page { to: Cursor::start(), end, records: Vec::new(), answers: Vec::new() };
-        let (mut bytes, mut last) = (0, None);
+        let bytes_max = request.bytes_max as usize;
+        let (mut bytes, mut before, mut last) = (0, after.to_vec(), None);
         self.scan(after, |looks, key, row| {
             if ring.way_out(own, key) == Some(to) {
                 bytes += key.len() + row.len();
+                if bytes > bytes_max && !page.records.is_empty() {
+                    // The next page begins with it: a message has room for the largest record and for a
+                    // page, but not for both.
+                    last = Some(Bytes::copy_from_slice(&before));
+                    return Ok(false);
+                }
                 let record = meta::retag(row, None)?;
                 page.records.push((Bytes::copy_from_slice(key), Some(record)));
             }
-            let full = bytes >= request.bytes_max as usize || looks >= LOOKS_MAX;
+            let full = bytes >= bytes_max || looks >= LOOKS_MAX;
             last = full.then(|| Bytes::copy_from_slice(key));
+            before.clear();
+            before.extend_from_slice(key);
             Ok(!full)
         })?;
         page.to = match last {
@@ -137,7 +138,14 @@ impl StateReader {
         let (mut bytes, mut seen) = (0, HashSet::new());
         for next in position..end.min(position + PAGE_CHANGES_MAX) {
             let change = self.change(next)?;
+            let (records, answers) = (page.records.len(), page.answers.len());
             bytes += self.add_change(request, &machine, &change, &mut seen, &mut page)?;
+            if bytes > request.bytes_max as usize && records + answers > 0 {
+                // The next page begins with it, as with records.
+                page.records.truncate(records);
+                page.answers.truncate(answers);
+                break;
+            }
             page.to = Cursor::Changes { position: next + 1 };
             if bytes >= request.bytes_max as usize {
                 break;

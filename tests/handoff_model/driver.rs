@@ -163,7 +163,10 @@ fn seen_source(steps: &mut Steps<'_>, handoff: Handoff, outgoing: &Outgoing) {
     }
     let early = steps.scenario.rules.breaks(Mutation::FreezeUncounted);
     if outgoing.counted == Counted::All || early {
-        steps.send(&from, Step::Freeze { handoff: handoff.clone(), attempt });
+        steps.send(
+            &from,
+            Step::Freeze { handoff: handoff.clone(), attempt, floors_bytes_max: None },
+        );
     }
     if let Some(frozen) = &outgoing.frozen {
         let frozen = Box::new(frozen.clone());
@@ -433,7 +436,10 @@ fn copy(
     let mut entries = Vec::new();
     if let Some(cursor) = destination.cursor(&handoff) {
         if cursor.covers(source.ring.position) {
-            steps.send(&source.id, Step::Freeze { handoff: handoff.clone(), attempt });
+            steps.send(
+                &source.id,
+                Step::Freeze { handoff: handoff.clone(), attempt, floors_bytes_max: None },
+            );
         }
         let replicas = source.replicas(&steps.scenario.rules).into_iter();
         for replica in replicas.filter(|replica| replica.handoff == handoff) {

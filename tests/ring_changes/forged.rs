@@ -307,7 +307,7 @@ fn late_and_forged(story: &Story, first: &Frozen) -> Vec<(usize, Step, Refused)>
         (1, Step::Activate { handoff: h(), attempt: 1, frozen: first() }, wrong(1, 2)),
         (1, Step::Open { handoff: h(), attempt: 1, start: 0 }, wrong(1, 2)),
         (0, Step::Release { handoff: h(), attempt: 1, tally: first().tally }, wrong(1, 2)),
-        (0, Step::Freeze { handoff: h(), attempt: 1 }, wrong(1, 2)),
+        (0, Step::Freeze { handoff: h(), attempt: 1, floors_bytes_max: None }, wrong(1, 2)),
         (0, Step::Thaw { handoff: h(), refused: 1 }, wrong(1, 2)),
         (0, Step::Prepare { handoff: h(), attempt: 1 }, frozen_now.clone()),
         // Not yet, or not so.

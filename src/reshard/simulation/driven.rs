@@ -12,6 +12,7 @@ use crate::client_error::ClientError;
 use crate::handoff::{Done, RingState, Step, pairs};
 use crate::reshard::{Action, Clusters, Drive, DriveError, Goal, Role, Scene, reverted};
 use crate::ring::{Ring, RingCluster};
+use crate::types::ClusterId;
 
 /// Portions of work that the clusters do between two looks.
 const WORK: usize = 10;
@@ -20,6 +21,8 @@ struct InMemory {
     inner: Mutex<(World, Chance)>,
     /// The looks that fail before one does not.
     failing: Mutex<usize>,
+    /// A cluster that answers so many looks, and then nothing any more.
+    dying: Mutex<Option<(ClusterId, usize)>>,
 }
 
 impl InMemory {
@@ -34,7 +37,20 @@ impl InMemory {
         let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
         let step = Step::Begin { ring, next: to, plan: pairs(old, next) };
         world.take(&Action { at: old.sequencer.clone().unwrap(), step }).unwrap();
-        Self { inner: Mutex::new((world, chance)), failing: Mutex::new(0) }
+        Self { inner: Mutex::new((world, chance)), failing: Mutex::new(0), dying: Mutex::new(None) }
+    }
+
+    fn check_alive(&self, cluster: &RingCluster) -> Result<(), ClientError> {
+        match &mut *self.dying.lock().unwrap() {
+            Some((id, 0)) if *id == cluster.id => {
+                Err(ClientError::Unreachable { tried: Vec::new() })
+            }
+            Some((id, looks)) if *id == cluster.id => {
+                *looks -= 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, (World, Chance)> {
@@ -51,12 +67,14 @@ impl Clusters for InMemory {
                 return Err(ClientError::Unreachable { tried: vec!["nobody is there".into()] });
             }
         }
+        self.check_alive(cluster)?;
         let (world, chance) = &mut *self.lock();
         (0..WORK).for_each(|_| world.work(chance));
         Ok(world.views()[&cluster.id].clone())
     }
 
     async fn step(&self, cluster: &RingCluster, step: &Step) -> Result<Done, ClientError> {
+        self.check_alive(cluster)?;
         let action = Action { at: cluster.id.clone(), step: step.clone() };
         let taken = self.lock().0.take(&action);
         taken.map_err(|refused| ClientError::StepRefused(Box::new(refused)))
@@ -86,6 +104,52 @@ async fn a_driver_alone_calls_a_change_off() {
     let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Abort);
     let end = drive.run(|_, _| {}).await.unwrap();
     assert_eq!(end, Scene::Quiet { ring: reverted(&old), settled: Some(true) });
+}
+
+/// A cluster that was to join, has been seen under way and is lost does not hold up calling the change off, nor
+/// the next change. It may come back after that, and then it is brought where it can join anew.
+#[tokio::test]
+async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
+    let (old, next) = kinds().remove(0);
+    let joiner = next.clusters.iter().find(|c| old.cluster(&c.id).is_none()).unwrap().clone();
+    for looks in [2, 3, 4, 6] {
+        let clusters = InMemory::new(&old, &next);
+        *clusters.dying.lock().unwrap() = Some((joiner.id.clone(), looks));
+        let mut drive = Drive::new(&clusters, next.clusters.clone(), Role::Alone, Goal::Abort)
+            .gone_after(Duration::from_millis(100))
+            .stalled_after(Duration::from_secs(20));
+        let end = drive.run(|_, _| {}).await.unwrap();
+        let off = reverted(&old);
+        assert_eq!(end, Scene::Quiet { ring: off.clone(), settled: Some(true) }, "{looks} looks");
+
+        let mut later = off.clone();
+        later.epoch += 1;
+        later.clusters[0].weight *= 2.0;
+        {
+            let mut inner = clusters.lock();
+            let (ring, to) = (Box::new(off.clone()), Box::new(later.clone()));
+            let step = Step::Begin { ring, next: to, plan: pairs(&off, &later) };
+            inner.0.take(&Action { at: old.sequencer.clone().unwrap(), step }).unwrap();
+        }
+        let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Forward)
+            .gone_after(Duration::from_millis(100))
+            .stalled_after(Duration::from_secs(20));
+        let end = drive.run(|_, _| {}).await.unwrap();
+        assert_eq!(end, Scene::Quiet { ring: later.clone(), settled: Some(true) }, "{looks} looks");
+
+        *clusters.dying.lock().unwrap() = None;
+        let mut known = later.clusters.clone();
+        known.push(joiner.clone());
+        let mut drive = Drive::new(&clusters, known, Role::Alone, Goal::Forward)
+            .gone_after(Duration::from_millis(100))
+            .stalled_after(Duration::from_secs(20));
+        let end = drive.run(|_, _| {}).await.unwrap();
+        assert_eq!(end, Scene::Quiet { ring: later.clone(), settled: Some(true) }, "{looks} looks");
+        let views = clusters.lock().0.views();
+        assert!(views[&joiner.id].change.is_none(), "{looks} looks: it is still in the old change");
+        let step = Step::Join { ring: Box::new(later) };
+        clusters.lock().0.take(&Action { at: joiner.id.clone(), step }).unwrap();
+    }
 }
 
 /// Who gives up says what was in the way.

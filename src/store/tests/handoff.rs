@@ -214,7 +214,14 @@ impl Move {
             cursor: from.clone(),
             bytes_max: 200,
         };
-        self.source.reader().page(&request).unwrap().unwrap()
+        let page = self.source.reader().page(&request).unwrap().unwrap();
+        let record_bytes = |(key, record): &(Bytes, Option<Bytes>)| {
+            key.len() + record.as_ref().map_or(0, Bytes::len)
+        };
+        // A message has room for the largest record alone, or for a page of the usual size.
+        let bytes: usize = page.records.iter().map(record_bytes).sum();
+        assert!(page.records.len() <= 1 || bytes <= 200, "{bytes}: {:?}", page.records.len());
+        page
     }
 
     /// Copies one page; true when there was nothing left at that moment.
@@ -268,7 +275,7 @@ impl Move {
 
     fn freeze(&mut self) -> Box<Frozen> {
         let (handoff, attempt) = (self.handoff.clone(), self.attempt);
-        let frozen = self.source.step(Step::Freeze { handoff, attempt });
+        let frozen = self.source.step(Step::Freeze { handoff, attempt, floors_bytes_max: None });
         let Ok(Done::Frozen(frozen)) = frozen else { panic!("{frozen:?}") };
         frozen
     }
