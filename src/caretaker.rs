@@ -7,7 +7,10 @@
 //!   second. If the asking node dies in between, the cluster stays in the joint membership, needs
 //!   majorities of both, and nothing shows it. A leader that finds itself there takes the second step.
 //! - **Tidy.** Snapshots are taken every so many entries; if the entries are large, the log would fill
-//!   the disk first. Above [`LOG_BYTES_MAX`] a snapshot is taken and the log purged up to it at once.
+//!   the disk first. Above `storage.log_bytes_max` a snapshot is taken and the log purged up to it at once.
+//!   openraft purges nothing that a stream of entries to a follower still has to bring, and a follower that
+//!   is slower than the writers never comes to the end of its stream: so at twice the size the leader
+//!   ends the streams of those that are behind the snapshot, and they get the snapshot instead.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -18,8 +21,9 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
-use crate::store::StateReader;
+use crate::store::{LogSize, StateReader};
 
 /// Between two looks around.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -28,13 +32,15 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// follows within milliseconds, and taking it twice is harmless.
 const JOINT_GRACE: Duration = Duration::from_secs(3);
 
-/// The log's size on disk above which it is cut, in bytes.
-const LOG_BYTES_MAX: u64 = 1 << 30;
-
 /// Starts the task. It ends with `shutdown`.
-pub fn spawn(raft: Raft, reader: StateReader, shutdown: CancellationToken) -> JoinHandle<()> {
+pub fn spawn(
+    raft: Raft,
+    reader: StateReader,
+    peers: PeerNetwork,
+    shutdown: CancellationToken,
+) -> JoinHandle<()> {
     tokio::spawn(async move {
-        let mut caretaker = Caretaker { raft, reader, joint_since: None };
+        let mut caretaker = Caretaker { raft, reader, peers, joint_since: None };
         shutdown.run_until_cancelled(caretaker.run()).await;
     })
 }
@@ -42,6 +48,7 @@ pub fn spawn(raft: Raft, reader: StateReader, shutdown: CancellationToken) -> Jo
 struct Caretaker {
     raft: Raft,
     reader: StateReader,
+    peers: PeerNetwork,
     joint_since: Option<Instant>,
 }
 
@@ -89,15 +96,30 @@ impl Caretaker {
     }
 
     async fn cut_long_log(&self) {
-        let bytes = match self.reader.log_bytes() {
-            Ok(bytes) if bytes > LOG_BYTES_MAX => bytes,
+        let LogSize { bytes, bytes_max } = match self.reader.log_size() {
+            Ok(log) if log.bytes > log.bytes_max => log,
             _ => return,
         };
-        let (snapshot, purged) = {
+        let (snapshot, purged, behind) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            (metrics.snapshot, metrics.purged)
+            // Empty where this node does not lead.
+            let replication = metrics.replication.iter().flatten();
+            let behind = replication.filter(|(_, matching)| **matching < metrics.snapshot);
+            let behind: Vec<_> = behind.map(|(id, _)| *id).collect();
+            (metrics.snapshot, metrics.purged, behind)
         };
+        if bytes > 2 * bytes_max && snapshot > purged {
+            for follower in behind {
+                if self.peers.end_appends(follower) {
+                    tracing::warn!(
+                        follower,
+                        bytes,
+                        "it keeps the log from being cut, and gets a snapshot"
+                    );
+                }
+            }
+        }
         tracing::debug!(bytes, ?snapshot, "the log is large; cutting it");
         // What stays behind the snapshot is for followers that lag a little: they get the snapshot.
         let cut = match snapshot {

@@ -206,6 +206,9 @@ pub struct StorageConfig {
     pub memtable_bytes: usize,
     /// The newest log entries kept in memory, in bytes.
     pub log_tail_bytes: usize,
+    /// The Raft log's size above which it is cut, in bytes, however few entries it holds. While a follower
+    /// is being sent the state, the log may grow as large as the state instead.
+    pub log_bytes_max: usize,
 }
 
 impl Default for Config {
@@ -282,7 +285,12 @@ impl Default for ReshardConfig {
 
 impl Default for StorageConfig {
     fn default() -> Self {
-        Self { block_cache_bytes: 128 << 20, memtable_bytes: 32 << 20, log_tail_bytes: 16 << 20 }
+        Self {
+            block_cache_bytes: 128 << 20,
+            memtable_bytes: 32 << 20,
+            log_tail_bytes: 16 << 20,
+            log_bytes_max: 1 << 30,
+        }
     }
 }
 
@@ -425,7 +433,9 @@ impl StorageConfig {
     fn check(&self) -> Result<(), OutOfRange> {
         within("storage.block_cache_bytes", self.block_cache_bytes, 1 << 20..=1 << 40)?;
         within("storage.memtable_bytes", self.memtable_bytes, 1 << 20..=1 << 30)?;
-        within("storage.log_tail_bytes", self.log_tail_bytes, 0..=1 << 34)
+        within("storage.log_tail_bytes", self.log_tail_bytes, 0..=1 << 34)?;
+        // What was purged is counted until RocksDB lets go of it: up to three memtables of 16 MiB.
+        within("storage.log_bytes_max", self.log_bytes_max, 64 << 20..=1 << 40)
     }
 }
 

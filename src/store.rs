@@ -68,8 +68,14 @@ use formation::Formation;
 pub use log::LogStore;
 use marker::Marker;
 pub use promise::Promise;
-pub use reader::{Lookup, StateReader};
+pub use reader::{LogSize, Lookup, StateReader};
 pub use state_machine::StateMachine;
+
+/// RocksDB's directory, in a node's.
+const DB_DIR: &str = "db";
+
+/// The directory of images, in a node's.
+const SNAPSHOTS_DIR: &str = "snapshots";
 
 /// Everything that can be wrong with a data directory when a node starts.
 ///
@@ -185,12 +191,12 @@ impl Store {
         create_dir(dir).map_err(|source| io_error(dir, source))?;
         let lock = lock(dir)?;
         let marker = Marker::open(&marker_path, options.node_id, &options.cluster)?;
-        let snapshots = dir.join("snapshots");
+        let snapshots = dir.join(SNAPSHOTS_DIR);
         remove_dir_if_there(&snapshots).map_err(|source| io_error(&snapshots, source))?;
         let unfinished = dir.join(flush::FILE_NAME);
         remove_file_if_there(&unfinished).map_err(|source| io_error(&unfinished, source))?;
 
-        let db_path = dir.join("db");
+        let db_path = dir.join(DB_DIR);
         let failed = |error: io::Error| OpenError::Engine {
             path: db_path.clone(),
             message: error.to_string(),

@@ -119,6 +119,12 @@ impl PeerNetwork {
         self.shared.context.thrift.hurry(follower);
     }
 
+    /// Ends the stream of entries to a follower, if there is one: openraft looks anew at what to send it.
+    pub fn end_appends(&self, follower: NodeId) -> bool {
+        let links = self.shared.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.get(&(follower, Purpose::Append)).is_some_and(|link| link.close())
+    }
+
     /// Up to which log id this node must have applied before it serves a linearizable read that was
     /// asked for before this call. Concurrent calls share messages. Cancel safe.
     pub async fn read_index(

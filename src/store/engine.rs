@@ -101,10 +101,14 @@ impl Engine {
     pub(super) fn open_image(path: &Path) -> io::Result<Db> {
         let mut options = Options::default();
         options.set_max_open_files(64);
-        options.set_disable_auto_compactions(true);
         options.set_log_level(LogLevel::Warn);
+        // An option of each family. Else the image would rewrite itself: what were links become copies,
+        // made at full speed, while the live database's compactions wait for the same thread.
+        let mut family = Options::default();
+        family.set_disable_auto_compactions(true);
         let names = Db::list_cf(&options, path).map_err(to_io)?;
-        Db::open_cf(&options, path, names).map_err(to_io)
+        let families = names.into_iter().map(|name| (name, family.clone()));
+        Db::open_cf_with_opts(&options, path, families).map_err(to_io)
     }
 
     pub(super) fn db(&self) -> &Db {
@@ -356,6 +360,13 @@ fn family_options(name: &str, cache: &Cache) -> Options {
         table.set_metadata_block_size(4 << 10);
         table.set_pin_top_level_index_and_filter(true);
         options.set_compression_type(DBCompressionType::Lz4);
+        // RocksDB's brakes on writers hold up all families, and so the Raft log, whose writes the core
+        // of Raft waits for: heartbeats and votes would wait for a compaction of data. What adds files
+        // here waits by itself ([`super::flush`]), and fills no memtable of RocksDB's.
+        options.set_level_zero_slowdown_writes_trigger(i32::MAX);
+        options.set_level_zero_stop_writes_trigger(i32::MAX);
+        options.set_soft_pending_compaction_bytes_limit(0);
+        options.set_hard_pending_compaction_bytes_limit(0);
     } else if name == CF_LOG {
         // Entries live shortly and are read in order: no filter, no compression. Most are purged
         // before their memtable is written, as a range, and never reach a file's second level.

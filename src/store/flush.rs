@@ -28,8 +28,8 @@ use super::reader::StateShared;
 /// The file on its way, beside the database.
 pub(super) const FILE_NAME: &str = "flush.sst";
 
-/// With this many files that reads must look into one by one, a flush gives compaction time.
-/// RocksDB's own measure for slowing writers down.
+/// With this many files that reads must look into one by one, a flush gives compaction time: where
+/// RocksDB would begin to slow all writers down, which it is told not to for this family.
 const LEVEL0_FILES_MAX: u64 = 20;
 
 /// For so long at most: more files make reads slower, and nothing wrong. Memory is bounded all the same, because
@@ -161,7 +161,7 @@ impl StateShared {
         Ok(rows)
     }
 
-    /// Files that a flush adds are not counted by RocksDB's brake on writers, so this is ours.
+    /// The brake on what adds files. RocksDB's own would hold up the Raft log as well.
     fn await_compaction(&self) -> io::Result<()> {
         let data = self.view().data.clone();
         let deadline = Instant::now() + LEVEL0_WAIT_MAX;

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use openraft::type_config::alias::SnapshotOf;
 use rocksdb::checkpoint::Checkpoint;
@@ -34,6 +34,8 @@ pub(super) struct Images {
 struct ImagesState {
     made: u64,
     current: Option<Arc<SnapshotImage>>,
+    /// Whether there should be a newer one, and making it failed.
+    is_outdated: bool,
 }
 
 /// A view of the whole state at one moment, on disk.
@@ -88,9 +90,31 @@ impl Images {
         let image = Arc::new(SnapshotImage::open(dir)?);
         let snapshot = as_snapshot(&image);
         tracing::info!(up_to = ?image.head.applied(), "made a snapshot image");
-        let mut state = self.state.lock().expect("no code panics while it holds this lock");
-        state.current = Some(image);
+        // Closing the one before, and removing its files, takes its time: outside the lock.
+        drop(self.replace(image));
         Ok(snapshot)
+    }
+
+    fn replace(&self, image: Arc<SnapshotImage>) -> Option<Arc<SnapshotImage>> {
+        let mut state = self.state.lock().expect("no code panics while it holds this lock");
+        state.is_outdated = false;
+        *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&image);
+        state.current.replace(image)
+    }
+
+    /// The current image is older than what was installed since, and no newer one could be made: the log does
+    /// not begin where it ends, so a follower that gets it has to begin again.
+    pub(super) fn outdate(&self) {
+        self.state.lock().expect("no code panics while it holds this lock").is_outdated = true;
+    }
+
+    /// Makes an image if the current one is of no use. Blocks.
+    pub(super) fn renew(&self) {
+        let is_outdated =
+            self.state.lock().expect("no code panics while it holds this lock").is_outdated;
+        if is_outdated && let Err(error) = self.build() {
+            tracing::warn!(%error, "cannot make an image of the installed snapshot");
+        }
     }
 
     /// The newest image, if one was made since the start.

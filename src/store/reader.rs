@@ -8,7 +8,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 
 use bytes::Bytes;
 use rocksdb::{Direction, IteratorMode};
@@ -21,6 +23,7 @@ use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
+use super::image::SnapshotImage;
 use super::machine::{CHUNKED, Machine, stored_chunks};
 use super::memtable::{Memtables, Row};
 use super::meta::{self, Progress};
@@ -39,6 +42,9 @@ pub(super) struct StateShared {
     machine: Mutex<Machine>,
     pub(super) memtables: Memtables,
     pub(super) flushes: Flushes,
+    /// The current one of [`super::image::Images`].
+    pub(super) image: Mutex<Weak<SnapshotImage>>,
+    log_bytes_max: u64,
     view: RwLock<View>,
     revision: AtomicU64,
     log_time_ms: AtomicU64,
@@ -61,6 +67,7 @@ impl StateShared {
         machine: Mutex<Machine>,
         memtables: Memtables,
         flushes: Flushes,
+        log_bytes_max: u64,
         view: View,
     ) -> Self {
         let progress = memtables.read().head().progress;
@@ -71,6 +78,8 @@ impl StateShared {
             machine,
             memtables,
             flushes,
+            image: Mutex::default(),
+            log_bytes_max,
             view: RwLock::new(view),
             revision: AtomicU64::new(progress.revision),
             log_time_ms: AtomicU64::new(log_time_ms),
@@ -103,12 +112,47 @@ impl StateShared {
         Ok(found.map(Bytes::from))
     }
 
+    /// Whether the newest image is on its way to a follower. Until that has it, the log after it should
+    /// stay: or the follower would have to begin again with a newer one as soon as it is there.
+    pub(super) fn is_image_being_sent(&self) -> bool {
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        // One is that of the images themselves.
+        image.strong_count() > 1
+    }
+
+    pub(super) fn log_size(&self) -> io::Result<LogSize> {
+        let number = |property| self.engine.number(CF_LOG, property);
+        let bytes =
+            number("rocksdb.estimate-live-data-size")? + number("rocksdb.cur-size-all-mem-tables")?;
+        let mut bytes_max = self.log_bytes_max;
+        if self.is_image_being_sent() {
+            // Up to there the log costs less than to send the state once more.
+            bytes_max = bytes_max.max(self.disk_bytes()?);
+        }
+        Ok(LogSize { bytes, bytes_max })
+    }
+
+    /// Bytes of the live data's files on disk.
+    fn disk_bytes(&self) -> io::Result<u64> {
+        self.engine.number(&self.view().data, "rocksdb.total-sst-files-size")
+    }
+
     /// Tells readers what they can read by now. Comes after it is readable and before it is answered.
     pub(super) fn publish(&self, progress: &Progress, log_time_ms: u64) {
         self.revision.store(progress.revision, Ordering::Release);
         self.log_time_ms.store(log_time_ms, Ordering::Release);
         *self.applied.lock().unwrap_or_else(PoisonError::into_inner) = progress.last_applied;
     }
+}
+
+/// The Raft log's size on disk and in memtables, with what a purge has not removed yet.
+#[derive(Debug, Clone, Copy)]
+pub struct LogSize {
+    /// In bytes.
+    pub bytes: u64,
+    /// Above this it is to be cut: `storage.log_bytes_max`, or the size of the state while that is being sent
+    /// to a follower, if it is larger.
+    pub bytes_max: u64,
 }
 
 /// What a read found.
@@ -247,16 +291,12 @@ impl StateReader {
 
     /// Bytes of the live data's files on disk; without the log, memtables and staged snapshots.
     pub fn disk_bytes(&self) -> io::Result<u64> {
-        let engine = &self.shared.engine;
-        let view = self.shared.view();
-        engine.number(&view.data, "rocksdb.total-sst-files-size")
+        self.shared.disk_bytes()
     }
 
-    /// Bytes of the Raft log, on disk and in memtables, with what a purge has not removed yet.
-    pub fn log_bytes(&self) -> io::Result<u64> {
-        let engine = &self.shared.engine;
-        Ok(engine.number(CF_LOG, "rocksdb.estimate-live-data-size")?
-            + engine.number(CF_LOG, "rocksdb.cur-size-all-mem-tables")?)
+    /// How large the Raft log is, and may be.
+    pub fn log_size(&self) -> io::Result<LogSize> {
+        self.shared.log_size()
     }
 
     /// Tells when storage has failed, and why.

@@ -59,7 +59,10 @@ impl StateMachine {
         let memtables = Memtables::new(head, options.storage.memtable_bytes);
         let flushes = Flushes::new(options.dir.join(flush::FILE_NAME));
         let cluster = options.cluster.clone();
-        let shared = Arc::new(StateShared::new(engine, cluster, machine, memtables, flushes, view));
+        let log_bytes_max = options.storage.log_bytes_max as u64;
+        let shared =
+            StateShared::new(engine, cluster, machine, memtables, flushes, log_bytes_max, view);
+        let shared = Arc::new(shared);
         Ok(Self {
             stager: SnapshotStager::new(shared.clone()),
             images: Arc::new(Images::new(shared.clone(), snapshots)),
@@ -242,6 +245,21 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         }
     }
 
+    /// Puts an image off while the last one is on its way to a follower, and the log after it is not too long.
+    /// The log is kept from a little before the newest image on: with a newer one, the follower would find
+    /// when it has the older one that the log does not reach it, and begin again, for ever if sending
+    /// takes longer than the time between two images.
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
+        if !force && self.shared.is_image_being_sent() {
+            match self.shared.log_size() {
+                Ok(log) if log.bytes <= log.bytes_max => return None,
+                // Its error is the engine's failure, which everybody sees.
+                _ => {}
+            }
+        }
+        Some(SnapshotBuilder::new(self.images.clone()))
+    }
+
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
         SnapshotBuilder::new(self.images.clone())
     }
@@ -256,9 +274,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let staged = snapshot.into_staged(&machine.stager)?;
             machine.switch_to(&meta, staged)?;
             tracing::info!(up_to = ?meta.last_log_id.map(|id| id.index), "installed a snapshot");
-            // An older image would now lack what the snapshot brought; openraft wants the current one.
-            // Without it, it makes one when it needs one: no reason to fail an install that succeeded.
+            // An older image would now lack what the snapshot brought; openraft wants the current one. It is
+            // made when it is asked for: no reason to fail an install that succeeded.
             if let Err(error) = machine.images.build() {
+                machine.images.outdate();
                 tracing::warn!(%error, "cannot make an image of the installed snapshot");
             }
             Ok(())
@@ -270,7 +289,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         &mut self,
     ) -> io::Result<Option<openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotData>>>
     {
-        Ok(self.images.current())
+        let images = self.images.clone();
+        blocking(move || {
+            images.renew();
+            Ok(images.current())
+        })
+        .await
     }
 }
 

@@ -1,6 +1,7 @@
 //! The store against openraft's own suite, against crashes of its files, and against itself.
 
 mod handoff;
+mod images;
 mod once;
 
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! A TCP proxy that can stop in the middle of what it carries, lose what comes back, or cut off who
+//! A TCP proxy that can be slow, stop in the middle of what it carries, lose what comes back, or cut off who
 //! sends something that is not let through.
 
 use std::io::{Read, Write};
@@ -24,6 +24,8 @@ struct Shared {
     /// Bytes that went to the target.
     carried: AtomicU64,
     limit: AtomicU64,
+    /// So many bytes a second of each connection go to the target; 0: as many as come.
+    pace: AtomicU64,
     /// Every so many pieces from the target are lost, together with their connection; 0: none.
     loses_every: AtomicU64,
     came_back: AtomicU64,
@@ -42,6 +44,7 @@ impl Proxy {
             target: Mutex::new(target.to_owned()),
             carried: AtomicU64::new(0),
             limit: AtomicU64::new(NO_LIMIT),
+            pace: AtomicU64::new(0),
             loses_every: AtomicU64::new(0),
             came_back: AtomicU64::new(0),
             lost: AtomicU64::new(0),
@@ -66,6 +69,11 @@ impl Proxy {
     /// Carries so many bytes more to the target and then holds, connections open.
     pub fn hold_after(&self, bytes: u64) {
         self.shared.limit.store(self.carried() + bytes, Ordering::SeqCst);
+    }
+
+    /// Carries no more than so many bytes a second of each connection to the target; 0: as many as come.
+    pub fn slow_down(&self, bytes_per_s: u64) {
+        self.shared.pace.store(bytes_per_s, Ordering::SeqCst);
     }
 
     /// Whether it holds.
@@ -182,6 +190,10 @@ fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: Way<'_>) 
                 }
                 if counted {
                     shared.carried.fetch_add(count as u64, Ordering::SeqCst);
+                    let pace = shared.pace.load(Ordering::SeqCst);
+                    if pace > 0 {
+                        std::thread::sleep(Duration::from_secs(1) * count as u32 / pace as u32);
+                    }
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}

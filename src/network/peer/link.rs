@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::closer::Closer;
+use super::closer::{CloseReason, Closer};
 use super::connection::Connection;
 use super::greeting::{self, GreetingError, Hello, Refusal};
 use super::quiet::Quiet;
@@ -143,6 +143,15 @@ impl Link {
             Ok(outcome) => outcome.clone().unwrap_or(Err(ConnectError::Stopping)),
             Err(_) => Err(ConnectError::Stopping),
         }
+    }
+
+    /// Closes the connection, if there is one. The next call opens another.
+    pub(in crate::network) fn close(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Current::Connected(connection) = &state.current else { return false };
+        let is_open = !connection.closer().is_closed();
+        connection.closer().close(CloseReason::Local);
+        is_open
     }
 
     fn current_or_attempt(self: &Arc<Self>) -> Result<Ready, ConnectError> {

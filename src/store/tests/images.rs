@@ -1,0 +1,114 @@
+//! Images: what they may cost, and when they are made.
+
+use super::*;
+
+/// What RocksDB says of its own options: of each column family, its name and its line of this option.
+fn family_options(dir: &Path, option: &str) -> Vec<(String, String)> {
+    let files = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
+    let is_options =
+        |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("OPTIONS-");
+    let newest = files.filter(is_options).max().expect("RocksDB writes its options down");
+    let text = std::fs::read_to_string(newest).unwrap();
+    let (mut family, mut found) = (String::new(), Vec::new());
+    for line in text.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("[CFOptions \"") {
+            family = name.trim_end_matches("\"]").to_owned();
+        } else if let Some((name, value)) = line.split_once('=')
+            && name == option
+        {
+            found.push((family.clone(), value.to_owned()));
+        }
+    }
+    assert!(found.len() > 1, "{option} is an option of each family: {found:?}");
+    found
+}
+
+/// An image is made of links and stays so: RocksDB does not compact it, though the live data's files are
+/// many.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_not_rewritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let store = Store::open(&options).unwrap();
+    let mut machine = store.state_machine();
+    apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
+    let snapshot = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    let image = std::fs::read_dir(options.dir.join(SNAPSHOTS_DIR)).unwrap().next().unwrap();
+    for (family, value) in family_options(&image.unwrap().path(), "disable_auto_compactions") {
+        assert_eq!(value, "true", "{family}");
+    }
+    drop(snapshot);
+}
+
+/// No brake of RocksDB's on data files holds up the writers of the Raft log, who share it.
+#[test]
+fn data_files_never_hold_up_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let _store = Store::open(&options).unwrap();
+    let db = options.dir.join(DB_DIR);
+    let never = i32::MAX.to_string();
+    for (option, off) in [
+        ("level0_slowdown_writes_trigger", &*never),
+        ("level0_stop_writes_trigger", &*never),
+        ("soft_pending_compaction_bytes_limit", "0"),
+        ("hard_pending_compaction_bytes_limit", "0"),
+    ] {
+        let families = family_options(&db, option);
+        let data = families.iter().find(|(family, _)| family.starts_with("data-"));
+        assert_eq!(data.expect("there is a data family").1, off, "{option}");
+    }
+}
+
+/// While an image is on its way to a follower, no other is made unless it has to be, or the log has become too
+/// long for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_image_waits_for_the_one_under_way() {
+    for (log_bytes_max, waits) in [(1 << 30, true), (1, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = options(dir.path());
+        options.storage.log_bytes_max = log_bytes_max;
+        let store = Store::open(&options).unwrap();
+        store.log().blocking_append([put_entry(1, "k", &"v".repeat(1 << 20))]).await.unwrap();
+        let mut machine = store.state_machine();
+        apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
+        let mut builder = machine.try_create_snapshot_builder(false).await.unwrap();
+        drop(builder.build_snapshot().await.unwrap());
+        let sending = machine.get_current_snapshot().await.unwrap().unwrap();
+        assert_eq!(machine.try_create_snapshot_builder(false).await.is_none(), waits);
+        assert!(machine.try_create_snapshot_builder(true).await.is_some(), "when it has to be");
+        drop(sending);
+        assert!(machine.try_create_snapshot_builder(false).await.is_some(), "it has arrived");
+    }
+}
+
+/// An image that could not be made after an install is made when it is asked for. Until then there is the older
+/// one, which is better than none: without any, openraft gives up.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_failed_is_made_later() {
+    let (from_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let from = open(from_dir.path());
+    let mut sender = from.state_machine();
+    apply(&mut sender, vec![put_entry(1, "k", "v"), put_entry(2, "k", "w")]).await;
+    let snapshot = sender.get_snapshot_builder().await.build_snapshot().await.unwrap();
+
+    let options = options(dir.path());
+    let store = Store::open(&options).unwrap();
+    let mut machine = store.state_machine();
+    apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
+    machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    let staged = transfer(&snapshot.snapshot, &store.stager());
+    // A file where the directory of images should be.
+    let images = options.dir.join(SNAPSHOTS_DIR);
+    let away = options.dir.join("away");
+    std::fs::rename(&images, &away).unwrap();
+    std::fs::write(&images, "").unwrap();
+    machine.install_snapshot(&snapshot.meta, staged).await.unwrap();
+    let older = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(older.meta.last_log_id, Some(log_id(1, 1)));
+    drop(older);
+    std::fs::remove_file(&images).unwrap();
+    std::fs::rename(&away, &images).unwrap();
+    let current = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(current.meta.last_log_id, snapshot.meta.last_log_id);
+}
