@@ -3,7 +3,8 @@
 //!
 //! As on the server, the question that matters is [`ClientError::outcome`]: may the operation have
 //! taken effect? A write whose answer was lost has been tried again until its deadline, and is `Unknown`
-//! if nobody could tell by then; everything that is `NotApplied` left no trace. A read changes nothing, so it never fails with anything else.
+//! if nobody could tell by then; everything that is `NotApplied` left no trace. A read changes nothing, so
+//! it never fails with anything else.
 
 use std::path::PathBuf;
 use std::time::Duration;

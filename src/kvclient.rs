@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::raft_node::pace::{Backoff, Budget};
+use crate::raft_node::pace::{Budget, call_backoff};
 use crate::raft_node::{Answer, Call, Courier, Doubt, TIMEOUT_DEFAULT, key_operations};
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Condition, Epoch, Record, Revision};
@@ -136,13 +136,13 @@ impl KVClient {
         let budget = Budget::new(self.timeout);
         self.rings.refresh_if_due();
         let mut target = self.rings.routes().target(key);
-        let mut backoff = Backoff::new();
+        let mut backoff = call_backoff();
         let mut redirects = 0;
         loop {
             let (address, owner, epoch) = match target.client.execute(call, budget, doubt).await {
                 Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
                 Err(error @ ClientError::Unreachable { .. }) => {
-                    let pause = backoff.pause();
+                    let pause = backoff.pause_with_jitter();
                     if budget.left() <= pause {
                         self.rings.look_for_newer();
                         return Err(error);
@@ -165,7 +165,7 @@ impl KVClient {
                 return Err(ClientError::TooManyRedirects { count: redirects, last });
             }
             if redirects > REDIRECTS_AT_ONCE {
-                tokio::time::sleep(backoff.pause().min(budget.left())).await;
+                tokio::time::sleep(backoff.pause_with_jitter().min(budget.left())).await;
             }
             if let (Some(refused), Some(owner)) = (&target.id, owner.as_deref()) {
                 self.rings.heard(key, (refused, &address), &owner.id, epoch);

@@ -11,6 +11,7 @@
 
 mod alarm;
 pub mod app;
+mod backoff;
 pub mod batch;
 pub mod caretaker;
 pub mod carp;

@@ -24,7 +24,8 @@
 //! Bounds: handoffs that copy records side by side and the bytes they copy in a second are configured
 //! (`[reshard]`); those that only follow what changes do not wait for either, because their keys are, or
 //! are about to be, served by nobody. A job holds one page, or one batch of keys. Copying, counting and
-//! cleaning take turns with everything else: each is at work an eleventh of the time ([`pace`]).
+//! cleaning take turns with everything else: each pauses [`crate::config::ReshardConfig::pause_times`] times as long
+//! as it works ([`pace`]).
 
 mod clean;
 mod count;

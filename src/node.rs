@@ -95,6 +95,14 @@ pub enum StartError {
     Raft(String),
 }
 
+impl StartError {
+    /// Whether what was asked for is at fault: flags, configuration, an address or a data directory. Then the same
+    /// command will not do better.
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::Raft(_))
+    }
+}
+
 /// Why a node did not stop cleanly.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {

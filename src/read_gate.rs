@@ -16,8 +16,8 @@
 //! - What this leader acknowledged itself, it had applied here before.
 //!
 //! No more voters are asked than a majority takes, unless they do not answer at once; but all of them now and
-//! then, to see who is quickest. Every voter counts the same, so it does not matter whom: the choice is the
-//! quickest of late, and costs a moment when it is wrong.
+//! then, to see who is quickest. Any voters will do, so those are asked that have been quickest of late. A wrong
+//! guess costs a millisecond.
 //!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
 //! is committed, which takes more than one of the reports, before the next one begins; and a majority

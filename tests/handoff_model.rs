@@ -155,43 +155,43 @@ fn tell_failures(name: &str, checker: &impl Checker<Protocol>) -> Vec<&'static s
 }
 
 #[test]
-fn three_attempts_and_three_operations() {
+fn three_attempts_keep_every_promise() {
     holds("three attempts", 715_786, there().attempts(3).ops(&OPS));
 }
 
 #[test]
-fn one_client_after_another_answer() {
+fn clients_in_order_keep_every_promise() {
     holds("in order", 15_981, there().attempts(2).ops(&IN_ORDER));
 }
 
 #[test]
-fn a_change_log_that_runs_over() {
+fn a_change_log_that_runs_over_loses_nothing() {
     holds("short change log", 32_649, there().attempts(2).ops(&OPS).log_max(1));
 }
 
 #[test]
-fn two_keys_counted_in_two_stretches() {
+fn two_keys_counted_in_two_stretches_are_counted_once() {
     holds("two keys", 7_171, two_keys().ops(&OF_TWO_KEYS).counts_twice());
 }
 
 #[test]
-fn a_key_goes_there_and_back() {
+fn a_key_that_goes_there_and_back_is_never_lost() {
     holds("there and back", 8_356, there_and_back().ops(&OPS));
     holds("away and home", 8_749, away_and_home().ops(&OPS));
 }
 
 #[test]
-fn a_key_goes_on_to_a_third_cluster() {
+fn a_key_that_goes_on_to_a_third_cluster_is_never_lost() {
     holds("chain", 9_360, chain().ops(&OPS));
 }
 
 #[test]
-fn a_cancelled_change_is_tried_again() {
+fn a_cancelled_change_can_be_tried_again() {
     holds("cancel", 12_638, there().ops(&OPS[..1]).cancels(4));
 }
 
 #[test]
-fn a_third_cluster_joins() {
+fn a_third_cluster_joins_without_loss() {
     holds(
         "third joins",
         20_443,
@@ -200,12 +200,12 @@ fn a_third_cluster_joins() {
 }
 
 #[test]
-fn a_third_cluster_is_cancelled_while_it_joins() {
+fn cancelling_while_a_third_cluster_joins_loses_nothing() {
     holds("third cancelled", 17_607, a_third_joins().cancels(2));
 }
 
 #[test]
-fn a_change_without_handoffs_is_cancelled() {
+fn a_change_without_handoffs_can_be_cancelled() {
     holds("no key moves", 48, no_key_moves().ops(&OPS[..1]).cancels(2));
 }
 

@@ -19,7 +19,6 @@ use distrib_kv_store::cluster_manager::{
 };
 use distrib_kv_store::config::{Config, RingConfig};
 use distrib_kv_store::kvclient::Endpoints;
-use distrib_kv_store::node::StartError;
 use distrib_kv_store::ring::Ring;
 use futures_util::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
@@ -132,7 +131,7 @@ impl From<ManagerError> for Failure {
         use ManagerError as E;
         match error {
             // Nothing that was given is wrong.
-            E::Start { source: StartError::Raft(_), .. } => Self::failed(error),
+            E::Start { ref source, .. } if !source.is_usage() => Self::failed(error),
             E::Config(_)
             | E::Read { .. }
             | E::BadFile { .. }

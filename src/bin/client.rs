@@ -39,8 +39,8 @@ const ENDPOINTS_VARIABLE: &str = "KV_ENDPOINTS";
 /// The largest value read from stdin: the largest that a store can be configured to take.
 const STDIN_BYTES_MAX: u64 = 64 << 20;
 
-/// How long the demo waits for a follower to have what was just written. It usually takes one
-/// heartbeat.
+/// How long the demo waits for a follower to have what was just written. It usually takes a few
+/// milliseconds.
 const DEMO_STALE_WAIT: Duration = Duration::from_secs(2);
 
 /// The pause between two looks at the follower.

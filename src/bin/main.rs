@@ -50,6 +50,9 @@ struct Flags {
 /// every call that a lost connection took with it.
 const DEFAULT_LOG: &str = "info,openraft=error,toy_rpc=off";
 
+/// The node did not start, or did not stop cleanly.
+const EXIT_FAILED: u8 = 1;
+
 /// Flags, configuration, addresses or data directory are not usable as they are.
 const EXIT_USAGE: u8 = 2;
 
@@ -106,7 +109,8 @@ async fn run(flags: Flags, config: Config) -> ExitCode {
     };
     let node = match started {
         Ok(node) => node,
-        Err(error) => return fail(EXIT_USAGE, &error),
+        Err(error) if error.is_usage() => return fail(EXIT_USAGE, &error),
+        Err(error) => return fail(EXIT_FAILED, &error),
     };
     let mut stdout = std::io::stdout();
     let ready = writeln!(stdout, "ready http={} rpc={}", node.http_addr(), node.rpc_addr());

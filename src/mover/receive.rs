@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, sleep};
 
+use crate::backoff::Backoff;
 use crate::handoff::{Cursor, Import, Page, PageRequest};
 use crate::network::handoff_links::SourceError;
 use crate::types::{ClusterId, Command};
@@ -170,8 +171,8 @@ struct Progress {
     near: bool,
     /// Whether the job has said that it got there.
     caught_up: bool,
-    /// Since when nothing works, and how often it has failed since.
-    failing: Option<(Instant, u32)>,
+    /// Since when nothing works, and how long to pause then.
+    failing: Option<(Instant, Backoff)>,
 }
 
 impl Progress {
@@ -204,10 +205,10 @@ impl Progress {
 
     /// `None` when it is time to make room for others.
     fn pause_after_failure(&mut self) -> Option<Duration> {
-        let (since, failures) = self.failing.get_or_insert((Instant::now(), 0));
-        let pause = FAILURE_PAUSE_MIN * (1 << (*failures).min(8));
-        *failures = failures.saturating_add(1);
-        (since.elapsed() < FAILING_MAX).then_some(pause.min(FAILURE_PAUSE_MAX))
+        let begun = || (Instant::now(), Backoff::new(FAILURE_PAUSE_MIN, FAILURE_PAUSE_MAX));
+        let (since, backoff) = self.failing.get_or_insert_with(begun);
+        let pause = backoff.pause();
+        (since.elapsed() < FAILING_MAX).then_some(pause)
     }
 
     /// Says what came, if something did.

@@ -1,8 +1,8 @@
 //! `POST /v1/batch`: many operations in one request ([`crate::batch`] has the bodies).
 //!
 //! The operations of each cluster are one part; while the ring changes, those of each handoff. Reads that need
-//! no leader are a part of their own, which is served once the other one is: together with them, writes would
-//! have to be served here, too, and beside them their values would wait for the writes. A part is served as a
+//! no leader are a part of their own, served after the other one: in one part with writes they would force
+//! those to be served here, and beside them their values would wait in memory for the writes. A part is served as a
 //! single request would be: here, or by the node that can ([`super::forward`]), and what happens to one part
 //! says nothing of another.
 //! With `Kv-Routing: direct` there is one part, which is answered here or not at all: each key of

@@ -23,6 +23,7 @@ use super::call::{
     CLIENT_FLOOR, Call, DEADLINE_MS, HOPS, HOPS_MAX, IDEMPOTENCY_KEY, READ, Routing,
 };
 use super::error::{ApiError, Outcome};
+use crate::backoff::Backoff;
 use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
 use crate::ring::RingCluster;
 use targets::Targets;
@@ -160,7 +161,8 @@ impl Forwarder {
     where
         Fut: Future<Output = Result<T, ApiError>>,
     {
-        let (mut pause, mut paused) = (PAUSE_FIRST, Duration::ZERO);
+        let mut backoff = Backoff::new(PAUSE_FIRST, PAUSE_MAX);
+        let mut paused = Duration::ZERO;
         loop {
             let result = match local().await {
                 Ok(value) => return Ok(Served::Here(value)),
@@ -172,13 +174,13 @@ impl Forwarder {
                 Err(error) => error,
             };
             let patient = call.routing == Routing::PassOn && may_pass(&error);
+            let pause = backoff.pause();
             let in_time = paused < LEADER_WAIT && Instant::now() + pause < call.deadline;
             if !(patient && in_time) {
                 return Err(Refusal::new(error, call));
             }
             tokio::time::sleep(pause).await;
             paused += pause;
-            pause = PAUSE_MAX.min(pause * 2);
         }
     }
 

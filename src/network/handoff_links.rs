@@ -26,6 +26,7 @@ use super::peer::greeting::Refusal;
 use super::peer::link::{ConnectError, Link, LinkContext};
 use super::peer::quiet::Quiet;
 use super::peer::{PeerIdentity, Purpose};
+use crate::backoff::Backoff;
 use crate::handoff::{Page, PageRequest, Refused};
 use crate::ring::{RingCluster, RingNode};
 use crate::types::ClusterId;
@@ -183,16 +184,22 @@ struct Turns {
     rests: Vec<Rest>,
 }
 
-/// One replica's rest, and how many times in a row it has failed.
-#[derive(Debug, Clone, Default)]
+/// One replica's rest, and how long it rests when it fails once more.
+#[derive(Debug, Clone)]
 struct Rest {
     until: Option<Instant>,
-    failures: u32,
+    backoff: Backoff,
+}
+
+impl Rest {
+    fn until(until: Option<Instant>) -> Self {
+        Self { until, backoff: Backoff::new(FAILURE_REST_MIN, FAILURE_REST_MAX) }
+    }
 }
 
 impl Turns {
     fn of(replicas: usize) -> Self {
-        Self { next: 0, rests: vec![Rest::default(); replicas] }
+        Self { next: 0, rests: vec![Rest::until(None); replicas] }
     }
 
     /// Whom to ask, in this order: whoever does not rest, beginning with whose turn it is.
@@ -203,20 +210,18 @@ impl Turns {
     }
 
     fn answered(&mut self, at: usize, brought_something: bool) {
-        self.rests[at] = Rest::default();
+        self.rests[at] = Rest::until(None);
         self.next = if brought_something { at } else { at + 1 };
     }
 
     fn refused(&mut self, at: usize, now: Instant) {
-        self.rests[at] = Rest { until: Some(now + REFUSAL_REST), failures: 0 };
+        self.rests[at] = Rest::until(Some(now + REFUSAL_REST));
         self.next = at + 1;
     }
 
     fn failed(&mut self, at: usize, now: Instant) {
         let rest = &mut self.rests[at];
-        let pause = FAILURE_REST_MIN * (1 << rest.failures.min(16));
-        rest.until = Some(now + pause.min(FAILURE_REST_MAX));
-        rest.failures = rest.failures.saturating_add(1);
+        rest.until = Some(now + rest.backoff.pause());
         self.next = at + 1;
     }
 }

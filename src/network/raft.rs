@@ -45,6 +45,7 @@ use super::peer::handler::PeerHandler;
 use super::peer::quiet::Quiet;
 use super::peer::service::{self, Session};
 use super::peer::settings::PeerSettings;
+use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::read_gate::ReadGate;
 use crate::store::Store;
@@ -151,7 +152,7 @@ struct Acceptor {
 
 impl Acceptor {
     async fn run(self: Arc<Self>, listener: TcpListener) {
-        let mut pause = ACCEPT_PAUSE_MIN;
+        let mut backoff = Backoff::new(ACCEPT_PAUSE_MIN, ACCEPT_PAUSE_MAX);
         loop {
             let accepted = tokio::select! {
                 biased;
@@ -160,7 +161,7 @@ impl Acceptor {
             };
             match accepted {
                 Ok((stream, addr)) => {
-                    pause = ACCEPT_PAUSE_MIN;
+                    backoff.reset();
                     let addr = addr.to_string();
                     self.tracker.spawn(Arc::clone(&self).serve_connection(stream, addr));
                 }
@@ -170,9 +171,8 @@ impl Acceptor {
                     }
                     tokio::select! {
                         () = self.shutdown.cancelled() => return,
-                        () = tokio::time::sleep(pause) => {}
+                        () = tokio::time::sleep(backoff.pause()) => {}
                     }
-                    pause = (2 * pause).min(ACCEPT_PAUSE_MAX);
                 }
             }
         }

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::client_error::ClientError;
 use crate::network::error::Outcome;
 
 use super::doubt::Doubt;
-use super::pace::{Backoff, Budget};
+use super::pace::{Budget, call_backoff};
 use super::verdict::Reason;
 
 /// How often in a row one node may name another the leader. Nodes agree within an election, and
@@ -51,7 +52,7 @@ impl<'a> Journey<'a> {
         Self {
             budget,
             doubt,
-            backoff: Backoff::new(),
+            backoff: call_backoff(),
             redirects_in_row: 0,
             refused: Vec::new(),
             refused_in_round: 0,
@@ -168,7 +169,7 @@ impl<'a> Journey<'a> {
     }
 
     fn pause(&mut self) -> Result<Duration, ClientError> {
-        let pause = self.backoff.pause();
+        let pause = self.backoff.pause_with_jitter();
         self.in_time(Instant::now(), pause)
     }
 

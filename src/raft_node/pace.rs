@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
+
 /// The first pause. Well below an election, so that a leader that is just being elected is found
 /// soon; long enough for a handoff's pause to end within a few attempts.
 const PAUSE_FIRST: Duration = Duration::from_millis(20);
@@ -46,39 +48,7 @@ impl Budget {
     }
 }
 
-/// Pauses that double up to a bound, each with jitter, so that callers that failed together do not
-/// come back together.
-#[derive(Debug)]
-pub(crate) struct Backoff {
-    next: Duration,
-}
-
-impl Backoff {
-    pub(crate) fn new() -> Self {
-        Self { next: PAUSE_FIRST }
-    }
-
-    /// The pause to make now: between a half and the whole of the current bound.
-    pub(crate) fn pause(&mut self) -> Duration {
-        let bound = self.next;
-        self.next = (bound * 2).min(PAUSE_MAX);
-        rand::random_range(bound / 2..=bound)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_to_their_bound_and_never_vanish() {
-        let mut backoff = Backoff::new();
-        let mut total = Duration::ZERO;
-        for _ in 0..100 {
-            let pause = backoff.pause();
-            assert!(pause >= PAUSE_FIRST / 2 && pause <= PAUSE_MAX, "{pause:?}");
-            total += pause;
-        }
-        assert!(total > 90 * (PAUSE_MAX / 2), "{total:?}");
-    }
+/// The pauses of a call.
+pub(crate) fn call_backoff() -> Backoff {
+    Backoff::new(PAUSE_FIRST, PAUSE_MAX)
 }

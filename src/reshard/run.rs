@@ -19,6 +19,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep_until};
 
+use crate::backoff::Backoff;
 use crate::client_error::ClientError;
 use crate::handoff::{Attempt, Done, Handoff, Refused, RingState, Step};
 use crate::metrics::Sizes;
@@ -186,7 +187,7 @@ struct Contact {
     steps: u64,
     /// Whether its view is newer than its last step.
     fresh: bool,
-    pause: Duration,
+    backoff: Backoff,
     trouble: Option<String>,
     /// Since when there has been nothing but trouble.
     troubled_since: Option<Instant>,
@@ -294,7 +295,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
                     asked: false,
                     steps: 0,
                     fresh: false,
-                    pause: PAUSE_FIRST,
+                    backoff: Backoff::new(PAUSE_FIRST, PAUSE_MAX),
                     trouble: None,
                     troubled_since: None,
                 };
@@ -347,7 +348,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         contact.troubled_since = None;
         contact.look_at = Instant::now() + PAUSE_MAX;
         if self.views.get(&id) != Some(&view) {
-            self.contact(&id).pause = PAUSE_FIRST;
+            self.contact(&id).backoff.reset();
             self.moved_at = Instant::now();
             self.refusal = None;
             self.views.insert(id, view);
@@ -397,8 +398,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         contact.fresh = false;
         contact.trouble = Some(format!("cluster {id}: {error}"));
         contact.troubled_since.get_or_insert_with(Instant::now);
-        contact.look_at = Instant::now() + contact.pause;
-        contact.pause = PAUSE_MAX.min(contact.pause * 2);
+        contact.look_at = Instant::now() + contact.backoff.pause();
     }
 
     // --- Acting ----------------------------------------------------------------------------------
@@ -532,8 +532,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
         }
         self.refusal = Some(format!("cluster {at} refuses to {}: {refused}", action.step.name()));
         let contact = self.contact(at);
-        contact.look_at = Instant::now() + contact.pause;
-        contact.pause = PAUSE_MAX.min(contact.pause * 2);
+        contact.look_at = Instant::now() + contact.backoff.pause();
         Ok(())
     }
 

@@ -30,9 +30,9 @@
 //!
 //! Invariants:
 //! - an answer's sequence is not below its client's floor, unless it is pinned, and then it is;
-//! - `order` has the answers there are but for the pinned ones, by their position, which ascends in log
-//!   order, and log time with it: so the first one is the oldest in both meanings. It also has some that
-//!   have fallen, which are passed over; no more of them than of the others, and a few;
+//! - `order` lists the answers that are not pinned, by their position. That ascends in log order, and log
+//!   time with it, so the first one is the oldest in both meanings. It may also list answers that have
+//!   fallen, which are passed over: about as many as the others at most;
 //! - `idle` lists every client once, under a time not later than that of its last write.
 //!
 //! No step takes longer with more clients or answers, but for the depth of the trees: what falls is

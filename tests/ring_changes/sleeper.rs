@@ -6,6 +6,7 @@ use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
 use tokio::time::timeout;
 
+use crate::common::cluster::Cluster;
 use crate::common::cluster::FAST;
 use crate::common::clusters::{CHANGE_PATIENCE, Clusters, id};
 use crate::{ONE_AT_A_TIME, SMALL_PAGES};
@@ -14,6 +15,28 @@ const KEYS: u32 = 200;
 
 /// How long a cluster is away: longer than the client's pauses between two tries, well within its patience.
 const AWAY: Duration = Duration::from_secs(2);
+
+/// Changes of a ring of two, which the third cluster joins and the first one leaves.
+fn ten_changes(third: &Cluster) -> [Change; 10] {
+    let add = Change::Add {
+        id: id(2),
+        nodes: vec![(third.http(1).into(), third.rpc(1).into())],
+        weight: 1.0,
+    };
+    let weight = |place, weight| Change::Weight(id(place), weight);
+    [
+        weight(0, 2.0),
+        weight(1, 3.0),
+        weight(0, 0.5),
+        add,
+        weight(2, 2.0),
+        weight(1, 0.7),
+        weight(0, 4.0),
+        weight(2, 0.5),
+        Change::Remove(id(0)),
+        weight(1, 1.0),
+    ]
+}
 
 /// Two clients sleep through ten changes, after which one of the clusters they know is out of the ring:
 /// one wakes while it still runs and redirects, the other when it is dead. Both find what was written
@@ -30,26 +53,7 @@ async fn a_client_that_slept_through_ten_changes_writes_and_reads() {
     for n in 0..KEYS {
         sleepers[n as usize % 2].write(format!("k{n}"), "before").await.unwrap();
     }
-    let third = clusters.at(2);
-    let add = Change::Add {
-        id: id(2),
-        nodes: vec![(third.http(1).into(), third.rpc(1).into())],
-        weight: 1.0,
-    };
-    let weight = |place, weight| Change::Weight(id(place), weight);
-    let changes = [
-        weight(0, 2.0),
-        weight(1, 3.0),
-        weight(0, 0.5),
-        add,
-        weight(2, 2.0),
-        weight(1, 0.7),
-        weight(0, 4.0),
-        weight(2, 0.5),
-        Change::Remove(id(0)),
-        weight(1, 1.0),
-    ];
-    for (n, change) in changes.iter().enumerate() {
+    for (n, change) in ten_changes(clusters.at(2)).iter().enumerate() {
         let http = HttpClusters::default();
         let next = reshard::begin(&http, &clusters.endpoints(), change).await.unwrap();
         let endpoints = clusters.endpoints();

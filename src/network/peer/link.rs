@@ -21,6 +21,7 @@ use super::rounds::Rounds;
 use super::settings::PeerSettings;
 use super::thrift::{Seat, Thrift};
 use super::{PeerIdentity, Purpose};
+use crate::backoff::Backoff;
 use crate::store::formation::Formation;
 use crate::types::NodeId;
 
@@ -81,8 +82,9 @@ pub(in crate::network) struct Link {
 
 struct State {
     current: Current,
-    /// Failures since the last connection.
-    failures: u32,
+    /// Whether the last attempt failed, too.
+    has_failed: bool,
+    backoff: Backoff,
 }
 
 enum Current {
@@ -99,7 +101,11 @@ impl Link {
         addr: String,
         purpose: Purpose,
     ) -> Self {
-        let state = Mutex::new(State { current: Current::Idle, failures: 0 });
+        let state = Mutex::new(State {
+            current: Current::Idle,
+            has_failed: false,
+            backoff: Backoff::new(BACKOFF_MIN, BACKOFF_MAX),
+        });
         Self { context, target, addr, purpose, state, rounds: Rounds::default() }
     }
 
@@ -222,31 +228,31 @@ impl Link {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match connected {
             Ok(connection) => {
-                state.failures = 0;
+                state.has_failed = false;
+                state.backoff.reset();
                 state.current = Current::Connected(Arc::clone(connection));
                 tracing::debug!(peer = %self.target, addr = self.addr, purpose = ?self.purpose,
                     "connected to peer");
             }
             Err(error) => {
-                let pause = BACKOFF_MIN * (1 << state.failures.min(8));
-                state.failures = state.failures.saturating_add(1);
-                let retry_at = Instant::now() + pause.min(BACKOFF_MAX);
+                let retry_at = Instant::now() + state.backoff.pause();
+                let is_first = !std::mem::replace(&mut state.has_failed, true);
                 state.current = Current::Failed { error: error.clone(), retry_at };
-                self.log_failure(error, state.failures);
+                self.log_failure(error, is_first);
             }
         }
     }
 
     /// Refusals are mistakes of an operator and worth a line; a peer that is down is not news, its
     /// going down is. A replica that knows of no handoff only lags behind, or is ahead.
-    fn log_failure(&self, error: &ConnectError, failures: u32) {
+    fn log_failure(&self, error: &ConnectError, is_first: bool) {
         if let ConnectError::Refused { refusal: Refusal::NoHandoff { .. }, .. } = error {
             tracing::debug!(peer = %self.target, "{error}");
             return;
         }
         let (peer, purpose) = (&self.target, self.purpose);
         let refused = matches!(error, ConnectError::Refused { .. });
-        let news = refused || (failures == 1 && *error != ConnectError::Stopping);
+        let news = refused || (is_first && *error != ConnectError::Stopping);
         let Some(suppressed) = news.then(|| self.context.quiet.admit()).flatten() else { return };
         if refused {
             tracing::warn!(%peer, ?purpose, suppressed, "{error}");

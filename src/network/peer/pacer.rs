@@ -58,6 +58,16 @@ pub(super) enum Hurry {
     Moved,
 }
 
+/// What a message brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sent {
+    /// Only a newer commit index.
+    Commit,
+    Entries,
+    /// As many entries as a request may have: more are there already.
+    EntriesOfFullRequest,
+}
+
 impl Pacer {
     pub(super) fn new(seat: Seat) -> Self {
         Self {
@@ -89,15 +99,14 @@ impl Pacer {
         self.uncommitted = self.uncommitted.filter(still).or(self.answered.filter(still));
     }
 
-    /// A message was sent. `brings_entries`: it has some; `may_pause`: the request that it is of is not a
-    /// full one, after which more is there already.
-    pub(super) fn sent(&mut self, brings_entries: bool, may_pause: bool, now: Instant) {
+    /// A message was sent.
+    pub(super) fn sent(&mut self, sent: Sent, now: Instant) {
         self.has_waited = false;
-        if !brings_entries {
+        if sent == Sent::Commit {
             return;
         }
         self.owed_since.push_back(now);
-        let pause = self.seat.pause(now).filter(|_| may_pause);
+        let pause = self.seat.pause(now).filter(|_| sent == Sent::Entries);
         self.paused_until = pause.map(|pause| now + pause);
         if pause.is_some() {
             // While the input is not looked at, nothing is heard of the commit index either.
@@ -186,9 +195,9 @@ mod tests {
         let mut pacer = Pacer::new(Arc::new(Thrift::new(1, ms(4))).seat(2));
         let start = Instant::now();
         assert_eq!(pacer.next_due(), None);
-        pacer.sent(false, true, start);
+        pacer.sent(Sent::Commit, start);
         assert_eq!(pacer.next_due(), None, "nothing is owed for a message without entries");
-        pacer.sent(true, true, start);
+        pacer.sent(Sent::Entries, start);
         assert_eq!(pacer.next_due(), Some((start + OVERDUE_AFTER, PaceDue::Overdue)));
         pacer.passed(PaceDue::Overdue, start + ms(1));
         assert_eq!(pacer.next_due(), None);
@@ -198,7 +207,7 @@ mod tests {
         pacer.passed(PaceDue::Uncommitted, start + ms(3));
         assert_eq!(pacer.next_due(), None);
         // What is committed soon enough is not due.
-        pacer.sent(true, true, start + ms(4));
+        pacer.sent(Sent::Entries, start + ms(4));
         pacer.appended(entry(2), Some(start + ms(4)), true, start + ms(4));
         pacer.requested(entry(2));
         assert_eq!(pacer.next_due(), None);

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use super::closer::CloseReason;
 use super::connection::{CallError, Connection};
 use super::link::{ConnectError, Link};
-use super::pacer::{Hurry, PaceDue, Pacer};
+use super::pacer::{Hurry, PaceDue, Pacer, Sent};
 use super::votes::may_refuse;
 use super::wire::{
     AppendRefusal, AppendReply, AppendRequest, EncodedAppend, EntryTooLarge, Method, encode_appends,
@@ -299,7 +299,12 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         self.bytes_in_flight += bytes;
         self.last_sent = Some(last);
         let entries_sent_at = (last > prev).then_some(now);
-        self.pacer.sent(entries_sent_at.is_some(), self.may_pause, now);
+        let sent = match entries_sent_at {
+            None => Sent::Commit,
+            Some(_) if self.may_pause => Sent::Entries,
+            Some(_) => Sent::EntriesOfFullRequest,
+        };
+        self.pacer.sent(sent, now);
         let call = self.connection.start(Method::Append, message, permit);
         let answered = call.reply().map(move |answer| Answered {
             answer,

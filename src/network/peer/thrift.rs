@@ -20,7 +20,7 @@
 //! - A follower that is asked for a linearizable read is sent at once what it needs for it.
 //! - While a membership is joint, or not known, there are no spares. Learners are none, and make none.
 //!
-//! Under load that nobody keeps up with nobody is in time, and everyone is sent everything at once.
+//! Under more load than followers keep up with, none of them is in time, and all are sent everything at once.
 //!
 //! After a leader is lost, a spare lacks the entries of its last pause, so it may lose the election that it
 //! begins, and the other one's, which begins soon after it, decides.
