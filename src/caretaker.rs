@@ -9,10 +9,11 @@
 //! - **Tidy.** Snapshots are taken every so many entries; if the entries are large, the log would fill
 //!   the disk first. Above `storage.log_bytes_max` a snapshot is taken and the log purged up to it at once.
 //!   openraft purges nothing that a stream of entries to a follower still has to bring, and a follower that
-//!   is slower than the writers never comes to the end of its stream: so at twice the size the leader
-//!   ends the streams of those that are behind the snapshot, and they get the snapshot instead.
+//!   is slower than the writers never comes to the end of its stream. So when the log is twice as large as that,
+//!   and as the state, the leader ends the streams of those that are behind the snapshot, and they get the
+//!   snapshot instead.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use openraft::ChangeMembers;
@@ -23,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
-use crate::store::{LogSize, StateReader};
+use crate::store::StateReader;
+use crate::types::{LogId, NodeId};
 
 /// Between two looks around.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -40,7 +42,8 @@ pub fn spawn(
     shutdown: CancellationToken,
 ) -> JoinHandle<()> {
     tokio::spawn(async move {
-        let mut caretaker = Caretaker { raft, reader, peers, joint_since: None };
+        let mut caretaker =
+            Caretaker { raft, reader, peers, joint_since: None, ended: BTreeMap::new() };
         shutdown.run_until_cancelled(caretaker.run()).await;
     })
 }
@@ -50,6 +53,8 @@ struct Caretaker {
     reader: StateReader,
     peers: PeerNetwork,
     joint_since: Option<Instant>,
+    /// Up to where the snapshot went for which a follower's stream was ended last.
+    ended: BTreeMap<NodeId, Option<LogId>>,
 }
 
 impl Caretaker {
@@ -95,30 +100,45 @@ impl Caretaker {
         }
     }
 
-    async fn cut_long_log(&self) {
-        let LogSize { bytes, bytes_max } = match self.reader.log_size() {
-            Ok(log) if log.bytes > log.bytes_max => log,
+    /// Lets those go who keep the log from being purged, once for each snapshot that they could have instead.
+    ///
+    /// Not before the log is twice as large as the state, even if nobody is being sent that now: who has just
+    /// got it still has to be sent what was written meanwhile, or it would begin again, for ever.
+    fn end_long_streams(&mut self, bytes: u64) {
+        let Ok(state_bytes) = self.reader.disk_bytes() else { return };
+        if bytes <= 2 * self.reader.log_bytes_max().max(state_bytes) {
+            return;
+        }
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        // Empty where this node does not lead.
+        for (follower, matching) in metrics.replication.iter().flatten() {
+            // Of whom nothing is known, a leader has to find out first.
+            let is_behind = matching.is_some() && *matching < metrics.snapshot;
+            let let_go = is_behind
+                && self.ended.insert(*follower, metrics.snapshot) != Some(metrics.snapshot);
+            if let_go && self.peers.end_appends(*follower) {
+                tracing::warn!(
+                    follower,
+                    bytes,
+                    "it keeps the log from being cut, and gets a snapshot"
+                );
+            }
+        }
+    }
+
+    async fn cut_long_log(&mut self) {
+        let bytes = match self.reader.log_size() {
+            Ok(log) if log.bytes > log.bytes_max => log.bytes,
             _ => return,
         };
-        let (snapshot, purged, behind) = {
+        let (snapshot, purged) = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow_watched();
-            // Empty where this node does not lead.
-            let replication = metrics.replication.iter().flatten();
-            let behind = replication.filter(|(_, matching)| **matching < metrics.snapshot);
-            let behind: Vec<_> = behind.map(|(id, _)| *id).collect();
-            (metrics.snapshot, metrics.purged, behind)
+            (metrics.snapshot, metrics.purged)
         };
-        if bytes > 2 * bytes_max && snapshot > purged {
-            for follower in behind {
-                if self.peers.end_appends(follower) {
-                    tracing::warn!(
-                        follower,
-                        bytes,
-                        "it keeps the log from being cut, and gets a snapshot"
-                    );
-                }
-            }
+        if snapshot > purged {
+            self.end_long_streams(bytes);
         }
         tracing::debug!(bytes, ?snapshot, "the log is large; cutting it");
         // What stays behind the snapshot is for followers that lag a little: they get the snapshot.

@@ -4,29 +4,18 @@
 mod common;
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use common::PATIENCE;
 use common::cluster::{Cluster, FAST, expect_ok};
 use common::load::{Load, LoadOptions};
 use common::proxy::Proxy;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 
-/// Of each turn, a slow follower is awake for the first time and asleep for the second.
-const AWAKE: Duration = Duration::from_millis(10);
-const ASLEEP: Duration = Duration::from_millis(90);
-
-/// Lets a follower work a tenth of the time until `done`. The pauses are not waits for something: they are what
-/// makes it slow.
-fn slow_until(cluster: &mut Cluster, follower: u64, mut done: impl FnMut(&Cluster) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !done(cluster) {
-        assert!(Instant::now() < deadline, "not in time with follower {follower} slow");
-        cluster.pause(follower);
-        std::thread::sleep(ASLEEP);
-        cluster.resume(follower);
-        std::thread::sleep(AWAKE);
-    }
-}
+/// Each of these tests takes what the machine has.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn directory_bytes(path: &Path) -> u64 {
     // Files come and go meanwhile.
@@ -38,6 +27,7 @@ fn directory_bytes(path: &Path) -> u64 {
 /// a snapshot, and catches up when it is faster.
 #[test]
 fn a_follower_slower_than_the_writers_does_not_fill_the_leaders_disk() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     const VALUE_BYTES: usize = 64 << 10;
     const LOG_BYTES_MAX: u64 = 64 << 20;
     const WRITTEN_BYTES: u64 = 10 * LOG_BYTES_MAX;
@@ -71,49 +61,62 @@ fn a_follower_slower_than_the_writers_does_not_fill_the_leaders_disk() {
     promises.check(cluster.http(3), "?consistency=stale", &[]);
 }
 
-/// A node that needs the whole state gets it once, however many entries are written while it is on its way: the
-/// log after it is still there then.
+/// A node that needs the whole state gets it once, also when more is written while it is on its way than the log
+/// may hold otherwise: what was written is still there then.
 #[test]
 fn a_snapshot_that_takes_long_is_sent_once() {
-    const KEYS: u64 = 400;
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     const VALUE_BYTES: usize = 64 << 10;
+    const LOG_BYTES_MAX: u64 = 64 << 20;
+    /// More than the log, at twice its size, may hold if the state is small.
+    const WRITTEN_BYTES: u64 = 2 * LOG_BYTES_MAX + (24 << 20);
+    /// More than that and what RocksDB has not removed yet of older entries, so that keeping the log costs less than
+    /// sending the state again.
+    const STATE_BYTES: usize = WRITTEN_BYTES as usize + (128 << 20);
     let config = format!(
-        "[storage]\nmemtable_bytes = 4194304\n{FAST}\nsnapshot_log_entries = 200\nlog_entries_kept = 20\n\
-         snapshot_chunk_bytes = 65536\n"
+        "[storage]\nmemtable_bytes = 4194304\nlog_bytes_max = {LOG_BYTES_MAX}\n\
+         {FAST}\nsnapshot_log_entries = 200\nlog_entries_kept = 20\nsnapshot_chunk_bytes = 524288\n"
     );
-    let mut cluster = Cluster::start(4, &config);
+    let cluster = Cluster::start(2, &config);
     expect_ok(&cluster.post(1, "/cluster/init", "{}"));
-    let big = LoadOptions {
-        writers: 4,
-        keys: KEYS / 4,
-        value_bytes: VALUE_BYTES,
-        prefix: "big".into(),
-        ..Default::default()
-    };
-    let load = Load::start(vec![cluster.http(1).to_owned()], big);
-    load.await_more("until there is much to send", KEYS);
+    cluster.await_node(1, "leads", |m| m["state"] == "leader");
+    write_noise(cluster.http(1), STATE_BYTES / VALUE_BYTES, VALUE_BYTES);
+    let way = Proxy::start(cluster.rpc(2));
+    way.slow_down(2 << 20);
+    let options =
+        LoadOptions { writers: 4, keys: 20, value_bytes: VALUE_BYTES, ..Default::default() };
+    let load = Load::start(vec![cluster.http(1).to_owned()], options);
+    let learner = format!("[2,\"{}\",\"{}\"]", cluster.http(2), way.address());
+    expect_ok(&cluster.post(1, "/cluster/add-learner", &learner));
+    load.await_more("while the state is on its way", WRITTEN_BYTES / VALUE_BYTES as u64);
     load.stop();
-    // Small writes go on while the state is on its way to the new node, for many times the entries between
-    // two snapshots.
+    let installed = || cluster.log(2).matches("installed a snapshot").count();
+    assert_eq!(installed(), 0, "the state was there before enough was written");
+    // There are newer snapshots soon, while what was written is on its way.
     let options = LoadOptions { writers: 4, keys: 20, ..Default::default() };
     let load = Load::start(vec![cluster.http(1).to_owned()], options);
-    let before = load.acknowledged();
-    cluster.pause(4);
-    let add = {
-        let (leader, body) = (
-            cluster.http(1).to_owned(),
-            format!("[4,\"{}\",\"{}\"]", cluster.http(4), cluster.rpc(4)),
-        );
-        std::thread::spawn(move || common::post(&leader, "/cluster/add-learner", &body).status)
-    };
-    let installed = |cluster: &Cluster| cluster.log(4).matches("installed a snapshot").count();
-    slow_until(&mut cluster, 4, |cluster| installed(cluster) > 0);
-    let meanwhile = load.acknowledged() - before;
-    assert!(meanwhile > 3 * 200, "only {meanwhile} entries were written while the state was sent");
-    // Up to what there was when it had the state: from the log.
+    way.slow_down(0);
+    common::eventually("the state is there", || (installed() > 0).then_some(()));
+    way.slow_down(8 << 20);
     let goal = cluster.metrics(1).unwrap()["last_applied"].as_u64();
-    cluster.await_node(4, "has what was written meanwhile", |m| m["last_applied"].as_u64() >= goal);
-    assert_eq!(installed(&cluster), 1, "the state was sent again");
+    cluster.await_node(2, "has what was written meanwhile", |m| m["last_applied"].as_u64() >= goal);
+    assert_eq!(installed(), 1, "the state was sent again");
     load.stop();
-    assert_eq!(add.join().unwrap(), 200);
+}
+
+/// Writes values that no compression makes smaller.
+fn write_noise(http: &str, count: usize, value_bytes: usize) {
+    std::thread::scope(|scope| {
+        for writer in 0..4_u64 {
+            scope.spawn(move || {
+                let mut random = SmallRng::seed_from_u64(writer);
+                let mut value = vec![0; value_bytes];
+                for n in 0..count / 4 {
+                    random.fill(&mut value[..]);
+                    let written = common::put(http, &format!("/v1/kv/noise-{writer}-{n}"), &value);
+                    assert_eq!(written.status, 200, "{written:?}");
+                }
+            });
+        }
+    });
 }

@@ -130,14 +130,15 @@ async fn carry_out(
     let call = passed_on.as_ref().unwrap_or(call);
     let request = Request { call, consistency, client: client.as_ref(), request_bytes };
     let sound = (0..operations.len()).filter(|index| results[*index].is_none()).collect();
-    serve_all(state, &request, operations, sound, &mut results).await?;
+    // Until the answer is encoded, and counts itself.
+    let _charges = serve_all(state, &request, operations, sound, &mut results).await?;
     if call.routing == Routing::PassOn {
         // Keys that moved to another cluster while the part was served. Once more: a key does not move twice
         // in the life of a request, unless that is long.
         let moved = |index: &usize| results[*index].as_ref().is_some_and(is_misdirected);
         let moved: Vec<_> = (0..operations.len()).filter(moved).collect();
         if !moved.is_empty() {
-            serve_all(state, &request, operations, moved, &mut results).await?;
+            drop(serve_all(state, &request, operations, moved, &mut results).await?);
         }
     }
     Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
@@ -157,14 +158,15 @@ struct Request<'a> {
     request_bytes: usize,
 }
 
-/// Serves these operations where they belong, and puts down what each came to.
+/// Serves these operations where they belong, and puts down what each came to. Returns what the values among that
+/// are counted by.
 async fn serve_all(
     state: &ApiState,
     request: &Request<'_>,
     operations: &[Operation],
     sound: Vec<usize>,
     results: &mut [Option<OperationResult>],
-) -> Result<(), Refusal> {
+) -> Result<Vec<Charge>, Refusal> {
     let routing = request.call.routing;
     let places = into_places(state, routing, request.consistency, operations, sound);
     let count = places.iter().flatten().filter(|part| !part.is_empty()).count();
@@ -181,10 +183,13 @@ async fn serve_all(
         }
         answers
     });
+    let mut charges = Vec::new();
     for (part, answer) in join_all(answers).await.into_iter().flatten() {
         let answer = match answer {
-            // The answer is encoded next, and is counted then.
-            Ok((results, _charge)) => results,
+            Ok((results, charge)) => {
+                charges.extend(charge);
+                results
+            }
             // Said of all operations at once, it is the answer to the request.
             Err(refusal) if part.len() == operations.len() => return Err(refusal),
             Err(refusal) if routing == Routing::Direct => return Err(refusal),
@@ -194,7 +199,7 @@ async fn serve_all(
             results[*index] = Some(result);
         }
     }
-    Ok(())
+    Ok(charges)
 }
 
 /// The indexes of operations that go to the same cluster: those that only its leader serves, and the others.

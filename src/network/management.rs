@@ -85,7 +85,7 @@ async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     call.no_terms()?;
     let (Object(ring), body) = call.read_json::<Object<Ring>>(&state).await?;
-    check_ring(&ring)?;
+    check_new_ring(&ring)?;
     let app = &state.app;
     let local = || app.install_ring(ring.clone(), call.deadline);
     let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
@@ -94,6 +94,7 @@ async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
 
 async fn handoffs(State(state): State<ApiState>, call: Call) -> Answer {
     let sizes = sizes(call.query.as_deref())?;
+    call.no_terms()?;
     let view = || state.app.handoffs(sizes, call.deadline);
     let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, view).await?;
     let response = served.respond(|view| Ok(Json(view).into_response()))?;
@@ -157,11 +158,19 @@ fn check_ring(ring: &Ring) -> Result<(), ApiError> {
     let nodes = ring.clusters.iter().flat_map(|cluster| &cluster.nodes);
     for node in nodes {
         check_node(node.id, [&node.http, &node.rpc])?;
+    }
+    Ok(())
+}
+
+/// A ring that is to come says of each node where to connect.
+fn check_new_ring(ring: &Ring) -> Result<(), ApiError> {
+    check_ring(ring)?;
+    for node in ring.clusters.iter().flat_map(|cluster| &cluster.nodes) {
         let addrs = NodeAddrs { http: node.http.clone(), rpc: node.rpc.clone() };
         if addrs.has_wildcard() {
+            let id = node.id;
             let message = format!(
-                "node {}: nobody can connect to a wildcard; start the node with its own address",
-                node.id
+                "node {id}: nobody can connect to a wildcard; start the node with its own address"
             );
             return Err(ApiError::BadRequest(message));
         }
@@ -172,8 +181,9 @@ fn check_ring(ring: &Ring) -> Result<(), ApiError> {
 /// Rings are checked before they are proposed, everything else at apply.
 fn check_step(step: &Step) -> Result<(), ApiError> {
     match step {
-        Step::Join { ring } | Step::Revert { ring } => check_ring(ring),
-        Step::Begin { ring, next, .. } => check_ring(ring).and_then(|()| check_ring(next)),
+        Step::Join { ring } => check_new_ring(ring),
+        Step::Revert { ring } => check_ring(ring),
+        Step::Begin { ring, next, .. } => check_ring(ring).and_then(|()| check_new_ring(next)),
         _ => Ok(()),
     }
 }

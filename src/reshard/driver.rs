@@ -29,7 +29,7 @@ use crate::ring::Ring;
 use crate::types::{ClusterId, Epoch};
 
 use super::rings::reverted;
-use super::scene::{Scene, Stage, Transition, Views};
+use super::scene::{Scene, Stage, Transition, Views, stragglers};
 
 /// How many changes may be left to copy when a source freezes, at the first attempt: a page or two, which
 /// take some milliseconds to stage ...
@@ -91,7 +91,11 @@ fn action(at: &ClusterId, step: Step) -> Action {
 pub fn next_actions(views: &Views, hints: &Hints) -> Vec<Action> {
     match Scene::of(views) {
         Scene::NoRing => Vec::new(),
-        Scene::Quiet { ring, .. } => settle(views, &ring).into_iter().collect(),
+        Scene::Quiet { ring, .. } => {
+            let back =
+                stragglers(views).into_iter().flat_map(|ring| revert_stragglers(views, &ring));
+            settle(views, &ring).into_iter().chain(back).collect()
+        }
         Scene::Reverting(ring) => revert_stragglers(views, &ring),
         Scene::Changing(transition) => change(views, &transition, hints),
     }

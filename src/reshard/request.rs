@@ -429,7 +429,9 @@ async fn join(
         let nodes = added.nodes.iter().map(|node| node.http.clone()).collect();
         let mut addresses = addresses.to_vec();
         addresses.push(nodes);
-        drive(http, &addresses, Role::Helper, Goal::Forward, |_, _| {}).await?;
+        let known = survey(http, &addresses).await?.clusters.into_values();
+        let drive = Drive::new(http, known, Role::Helper, Goal::Forward);
+        drive.until_back(added.id.clone()).stalled_after(STALLED_AFTER).run(|_, _| {}).await?;
         joined = propose(http, added, &join).await;
     }
     match joined {

@@ -201,6 +201,7 @@ pub struct Drive<'a, C> {
     /// Give up when nothing has moved for so long.
     stalled_after: Option<Duration>,
     gone_after: Duration,
+    awaited: Option<ClusterId>,
     contacts: BTreeMap<ClusterId, Contact>,
     views: Views,
     moved_at: Instant,
@@ -228,6 +229,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
             hints: Hints::new(goal),
             stalled_after: None,
             gone_after: GONE_AFTER,
+            awaited: None,
             contacts: BTreeMap::new(),
             views: Views::new(),
             moved_at: Instant::now(),
@@ -246,6 +248,13 @@ impl<'a, C: Clusters> Drive<'a, C> {
     #[must_use]
     pub fn stalled_after(mut self, after: Duration) -> Self {
         self.stalled_after = Some(after);
+        self
+    }
+
+    /// Goes on until this cluster, too, is out of a change that ended while it was away.
+    #[must_use]
+    pub fn until_back(mut self, cluster: ClusterId) -> Self {
+        self.awaited = Some(cluster);
         self
     }
 
@@ -540,6 +549,10 @@ impl<'a, C: Clusters> Drive<'a, C> {
 
     fn end(&self) -> Option<Scene> {
         if !self.under_way.is_empty() || !self.contacts.values().all(|contact| contact.asked) {
+            return None;
+        }
+        let is_out = |id| self.views.get(id).is_some_and(|view| view.change.is_none());
+        if !self.awaited.as_ref().is_none_or(is_out) {
             return None;
         }
         let scene = Scene::of(&self.views_without_gone());

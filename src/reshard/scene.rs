@@ -31,8 +31,7 @@ pub enum Scene {
     },
     /// A change is under way, or not finished everywhere.
     Changing(Transition),
-    /// A change was called off, and not all of its clusters have taken the ring that ends it. There may be later
-    /// rings than that one.
+    /// A change was called off, and not all of its clusters have taken the ring that ends it.
     Reverting(Ring),
 }
 
@@ -78,7 +77,6 @@ impl Scene {
         if let Some(change) = at_newest.filter_map(|view| view.change.as_ref()).next() {
             return Self::Changing(Transition::new(ring, change.next.ring(), views));
         }
-        let mut straggler = None;
         for (id, view) in views {
             let behind = epoch - view.epoch();
             if view.epoch() == 0 || behind == 0 || !concerns(views, ring, id, view) {
@@ -90,15 +88,9 @@ impl Scene {
                 2 if Ring { epoch, ..old.clone() } == *ring => {
                     return Self::Reverting(ring.clone());
                 }
-                // No change is followed by another before all of its members are through with it, but for
-                // clusters that were to join when it was called off: nobody waits for those.
-                2.. if view.change.is_some() => straggler = Some(reverted(old)),
-                // Of no change that anybody knows of: an operator's to look at.
+                // Of no change that is under way: see [`stragglers`].
                 _ => {}
             }
-        }
-        if let Some(ring) = straggler {
-            return Self::Reverting(ring);
         }
         let settled = sequencer_of(views, ring).map(|view| view.settling.is_empty());
         Self::Quiet { ring: ring.clone(), settled }
@@ -112,6 +104,16 @@ impl Scene {
             Self::Changing(transition) => Some(&transition.old),
         }
     }
+}
+
+/// Rings that ended a change which a cluster is still in, though later rings are in force. No change is followed by
+/// another before all of its members are through with it, but for clusters that were to join when it was
+/// called off: nobody waits for those, and the scene is without them.
+pub(super) fn stragglers(views: &Views) -> Vec<Ring> {
+    let newest = views.values().map(RingState::epoch).max().unwrap_or_default();
+    let is_behind =
+        |view: &&RingState| view.change.is_some() && view.epoch() > 0 && newest > view.epoch() + 2;
+    views.values().filter(is_behind).map(|view| reverted(view.ring.ring())).collect()
 }
 
 /// Whether what became of the change to `ring` is any of this cluster's business. A cluster that left

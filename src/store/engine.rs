@@ -361,8 +361,9 @@ fn family_options(name: &str, cache: &Cache) -> Options {
         table.set_pin_top_level_index_and_filter(true);
         options.set_compression_type(DBCompressionType::Lz4);
         // RocksDB's brakes on writers hold up all families, and so the Raft log, whose writes the core
-        // of Raft waits for: heartbeats and votes would wait for a compaction of data. What adds files
-        // here waits by itself ([`super::flush`]), and fills no memtable of RocksDB's.
+        // of Raft waits for: heartbeats and votes would wait for a compaction of data. Flushes wait by
+        // themselves ([`super::flush`]). Staged snapshots do not: they come in the order of their keys, in
+        // files that need no merging.
         options.set_level_zero_slowdown_writes_trigger(i32::MAX);
         options.set_level_zero_stop_writes_trigger(i32::MAX);
         options.set_soft_pending_compaction_bytes_limit(0);

@@ -52,7 +52,7 @@ const FLUSHED_MAX: usize = 4;
 /// What a round does to a key's row.
 #[derive(Debug, Clone)]
 pub(super) enum Update<'a> {
-    /// A client's put. The record is made where it will stand.
+    /// A client's put of a small value. The record is made where it will stand.
     Put {
         revision: Revision,
         value: &'a [u8],
@@ -98,7 +98,15 @@ pub(super) struct Layers {
     changed: bool,
 }
 
-impl Update<'_> {
+impl<'a> Update<'a> {
+    /// A client's put. A large value is copied here, and not once the rows are locked.
+    pub(super) fn put(revision: Revision, value: &'a [u8]) -> Self {
+        if value.len() <= table::NEAR_BYTES_MAX {
+            return Self::Put { revision, value };
+        }
+        Self::Record(meta::encode_record(revision, value).into())
+    }
+
     /// How long the record is; `None` if there is none.
     fn record_bytes(&self) -> Option<usize> {
         match self {

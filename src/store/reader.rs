@@ -294,6 +294,11 @@ impl StateReader {
         self.shared.disk_bytes()
     }
 
+    /// `storage.log_bytes_max`.
+    pub fn log_bytes_max(&self) -> u64 {
+        self.shared.log_bytes_max
+    }
+
     /// How large the Raft log is, and may be.
     pub fn log_size(&self) -> io::Result<LogSize> {
         self.shared.log_size()

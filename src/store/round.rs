@@ -143,7 +143,7 @@ impl<'a> Round<'a> {
                 self.progress.revision += 1;
                 let revision = self.progress.revision;
                 self.replaces_dead_row(key)?;
-                self.updates.insert(key, Update::Put { revision, value });
+                self.updates.insert(key, Update::put(revision, value));
                 Ok(Written::Put { revision })
             }
             Action::Delete => {
@@ -159,6 +159,9 @@ impl<'a> Round<'a> {
 
     /// The revision of a key's record as of this point of the round.
     fn current(&self, key: &Bytes) -> io::Result<Option<Revision>> {
+        if let Some(Update::Put { revision, .. }) = self.updates.get(&key[..]) {
+            return Ok(Some(*revision));
+        }
         let row = self.live_row(key)?;
         row.map(|row| Ok(meta::decode_row(&row)?.0)).transpose()
     }

@@ -540,6 +540,30 @@ async fn reads_never_go_back_while_memtables_are_flushed() {
     assert_eq!(store.reader().key_count().unwrap(), KEYS);
 }
 
+/// Writes of one entry see those before them, however large values are, and so do readers afterwards.
+#[tokio::test]
+async fn later_writes_of_an_entry_see_earlier_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let mut machine = store.state_machine();
+    for (index, bytes) in [(1, 10), (2, 100_000)] {
+        let (key, before) = (Bytes::from(format!("k{index}")), store.reader().revision());
+        let put = |text: &str, condition| {
+            Write::put(key.clone(), Bytes::from(text.repeat(bytes)), condition)
+        };
+        let writes = vec![
+            put("a", Condition::Absent),
+            put("b", Condition::Absent),
+            put("c", Condition::Revision(before + 1)),
+            put("d", Condition::Revision(before + 1)),
+        ];
+        let entry = command_entry(index, Command::Write { at_ms: index, writes: writes.into() });
+        apply(&mut machine, vec![entry]).await;
+        assert_eq!(store.reader().revision(), before + 2, "two of four took place");
+        assert_eq!(value(&store, &format!("k{index}")), Some("c".repeat(bytes)));
+    }
+}
+
 /// Apply ends with an error, and does not wait for ever, when its rows cannot be written.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_flush_is_final() {

@@ -141,6 +141,7 @@ async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
         let mut known = later.clusters.clone();
         known.push(joiner.clone());
         let mut drive = Drive::new(&clusters, known, Role::Alone, Goal::Forward)
+            .until_back(joiner.id.clone())
             .gone_after(Duration::from_millis(100))
             .stalled_after(Duration::from_secs(20));
         let end = drive.run(|_, _| {}).await.unwrap();

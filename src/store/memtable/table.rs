@@ -13,9 +13,9 @@
 //! ```
 //!
 //! Rows begin at multiples of [`UNIT_BYTES`] and lie within one piece. A row that outgrows its room is
-//! written anew elsewhere, with twice the room: what it leaves behind is never used again, but a key
-//! that keeps changing its size leaves less than four times its largest record, and records beyond
-//! [`NEAR_BYTES_MAX`] leave nothing.
+//! written anew elsewhere, with twice the room. What it leaves behind is never used again, and counts as
+//! the table's; a key that keeps changing its size leaves less than four times its largest record, and its
+//! own bytes ten times at most. Records beyond [`NEAR_BYTES_MAX`] leave nothing.
 
 use bytes::Bytes;
 use hashbrown::HashTable;
@@ -23,7 +23,7 @@ use hashbrown::HashTable;
 use super::Update;
 
 /// Larger records are allocated one by one: copying them whenever they are read would cost more.
-const NEAR_BYTES_MAX: usize = 2 << 10;
+pub(super) const NEAR_BYTES_MAX: usize = 2 << 10;
 
 /// What is allocated at once. Small against a table, large against nearly all rows.
 const PIECE_BYTES: usize = 256 << 10;

@@ -23,8 +23,7 @@ fn family_options(dir: &Path, option: &str) -> Vec<(String, String)> {
     found
 }
 
-/// An image is made of links and stays so: RocksDB does not compact it, though the live data's files are
-/// many.
+/// An image is made of links and stays so: RocksDB is told of each of its families not to compact it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_is_not_rewritten() {
     let dir = tempfile::tempdir().unwrap();
