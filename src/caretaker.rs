@@ -115,9 +115,9 @@ impl Caretaker {
         for (follower, matching) in metrics.replication.iter().flatten() {
             // Of whom nothing is known, a leader has to find out first.
             let is_behind = matching.is_some() && *matching < metrics.snapshot;
-            let let_go = is_behind
-                && self.ended.insert(*follower, metrics.snapshot) != Some(metrics.snapshot);
-            if let_go && self.peers.end_appends(*follower) {
+            let is_new = self.ended.get(follower) != Some(&metrics.snapshot);
+            if is_behind && is_new && self.peers.end_appends(*follower) {
+                self.ended.insert(*follower, metrics.snapshot);
                 tracing::warn!(
                     follower,
                     bytes,
@@ -137,14 +137,14 @@ impl Caretaker {
             let metrics = metrics.borrow_watched();
             (metrics.snapshot, metrics.purged)
         };
-        if snapshot > purged {
-            self.end_long_streams(bytes);
-        }
         tracing::debug!(bytes, ?snapshot, "the log is large; cutting it");
         // What stays behind the snapshot is for followers that lag a little: they get the snapshot.
         let cut = match snapshot {
             Some(snapshot) if Some(snapshot) > purged => {
-                self.raft.trigger().purge_log(snapshot.index).await
+                // Asked for first, so that it is on Raft's mind when the streams end.
+                let cut = self.raft.trigger().purge_log(snapshot.index).await;
+                self.end_long_streams(bytes);
+                cut
             }
             _ => self.raft.trigger().snapshot().await,
         };

@@ -207,7 +207,8 @@ pub struct StorageConfig {
     /// The newest log entries kept in memory, in bytes.
     pub log_tail_bytes: usize,
     /// The Raft log's size above which it is cut, in bytes, however few entries it holds. While a follower
-    /// is being sent the state, the log may grow as large as the state instead.
+    /// is being sent the state, the log may grow as large as the state instead; and for a follower that is
+    /// slow to take it, to twice the larger of the two.
     pub log_bytes_max: usize,
 }
 

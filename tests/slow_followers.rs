@@ -97,7 +97,7 @@ fn a_snapshot_that_takes_long_is_sent_once() {
     let load = Load::start(vec![cluster.http(1).to_owned()], options);
     way.slow_down(0);
     common::eventually("the state is there", || (installed() > 0).then_some(()));
-    way.slow_down(8 << 20);
+    way.slow_down(16 << 20);
     let goal = cluster.metrics(1).unwrap()["last_applied"].as_u64();
     cluster.await_node(2, "has what was written meanwhile", |m| m["last_applied"].as_u64() >= goal);
     assert_eq!(installed(), 1, "the state was sent again");

@@ -130,7 +130,7 @@ async fn carry_out(
     let call = passed_on.as_ref().unwrap_or(call);
     let request = Request { call, consistency, client: client.as_ref(), request_bytes };
     let sound = (0..operations.len()).filter(|index| results[*index].is_none()).collect();
-    // Until the answer is encoded, and counts itself.
+    // As long as the others are waited for.
     let _charges = serve_all(state, &request, operations, sound, &mut results).await?;
     if call.routing == Routing::PassOn {
         // Keys that moved to another cluster while the part was served. Once more: a key does not move twice

@@ -431,7 +431,12 @@ async fn join(
         addresses.push(nodes);
         let known = survey(http, &addresses).await?.clusters.into_values();
         let drive = Drive::new(http, known, Role::Helper, Goal::Forward);
-        drive.until_back(added.id.clone()).stalled_after(STALLED_AFTER).run(|_, _| {}).await?;
+        let mut drive = drive.until_back(added.id.clone()).stalled_after(STALLED_AFTER);
+        drive.run(|_, _| {}).await.map_err(|error| {
+            let message =
+                format!("it is still in a change that was called off without it: {error}");
+            ChangeError::Unreachable { cluster: added.id.clone(), message }
+        })?;
         joined = propose(http, added, &join).await;
     }
     match joined {

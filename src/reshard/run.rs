@@ -508,7 +508,12 @@ impl<'a, C: Clusters> Drive<'a, C> {
                 self.tell_moved(&action.step, &done);
             }
             Err(ClientError::StepRefused(refused)) => return self.refused(&action, *refused),
-            Err(error) => self.trouble(&action.at, &error),
+            Err(error) => {
+                // It answers looks, so that would be forgotten with the next one.
+                let (at, name) = (&action.at, action.step.name());
+                self.refusal = Some(format!("cluster {at} cannot {name}: {error}"));
+                self.trouble(&action.at, &error);
+            }
         }
         Ok(())
     }
