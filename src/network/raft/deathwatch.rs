@@ -33,8 +33,7 @@ use crate::types::{NodeId, Vote};
 /// and closes what it accepted.
 const CONNECTS_MAX: usize = 3;
 
-/// Between two of these tries: longer than a system takes to close what a process had open. Three tries without a
-/// pause were over before that in one of sixty ends.
+/// Between two of these tries: longer than a system takes to close what a process had open.
 const CONNECT_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a look-up and a connect may take, and how long an accepted connection is watched: a process that
@@ -134,6 +133,8 @@ async fn refuses_at(addr: SocketAddr) -> bool {
         }
         let mut stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
             Ok(Ok(stream)) => stream,
+            // It was accepted, and the port was closed before anybody knew.
+            Ok(Err(error)) if error.kind() == ErrorKind::ConnectionReset => continue,
             Ok(Err(error)) => return error.kind() == ErrorKind::ConnectionRefused,
             Err(_) => return false,
         };
@@ -164,6 +165,14 @@ mod tests {
         drop(listener);
         assert!(refuses(&addr).await);
         assert!(!refuses("no address").await);
+    }
+
+    /// The port is closed while a connection to it waits to be accepted: that one is reset, and not refused.
+    #[tokio::test]
+    async fn who_ends_in_the_middle_of_a_connect_has_ended() {
+        let (listener, addr) = listen().await;
+        let (gone, ()) = tokio::join!(refuses(&addr), async { drop(listener) });
+        assert!(gone);
     }
 
     /// However many connections that is, in the moment that it takes.
