@@ -509,7 +509,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
             }
             Err(ClientError::StepRefused(refused)) => return self.refused(&action, *refused),
             Err(error) => {
-                // It answers looks, so that would be forgotten with the next one.
+                // If it answers looks, the trouble is forgotten with the next one.
                 let (at, name) = (&action.at, action.step.name());
                 self.refusal = Some(format!("cluster {at} cannot {name}: {error}"));
                 self.trouble(&action.at, &error);

@@ -33,7 +33,7 @@ use crate::types::{NodeId, Vote};
 /// and closes what it accepted.
 const CONNECTS_MAX: usize = 3;
 
-/// Between two of these tries: longer than a system takes to close what a process had open.
+/// Between two of these tries: a system that closes what a process had open is usually through with it then.
 const CONNECT_PAUSE: Duration = Duration::from_millis(5);
 
 /// How long a look-up and a connect may take, and how long an accepted connection is watched: a process that
@@ -133,7 +133,7 @@ async fn refuses_at(addr: SocketAddr) -> bool {
         }
         let mut stream = match timeout(CONNECT_TIMEOUT, TcpStream::connect(addr)).await {
             Ok(Ok(stream)) => stream,
-            // It was accepted, and the port was closed before anybody knew.
+            // It waited to be accepted, and the port was closed before anybody knew.
             Ok(Err(error)) if error.kind() == ErrorKind::ConnectionReset => continue,
             Ok(Err(error)) => return error.kind() == ErrorKind::ConnectionRefused,
             Err(_) => return false,
