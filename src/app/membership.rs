@@ -52,6 +52,7 @@ impl App {
                         && metrics.last_applied.is_some()
                         && metrics.last_applied.index() >= metrics.last_log_index
                 };
+                // It is initialised also if that takes longer; then the next request waits for it, or is told.
                 let _ = self.inner.raft.wait(Some(INIT_WAIT_MAX)).metrics(formed, "formed").await;
                 Ok(())
             }
