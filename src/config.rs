@@ -150,7 +150,8 @@ pub struct RaftConfig {
     pub spare_append_pause_ms: u64,
     /// Entries in one append message, in number.
     pub append_entries_max: u64,
-    /// Entries in one append message, in bytes; a single larger entry still goes.
+    /// Entries in one append message, in bytes; a single larger entry still goes. Four times that are in
+    /// flight to one follower at most, and one message more.
     pub append_bytes_max: usize,
     /// One chunk of a snapshot on its way to a follower, in bytes.
     pub snapshot_chunk_bytes: usize,

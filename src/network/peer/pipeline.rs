@@ -109,7 +109,7 @@ where
         // full for certain, unless entries are larger than that.
         full_bytes: settings.append_bytes_max / 2,
         may_pause: true,
-        bytes_max: settings.bytes_in_flight_max(),
+        bytes_max: settings.appends_in_flight_bytes_max(),
         message_bytes_max: settings.frame_bytes_max,
         reply_timeout: settings.reply_timeout,
     };

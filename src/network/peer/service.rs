@@ -52,7 +52,7 @@ pub(in crate::network) async fn serve(
 ) {
     let Session { stream, hello, budget, closer } = session;
     let calls_max = settings.calls_max(hello.purpose);
-    let admission = Admission::new(calls_max, settings.bytes_in_flight_max());
+    let admission = Admission::new(calls_max, settings.unanswered_bytes_max());
     let codec = PeerCodec::new(
         stream.into_split(),
         settings.request_limits(hello.purpose, budget),

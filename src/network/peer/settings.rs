@@ -146,9 +146,15 @@ impl PeerSettings {
         FrameBudget::new(2 * self.frame_bytes_max)
     }
 
-    /// Bytes of calls in flight on one connection. Four of the largest frames: enough to keep a
-    /// follower busy, little enough for a leader with many of them.
-    pub(in crate::network) fn bytes_in_flight_max(&self) -> usize {
+    /// Bytes of appends in flight to one follower, and one append more: four full ones, because a leader
+    /// holds that much for each follower that does not keep up.
+    pub(in crate::network) fn appends_in_flight_bytes_max(&self) -> usize {
+        4 * self.append_bytes_max
+    }
+
+    /// Bytes of calls that an acceptor reads from one connection before it has answered them. The
+    /// largest frame must fit, and this node may be configured otherwise than the one that sends.
+    pub(in crate::network) fn unanswered_bytes_max(&self) -> usize {
         4 * self.frame_bytes_max
     }
 }

@@ -44,6 +44,27 @@ async fn replies_come_in_order_with_many_in_flight() {
     node.stop().await;
 }
 
+/// A leader holds little for a follower that does not answer, however many appends it may have in flight.
+#[tokio::test]
+async fn appends_in_flight_are_bounded_in_bytes() {
+    let narrow = PeerSettings { append_pipeline_max: 1000, append_bytes_max: 10_000, ..settings() };
+    let node = FakeNode::start(narrow.clone()).await;
+    node.fake.append_replies.forget_permits(usize::MAX);
+    let link = link_with(identity(2), &node.addr, Purpose::Append, narrow);
+    let mut replies = append_stream(link, requests((0..100).map(|n| append(n, 1, 10_000))));
+    let appended = || node.fake.appended.lock().unwrap().len();
+    for answered in 0..3 {
+        let none = tokio::time::timeout(Duration::from_millis(200), replies.next()).await;
+        assert!(none.is_err(), "a reply came before it was given");
+        assert_eq!(appended(), answered + 4, "four full ones are in flight");
+        node.fake.append_replies.add_permits(1);
+        assert!(matches!(within("a reply", replies.next()).await, Some(Ok(Ok(_)))));
+    }
+    drop(replies);
+    node.fake.append_replies.add_permits(100);
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn a_conflict_ends_the_stream_and_the_next_one_goes_on() {
     let node = FakeNode::start(settings()).await;
