@@ -69,7 +69,10 @@ impl App {
             self.confirm_reads(&reads, consistency, deadline)
         );
         // Not before: values would wait in memory for writes that no majority answers.
-        let found = confirmed.and_then(|()| self.look_up_many(&reads));
+        let found = match confirmed {
+            Ok(()) => self.look_up_many(&reads).await,
+            Err(error) => Err(error),
+        };
         // What belongs elsewhere says so also where nobody leads.
         let why = |key: &[u8], error: &ApiError| match serves(key) {
             true => error.clone(),
@@ -132,7 +135,7 @@ impl App {
     }
 
     /// What each of the reads comes to.
-    fn look_up_many(
+    async fn look_up_many(
         &self,
         reads: &[(usize, &Bytes)],
     ) -> Result<Vec<Result<Done, ApiError>>, ApiError> {
@@ -141,8 +144,8 @@ impl App {
         }
         // No more than clients take.
         let max = self.inner.limits.http_body_bytes_max.min(VALUE_BYTES_MAX);
-        let keys = reads.iter().map(|(_, key)| &key[..]);
-        let found = self.inner.reader.get_many(keys, max);
+        let keys: Vec<&[u8]> = reads.iter().map(|(_, key)| &key[..]).collect();
+        let found = self.inner.reader.get_many(&keys, max).await;
         let found = found.map_err(|error| refusal::storage(error, Outcome::NotApplied))?;
         let left_out = ApiError::TooLarge { what: "answer to the whole batch", max };
         let mut found = found.into_iter();

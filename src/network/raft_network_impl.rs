@@ -261,6 +261,8 @@ impl PeerClient {
         };
         let transfer = Transfer { source, vote, meta };
         let sent = transfer.send(&self.snapshot).await;
+        // Where a newer image has taken its place, the last one to hold it closes it and removes its files.
+        drop(tokio::task::spawn_blocking(move || drop(transfer)));
         sent.map_err(|error| self.streaming_error(error))
     }
 

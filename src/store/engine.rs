@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use crate::config::StorageConfig;
 use crate::types::{ClusterId, NodeId};
 
-use super::meta;
+use super::{meta, remove_file_if_there};
 
 pub(super) type Db = DBWithThreadMode<MultiThreaded>;
 pub(super) type Cf<'a> = Arc<BoundColumnFamily<'a>>;
@@ -40,6 +40,9 @@ const VERIFY_BYTES_MAX: u64 = 256 << 20;
 /// RocksDB's own log files: few and small, so that they never fill a disk.
 const INFO_LOG_BYTES_MAX: usize = 4 << 20;
 const INFO_LOG_FILES_MAX: usize = 3;
+
+/// RocksDB's list of its files begins anew at this size, in bytes.
+const MANIFEST_BYTES_MAX: usize = 4 << 20;
 
 /// One of RocksDB's own memtables, and how many a family may have: the log's entries, and what a
 /// snapshot transfer stages. A write that must wait for one holds up consensus, so a few.
@@ -172,6 +175,9 @@ impl Engine {
     ) -> io::Result<()> {
         self.check()?;
         let options = family_options(family, &self.cache);
+        // RocksDB takes a file over by a link, and only logs it if it cannot remove the old name: written
+        // through that, this file would be another's content.
+        remove_file_if_there(path)?;
         let mut file = DataFile { writer: SstFileWriter::create(&options), path, unsynced: 0 };
         file.writer.open(path).map_err(to_io)?;
         fill(&mut file)?;
@@ -329,6 +335,8 @@ fn db_options() -> Options {
     options.set_max_total_wal_size(WAL_BYTES_MAX);
     // One flush of the log and one compaction at a time: the node's threads need the processor more.
     options.set_max_background_jobs(2);
+    // Every image has a copy of it, and opens with all that it says.
+    options.set_max_manifest_file_size(MANIFEST_BYTES_MAX);
     options.set_keep_log_file_num(INFO_LOG_FILES_MAX);
     options.set_max_log_file_size(INFO_LOG_BYTES_MAX);
     options.set_log_level(LogLevel::Warn);
@@ -360,14 +368,6 @@ fn family_options(name: &str, cache: &Cache) -> Options {
         table.set_metadata_block_size(4 << 10);
         table.set_pin_top_level_index_and_filter(true);
         options.set_compression_type(DBCompressionType::Lz4);
-        // RocksDB's brakes on writers hold up all families, and so the Raft log, whose writes the core
-        // of Raft waits for: heartbeats and votes would wait for a compaction of data. Flushes wait by
-        // themselves ([`super::flush`]). Staged snapshots do not: they come in the order of their keys, in
-        // files that need no merging.
-        options.set_level_zero_slowdown_writes_trigger(i32::MAX);
-        options.set_level_zero_stop_writes_trigger(i32::MAX);
-        options.set_soft_pending_compaction_bytes_limit(0);
-        options.set_hard_pending_compaction_bytes_limit(0);
     } else if name == CF_LOG {
         // Entries live shortly and are read in order: no filter, no compression. Most are purged
         // before their memtable is written, as a range, and never reach a file's second level.
@@ -379,6 +379,14 @@ fn family_options(name: &str, cache: &Cache) -> Options {
         options.set_write_buffer_size(MEMTABLE_BYTES);
         options.set_max_write_buffer_number(MEMTABLES_MAX);
     }
+    // RocksDB's brakes on one family's writers hold up those of all, and so the Raft log, whose writes the
+    // core of Raft waits for: heartbeats and votes would wait for a compaction. Flushes of data wait by
+    // themselves ([`super::flush`]). Staged snapshots come in the order of their keys, in files that need no
+    // merging. The log's files are merged or purged as soon as a compaction of data leaves them the thread.
+    options.set_level_zero_slowdown_writes_trigger(i32::MAX);
+    options.set_level_zero_stop_writes_trigger(i32::MAX);
+    options.set_soft_pending_compaction_bytes_limit(0);
+    options.set_hard_pending_compaction_bytes_limit(0);
     options.set_block_based_table_factory(&table);
     options
 }

@@ -8,7 +8,8 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use openraft::type_config::alias::SnapshotOf;
 use rocksdb::checkpoint::Checkpoint;
@@ -20,6 +21,10 @@ use super::engine::{self, CF_META, Db, Engine, to_io};
 use super::meta;
 use super::reader::StateShared;
 use super::snapshot::{Chunk, ChunkWriter, Cursor, Head, SnapshotData};
+
+/// How long a follower that has part of an image may be away before the image can be replaced. Between two
+/// attempts to send it nobody holds it, and with a newer one the follower would begin again.
+const BETWEEN_ATTEMPTS_MAX: Duration = Duration::from_secs(60);
 
 /// The images of one store.
 pub(super) struct Images {
@@ -45,7 +50,44 @@ pub struct SnapshotImage {
     db: Db,
     data: String,
     head: Head,
+    sending: Arc<Mutex<Sending>>,
     _dir: ImageDir,
+}
+
+/// How far the transfers of an image are.
+#[derive(Debug, Clone, Copy, Default)]
+enum Sending {
+    #[default]
+    NotBegun,
+    /// The last chunk that was read, but for the end, was read then.
+    Since(Instant),
+    /// Somebody has read the end.
+    Ended,
+}
+
+/// An image as others than its holders see it.
+#[derive(Default)]
+pub(super) struct NewestImage {
+    image: Weak<SnapshotImage>,
+    sending: Arc<Mutex<Sending>>,
+}
+
+impl NewestImage {
+    fn new(image: &Arc<SnapshotImage>) -> Self {
+        Self { image: Arc::downgrade(image), sending: image.sending.clone() }
+    }
+
+    /// Whether a follower is getting it, or has part of it and can be expected to get the rest.
+    pub(super) fn is_being_sent(&self, now: Instant) -> bool {
+        // One is that of the images themselves.
+        let is_held = self.image.strong_count() > 1;
+        match *self.sending.lock().unwrap_or_else(PoisonError::into_inner) {
+            Sending::NotBegun => false,
+            Sending::Since(last) => is_held || now < last + BETWEEN_ATTEMPTS_MAX,
+            // What was sent is being installed.
+            Sending::Ended => is_held,
+        }
+    }
 }
 
 impl fmt::Debug for SnapshotImage {
@@ -68,6 +110,11 @@ impl Drop for ImageDir {
 impl Images {
     pub(super) fn new(shared: Arc<StateShared>, dir: PathBuf) -> Self {
         Self { shared, dir, state: Mutex::default(), building: Mutex::new(()) }
+    }
+
+    /// An error if the storage has failed.
+    pub(super) fn check(&self) -> io::Result<()> {
+        self.shared.engine.check()
     }
 
     /// Makes a new image of the present state and makes it the current one. Blocks.
@@ -98,7 +145,8 @@ impl Images {
     fn replace(&self, image: Arc<SnapshotImage>) -> Option<Arc<SnapshotImage>> {
         let mut state = self.state.lock().expect("no code panics while it holds this lock");
         state.is_outdated = false;
-        *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&image);
+        *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) =
+            NewestImage::new(&image);
         state.current.replace(image)
     }
 
@@ -146,7 +194,7 @@ impl SnapshotImage {
             let head = db.get_cf(&family, meta::KEY_HEAD).map_err(to_io)?;
             head.map_or(Ok(Head::default()), |bytes| meta::decode_head(&bytes))?
         };
-        Ok(Self { id: rand::random(), db, data, head, _dir: dir })
+        Ok(Self { id: rand::random(), db, data, head, sending: Arc::default(), _dir: dir })
     }
 
     /// Tells this image from every other, on any node.
@@ -160,6 +208,13 @@ impl SnapshotImage {
     /// # Errors
     /// The cursor is not one of this format, or the image cannot be read.
     pub fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
+        let chunk = self.chunk_at(cursor, bytes_max)?;
+        let sending = if chunk.last { Sending::Ended } else { Sending::Since(Instant::now()) };
+        *self.sending.lock().unwrap_or_else(PoisonError::into_inner) = sending;
+        Ok(chunk)
+    }
+
+    fn chunk_at(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
         let mut cursor = Cursor::decode(cursor)?;
         if !cursor.head_done {
             return Ok(Chunk { bytes: ChunkWriter::head(&self.head), last: false });
@@ -185,5 +240,23 @@ impl SnapshotImage {
         }
         cursor.key.clear();
         Ok(Chunk { bytes: ChunkWriter::end(&cursor), last: true })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who has part of an image is waited for, but not for ever.
+    #[test]
+    fn an_image_that_nobody_holds_is_kept_for_a_while() {
+        let begun = Instant::now();
+        let sending =
+            |sending| NewestImage { sending: Arc::new(Mutex::new(sending)), ..Default::default() };
+        let image = sending(Sending::Since(begun));
+        assert!(image.is_being_sent(begun + BETWEEN_ATTEMPTS_MAX - Duration::from_millis(1)));
+        assert!(!image.is_being_sent(begun + BETWEEN_ATTEMPTS_MAX));
+        assert!(!sending(Sending::NotBegun).is_being_sent(begun));
+        assert!(!sending(Sending::Ended).is_being_sent(begun));
     }
 }

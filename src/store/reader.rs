@@ -8,9 +8,8 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
-};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
 
 use bytes::Bytes;
 use rocksdb::{Direction, IteratorMode};
@@ -23,7 +22,7 @@ use crate::types::{ClusterId, LogId, Record, Revision};
 
 use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
-use super::image::SnapshotImage;
+use super::image::NewestImage;
 use super::machine::{CHUNKED, Machine, stored_chunks};
 use super::memtable::{Memtables, Row};
 use super::meta::{self, Progress};
@@ -43,7 +42,7 @@ pub(super) struct StateShared {
     pub(super) memtables: Memtables,
     pub(super) flushes: Flushes,
     /// The current one of [`super::image::Images`].
-    pub(super) image: Mutex<Weak<SnapshotImage>>,
+    pub(super) image: Mutex<NewestImage>,
     log_bytes_max: u64,
     view: RwLock<View>,
     revision: AtomicU64,
@@ -116,8 +115,7 @@ impl StateShared {
     /// stay: or the follower would have to begin again with a newer one as soon as it is there.
     pub(super) fn is_image_being_sent(&self) -> bool {
         let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
-        // One is that of the images themselves.
-        image.strong_count() > 1
+        image.is_being_sent(Instant::now())
     }
 
     pub(super) fn log_size(&self) -> io::Result<LogSize> {
@@ -166,6 +164,34 @@ pub enum Lookup {
     NotHere(Arc<RingState>),
 }
 
+/// Keys that are looked up without letting others have a turn. Each may take a block from the disk, and
+/// Raft's heartbeats and votes may wait on the same thread.
+const LOOKUPS_AT_ONCE: usize = 64;
+
+/// How much values may still take that are answered together.
+struct ValueRoom {
+    taken: usize,
+    bytes_max: usize,
+    /// Whether a value had no room.
+    is_full: bool,
+}
+
+impl ValueRoom {
+    fn new(bytes_max: usize) -> Self {
+        Self { taken: 0, bytes_max, is_full: false }
+    }
+
+    /// Whether there is room for a value of so many bytes, which it then has.
+    fn take(&mut self, bytes: usize) -> bool {
+        if self.taken > 0 && self.taken.saturating_add(bytes) > self.bytes_max {
+            self.is_full = true;
+            return false;
+        }
+        self.taken += bytes;
+        true
+    }
+}
+
 /// A handle for reading applied state. Cheap to clone; reads may block on the disk for a block.
 #[derive(Clone)]
 pub struct StateReader {
@@ -175,18 +201,37 @@ pub struct StateReader {
 impl StateReader {
     /// Looks a key up, checking in the same moment that this cluster owns it.
     pub fn get(&self, key: &[u8]) -> io::Result<Lookup> {
-        let mut found = self.get_many([key], usize::MAX)?;
+        let mut found = Vec::with_capacity(1);
+        self.get_some(&[key], &mut ValueRoom::new(usize::MAX), &mut found)?;
         Ok(found.pop().expect("the first key is always looked up"))
     }
 
+    /// Looks keys up as if one after the other. Stops, with fewer answers than keys, before the values take more
+    /// than `bytes_max`; the first has room in any case. Lets others have a turn now and then; nothing is
+    /// lost when it is cancelled.
+    pub async fn get_many(&self, keys: &[&[u8]], bytes_max: usize) -> io::Result<Vec<Lookup>> {
+        let mut room = ValueRoom::new(bytes_max);
+        let mut found = Vec::with_capacity(keys.len());
+        for some in keys.chunks(LOOKUPS_AT_ONCE) {
+            if !found.is_empty() {
+                tokio::task::yield_now().await;
+            }
+            self.get_some(some, &mut room, &mut found)?;
+            if room.is_full {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
     /// Looks keys up, all in the same view of ring and data family; a write may take effect between
-    /// one key and the next. Stops, with fewer answers than keys, before the values take more than `bytes_max`; the
-    /// first has room in any case.
-    pub fn get_many<'a>(
+    /// one key and the next. Stops before a value that has no `room`.
+    fn get_some(
         &self,
-        keys: impl IntoIterator<Item = &'a [u8]>,
-        bytes_max: usize,
-    ) -> io::Result<Vec<Lookup>> {
+        keys: &[&[u8]],
+        room: &mut ValueRoom,
+        found: &mut Vec<Lookup>,
+    ) -> io::Result<()> {
         let engine = &self.shared.engine;
         engine.check()?;
         let view = self.shared.view();
@@ -196,7 +241,7 @@ impl StateReader {
             if !view.ring.serves(&self.shared.cluster, key) {
                 return Ok(Lookup::NotHere(view.ring.clone()));
             }
-            let found = |row: Row<'_>| -> io::Result<Lookup> {
+            let lookup = |row: Row<'_>| -> io::Result<Lookup> {
                 let Some(stored) = row.record() else { return Ok(Lookup::Absent) };
                 let (revision, tag, value) = meta::decode_row(stored)?;
                 if tag.is_some_and(|tag| !view.ring.is_live(tag, key)) {
@@ -209,26 +254,24 @@ impl StateReader {
                 Ok(Lookup::Found(Record { revision, value }))
             };
             if let Some(row) = self.shared.memtables.read().get(key) {
-                return found(row);
+                return lookup(row);
             }
             meta::record_key(key, &mut stored);
             match engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? {
-                Some(row) => found(Row::Near(&row)),
+                Some(row) => lookup(Row::Near(&row)),
                 None => Ok(Lookup::Absent),
             }
         };
-        let (mut found, mut bytes) = (Vec::new(), 0);
         for key in keys {
             let lookup = look_up(key)?;
-            if let Lookup::Found(record) = &lookup {
-                if bytes > 0 && bytes + record.value.len() > bytes_max {
-                    break;
-                }
-                bytes += record.value.len();
+            if let Lookup::Found(record) = &lookup
+                && !room.take(record.value.len())
+            {
+                break;
             }
             found.push(lookup);
         }
-        Ok(found)
+        Ok(())
     }
 
     /// The ring that the cluster lives by; epoch 0 before the first one.

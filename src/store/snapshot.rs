@@ -16,13 +16,19 @@
 //! can be carried along without a second pass. A [`Cursor`] says where the next chunk starts; it
 //! carries count and digest so far, so the sender needs no state for a transfer and the receiver can
 //! let one go on after a lost connection, or with a repeat of what it did not get.
+//!
+//! Since the numbers in the end chunk come from the receiver's own cursor, they tell that this was not damaged
+//! or mixed up on its way; that no row is missing follows from each chunk's checksum and from the cursor's key,
+//! after which the sender goes on in the order of its rows.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::backoff::Backoff;
 use crate::types::{LogId, StoredMembership, TypeConfig};
 
 use super::image::Images;
@@ -63,6 +69,9 @@ impl SnapshotData {
         }
     }
 }
+
+/// The pauses before an image that could not be made is tried again.
+const RETRY_BACKOFF: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
 
 /// Chunk size when no network is between image and staging.
 const LOCAL_CHUNK_BYTES: usize = 1 << 20;
@@ -225,25 +234,41 @@ pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
     }
 }
 
-/// Makes the image that a snapshot is. openraft runs it in a task of its own, beside applying.
+/// Makes the image that a snapshot is. openraft runs it in a task of its own, beside applying, and begins no
+/// other meanwhile.
 pub struct SnapshotBuilder {
-    images: Arc<Images>,
+    /// The store may be closed while this waits to try again.
+    images: Weak<Images>,
 }
 
 impl SnapshotBuilder {
-    pub(super) fn new(images: Arc<Images>) -> Self {
-        Self { images }
+    pub(super) fn new(images: &Arc<Images>) -> Self {
+        Self { images: Arc::downgrade(images) }
     }
 }
 
 impl openraft::storage::RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
     type SnapshotData = SnapshotData;
 
+    /// Tries until it succeeds: for openraft, a snapshot that cannot be made is the end of the node, and no
+    /// file or descriptor to be had for a moment is no reason for that. Where storage has failed, it is.
     async fn build_snapshot(
         &mut self,
     ) -> io::Result<openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotData>> {
-        let images = self.images.clone();
-        super::state_machine::blocking(move || images.build()).await
+        let mut backoff = RETRY_BACKOFF;
+        loop {
+            let images = self.images.upgrade();
+            let images = images.ok_or_else(|| io::Error::other("the store is closed"))?;
+            let built = super::state_machine::blocking(move || match images.build() {
+                Ok(snapshot) => Ok(Ok(snapshot)),
+                Err(error) => images.check().map(|()| Err(error)),
+            });
+            match built.await? {
+                Ok(snapshot) => return Ok(snapshot),
+                Err(error) => tracing::warn!(%error, "cannot make a snapshot image; trying again"),
+            }
+            tokio::time::sleep(backoff.pause()).await;
+        }
     }
 }
 

@@ -142,10 +142,11 @@ impl StateMachine {
         // No flush may put rows of the old state into the new family.
         let mut no_flush = self.shared.flushes.exclude();
         let mut machine = self.shared.machine();
+        // Readers do not wait for the disk: until the view changes, they see the old state, whole.
+        engine.write(batch)?;
+        engine.sync()?;
         let old = {
             let mut view = self.shared.view_mut();
-            engine.write(batch)?;
-            engine.sync()?;
             self.shared.memtables.replace(head.clone());
             *machine = loaded;
             Flushes::forget(&mut no_flush);
@@ -235,11 +236,18 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     where
         Strm: Stream<Item = io::Result<EntryResponder<TypeConfig>>> + Unpin + OptionalSend,
     {
+        let mut rounds = 0;
         loop {
             let round = gather(&mut entries).await?;
             if round.is_empty() {
                 return Ok(());
             }
+            if rounds > 0 {
+                // A node that catches up has thousands of rounds, none of which waits for anything: heartbeats,
+                // votes and requests take their turns between them.
+                tokio::task::yield_now().await;
+            }
+            rounds += 1;
             self.apply_round(round)?;
             self.make_room().await?;
         }
@@ -257,11 +265,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 _ => {}
             }
         }
-        Some(SnapshotBuilder::new(self.images.clone()))
+        Some(SnapshotBuilder::new(&self.images))
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        SnapshotBuilder::new(self.images.clone())
+        SnapshotBuilder::new(&self.images)
     }
 
     async fn install_snapshot(

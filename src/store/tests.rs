@@ -6,7 +6,7 @@ mod memory;
 mod once;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -57,6 +57,48 @@ fn command_entry(index: u64, command: Command) -> Entry {
 
 async fn apply(machine: &mut StateMachine, entries: Vec<Entry>) {
     machine.apply(stream::iter(entries.into_iter().map(|entry| Ok((entry, None))))).await.unwrap();
+}
+
+/// How many turns others get while `work` is done, on a runtime with one thread.
+async fn turns_of_others(work: impl Future<Output = ()>) -> u64 {
+    let turns = Arc::new(AtomicU64::new(0));
+    let others = tokio::spawn({
+        let turns = turns.clone();
+        async move {
+            loop {
+                turns.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    work.await;
+    others.abort();
+    turns.load(Ordering::Relaxed)
+}
+
+/// A node that catches up on a long log, or looks up all the keys of a large batch, still sends its heartbeats and
+/// answers its peers meanwhile.
+#[tokio::test]
+async fn long_work_lets_others_have_a_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let mut machine = store.state_machine();
+    let keys: Vec<String> = (0..100).map(|n| format!("key-{n}")).collect();
+    let entries = (1..=20_000).map(|n| put_entry(n, &keys[n as usize % keys.len()], "v"));
+    let entries = entries.collect();
+    let turns = turns_of_others(apply(&mut machine, entries)).await;
+    assert!(turns >= 30, "{turns} turns while 20,000 entries were applied");
+
+    let reader = store.reader();
+    let many: Vec<&[u8]> = (0..10_000).map(|n| keys[n % keys.len()].as_bytes()).collect();
+    let turns = turns_of_others(async {
+        assert_eq!(reader.get_many(&many, usize::MAX).await.unwrap().len(), many.len());
+    });
+    let turns = turns.await;
+    assert!(turns >= 100, "{turns} turns while 10,000 keys were looked up");
+    // A bound on the values holds for all of them together, and cuts off in the middle of a portion.
+    assert_eq!(reader.get_many(&many, 150).await.unwrap().len(), 150);
+    assert_eq!(reader.get_many(&many, 0).await.unwrap().len(), 1, "the first always has room");
 }
 
 fn value(store: &Store, key: &str) -> Option<String> {

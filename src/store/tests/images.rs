@@ -1,14 +1,21 @@
 //! Images: what they may cost, and when they are made.
 
+use std::time::Duration;
+
 use super::*;
 
-/// What RocksDB says of its own options: of each column family, its name and its line of this option.
-fn family_options(dir: &Path, option: &str) -> Vec<(String, String)> {
+/// What RocksDB has written down of its own options.
+fn options_file(dir: &Path) -> String {
     let files = std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().path());
     let is_options =
         |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with("OPTIONS-");
     let newest = files.filter(is_options).max().expect("RocksDB writes its options down");
-    let text = std::fs::read_to_string(newest).unwrap();
+    std::fs::read_to_string(newest).unwrap()
+}
+
+/// Of each column family, its name and its line of this option.
+fn family_options(dir: &Path, option: &str) -> Vec<(String, String)> {
+    let text = options_file(dir);
     let (mut family, mut found) = (String::new(), Vec::new());
     for line in text.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("[CFOptions \"") {
@@ -39,9 +46,9 @@ async fn an_image_is_not_rewritten() {
     drop(snapshot);
 }
 
-/// No brake of RocksDB's on data files holds up the writers of the Raft log, who share it.
+/// No brake of RocksDB's on one family holds up the writers of the Raft log, who share it with all.
 #[test]
-fn data_files_never_hold_up_the_log() {
+fn no_files_ever_hold_up_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let options = options(dir.path());
     let _store = Store::open(&options).unwrap();
@@ -54,14 +61,26 @@ fn data_files_never_hold_up_the_log() {
         ("hard_pending_compaction_bytes_limit", "0"),
     ] {
         let families = family_options(&db, option);
-        let data = families.iter().find(|(family, _)| family.starts_with("data-"));
-        assert_eq!(data.expect("there is a data family").1, off, "{option}");
+        assert!(families.iter().any(|(family, _)| family.starts_with("data-")));
+        for (family, value) in families {
+            assert!(value == off || family == "default", "{option} of {family} is {value}");
+        }
     }
+}
+
+/// Each image has a copy of the list of files, so that does not grow without end.
+#[test]
+fn the_list_of_files_stays_small() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let _store = Store::open(&options).unwrap();
+    let text = options_file(&options.dir.join(DB_DIR));
+    assert!(text.lines().any(|line| line.trim() == "max_manifest_file_size=4194304"), "{text}");
 }
 
 /// While an image is on its way to a follower, no other is made unless it has to be, or the log has become too
 /// long for that.
-#[tokio::test(flavor = "multi_thread")]
+#[tokio::test]
 async fn a_newer_image_waits_for_the_one_under_way() {
     for (log_bytes_max, waits) in [(1 << 30, true), (1, false)] {
         let dir = tempfile::tempdir().unwrap();
@@ -73,12 +92,60 @@ async fn a_newer_image_waits_for_the_one_under_way() {
         apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
         let mut builder = machine.try_create_snapshot_builder(false).await.unwrap();
         drop(builder.build_snapshot().await.unwrap());
-        let sending = machine.get_current_snapshot().await.unwrap().unwrap();
-        assert_eq!(machine.try_create_snapshot_builder(false).await.is_none(), waits);
+        let current = machine.get_current_snapshot().await.unwrap().unwrap();
+        let is_put_off = async |machine: &mut StateMachine| {
+            machine.try_create_snapshot_builder(false).await.is_none()
+        };
+        assert!(!is_put_off(&mut machine).await, "nobody has any of it");
+        let SnapshotData::Image(sending) = current.snapshot else { panic!("an image is sent") };
+        sending.read_chunk(&[], 1).unwrap();
+        assert_eq!(is_put_off(&mut machine).await, waits);
         assert!(machine.try_create_snapshot_builder(true).await.is_some(), "when it has to be");
         drop(sending);
-        assert!(machine.try_create_snapshot_builder(false).await.is_some(), "it has arrived");
+        assert_eq!(is_put_off(&mut machine).await, waits, "it will be tried again");
+
+        let current = machine.get_current_snapshot().await.unwrap().unwrap();
+        let staged = transfer(&current.snapshot, &store.stager());
+        assert_eq!(is_put_off(&mut machine).await, waits, "it is being installed");
+        drop((current, staged));
+        assert!(!is_put_off(&mut machine).await, "it has arrived");
     }
+}
+
+/// A snapshot that cannot be made for a moment does not end the node: it is made later.
+#[tokio::test]
+async fn an_image_is_tried_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = options(dir.path());
+    let store = Store::open(&options).unwrap();
+    let mut machine = store.state_machine();
+    apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
+    // A file where the directory of images should be.
+    let images = options.dir.join(SNAPSHOTS_DIR);
+    std::fs::write(&images, "").unwrap();
+    let mut builder = machine.get_snapshot_builder().await;
+    let building = tokio::spawn(async move { builder.build_snapshot().await });
+    let a_moment = Duration::from_millis(300);
+    tokio::time::sleep(a_moment).await;
+    assert!(!building.is_finished(), "it cannot be made yet");
+    std::fs::remove_file(&images).unwrap();
+    let built = tokio::time::timeout(Duration::from_secs(30), building).await;
+    let snapshot = built.expect("it is made in time").unwrap().unwrap();
+    assert_eq!(snapshot.meta.last_log_id, Some(log_id(1, 1)));
+    drop(snapshot);
+
+    // Trying again keeps no store open.
+    std::fs::rename(&images, options.dir.join("away")).unwrap();
+    std::fs::write(&images, "").unwrap();
+    let mut builder = machine.get_snapshot_builder().await;
+    let building = tokio::spawn(async move { builder.build_snapshot().await });
+    tokio::time::sleep(a_moment).await;
+    drop(machine);
+    store.close().unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(30), building).await;
+    assert!(ended.expect("it ends").unwrap().is_err());
+    std::fs::remove_file(&images).unwrap();
+    Store::open(&options).unwrap().close().unwrap();
 }
 
 /// An image that could not be made after an install is made when it is asked for. Until then there is the older
