@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cluster::{Cluster, FAST};
+use common::cluster::{Cluster, FAST, STEADY};
 use common::clusters::Clusters;
 use common::{Answer, Connection, NodeOptions, NodeProcess, init_alone, post, put, request};
 use distrib_kv_store::batch::{
@@ -166,7 +166,7 @@ fn large_batches_are_cut_and_large_answers_are_bounded() {
 /// Any node takes a batch; with `Kv-Routing: direct` only the leader does, and the others say who.
 #[test]
 fn every_node_of_a_cluster_takes_batches() {
-    let cluster = Cluster::formed(3, FAST);
+    let cluster = Cluster::formed(3, STEADY);
     let leader = cluster.leader();
     for id in cluster.ids() {
         let key = format!("by-{id}");

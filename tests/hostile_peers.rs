@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use common::cluster::{Cluster, FAST, expect_ok};
+use common::cluster::{Cluster, FAST, STEADY, expect_ok};
 use common::line::try_request;
 use common::load::{Load, LoadOptions};
 use common::{PATIENCE, eventually, request};
@@ -187,7 +187,7 @@ fn hostile_streams(target: Target) -> Vec<Vec<u8>> {
 /// Garbage, wrong greetings, frames that lie: the connection is closed and nothing else happens.
 #[test]
 fn garbage_on_the_peer_port_harms_nobody() {
-    let cluster = Cluster::formed(3, FAST);
+    let cluster = Cluster::formed(3, STEADY);
     let target = cluster.leader();
     let streams = hostile_streams(Target::of(&cluster, target));
     let term = cluster.metrics(target).unwrap()["term"].clone();

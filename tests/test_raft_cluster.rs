@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::cluster::{Cluster, FAST, expect_ok};
+use common::cluster::{Cluster, FAST, STEADY, expect_ok};
 use common::eventually;
 use common::line::{Line, try_request};
 use common::load::{Load, LoadOptions, Verdict, verdict};
@@ -104,7 +104,7 @@ fn the_originals_routes_serve(cluster: &Cluster) {
 /// A node that does not lead passes requests on, or says where to go when asked to.
 #[test]
 fn requests_at_the_wrong_node_are_forwarded_or_redirected() {
-    let cluster = Cluster::formed(3, FAST);
+    let cluster = Cluster::formed(3, STEADY);
     let leader = cluster.leader();
     let to = format!("http://{}/v1/kv/a%2Fb", cluster.http(leader));
     for id in cluster.ids().filter(|id| *id != leader) {
@@ -205,8 +205,7 @@ fn form_with_proxy(cluster: &Cluster) -> Proxy {
     cluster.add_learner(1, 2);
     let third = json!([3, cluster.http(3), proxy.address()]).to_string();
     expect_ok(&cluster.post(1, "/cluster/add-learner", &third));
-    expect_ok(&cluster.post(1, "/cluster/change-membership", "[1,2,3]"));
-    cluster.await_all("knows the membership", |m| m["voters"] == json!([1, 2, 3]));
+    cluster.change_membership(&[1, 2, 3]);
     proxy
 }
 
@@ -362,7 +361,7 @@ fn an_old_leader_never_answers_with_the_past() {
 /// A read served by a follower sees every write that was acknowledged before it.
 #[test]
 fn a_followers_linearizable_read_sees_the_latest_write() {
-    let cluster = Cluster::formed(3, FAST);
+    let cluster = Cluster::formed(3, STEADY);
     let mut lines: Vec<Line> =
         cluster.ids().map(|id| Line::new(cluster.http(id), common::PATIENCE)).collect();
     let headers = [FOLLOWER_READ[0], DIRECT[0]];

@@ -105,12 +105,15 @@ impl Load {
         self.shared.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Waits until so many writes more are acknowledged.
+    /// Waits until so many writes more are acknowledged, for as long as any are.
+    #[track_caller]
     pub fn await_more(&self, what: &str, count: u64) {
         let goal = self.acknowledged() + count;
-        super::eventually(&format!("{count} writes more are acknowledged: {what}"), || {
-            (self.acknowledged() >= goal).then_some(())
-        });
+        super::eventually_by_progress(
+            &format!("{count} writes more are acknowledged: {what}"),
+            || self.acknowledged(),
+            || (self.acknowledged() >= goal).then_some(()),
+        );
     }
 
     /// Stops the writers and returns what they were promised.

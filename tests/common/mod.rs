@@ -32,6 +32,9 @@ pub const RAFT_KV: &str = env!("CARGO_BIN_EXE_raft-kv");
 /// How long anything may take that is expected to happen. Generous: test machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long tests wait in all for something that makes progress.
+pub const PATIENCE_WITH_PROGRESS: Duration = Duration::from_secs(300);
+
 /// How to start a node. Port 0 picks a free port.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
@@ -212,6 +215,30 @@ pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
             return answer;
         }
         assert!(Instant::now() < deadline, "did not happen in time: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Asks until there is an answer, for as long as there is progress: fails when what `progress` says has
+/// stayed the same for [`PATIENCE`], and in any case after [`PATIENCE_WITH_PROGRESS`]. For what has an amount,
+/// so that its time depends on the machine.
+#[track_caller]
+pub fn eventually_by_progress<P: PartialEq + std::fmt::Debug, T>(
+    what: &str,
+    mut progress: impl FnMut() -> P,
+    mut ask: impl FnMut() -> Option<T>,
+) -> T {
+    let end = Instant::now() + PATIENCE_WITH_PROGRESS;
+    let (mut seen, mut deadline) = (progress(), Instant::now() + PATIENCE);
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        let now = progress();
+        if now != seen {
+            (seen, deadline) = (now, Instant::now() + PATIENCE);
+        }
+        assert!(Instant::now() < deadline.min(end), "did not happen in time: {what}; at {seen:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -5,10 +5,14 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How what clusters ask each other in the middle of a change begins.
 const BETWEEN_CLUSTERS: &[u8] = b"GET /cluster/";
+
+/// How far a connection that is slowed down may have fallen behind its pace and still make up for it: a busy
+/// machine wakes who sleeps late, after each piece.
+const LAG_MAX: Duration = Duration::from_millis(200);
 
 /// How much of the stream towards the target may pass before the proxy holds everything.
 const NO_LIMIT: u64 = u64::MAX;
@@ -175,6 +179,8 @@ fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: Way<'_>) 
     let _ = to.set_nodelay(true);
     let _ = from.set_read_timeout(Some(Duration::from_millis(100)));
     let mut chunk = [0; 8 << 10];
+    // When the next piece is due at the connection's pace.
+    let mut due = Instant::now();
     while !shared.stop.load(Ordering::SeqCst) {
         let counted = matches!(way, Way::There(_));
         if counted && shared.carried.load(Ordering::SeqCst) >= shared.limit.load(Ordering::SeqCst) {
@@ -192,7 +198,10 @@ fn carry(mut from: TcpStream, mut to: TcpStream, shared: &Shared, way: Way<'_>) 
                     shared.carried.fetch_add(count as u64, Ordering::SeqCst);
                     let pace = shared.pace.load(Ordering::SeqCst);
                     if pace > 0 {
-                        std::thread::sleep(Duration::from_secs(1) * count as u32 / pace as u32);
+                        let takes = Duration::from_secs(1) * count as u32 / pace as u32;
+                        let now = Instant::now();
+                        due = (due + takes).max(now - LAG_MAX);
+                        std::thread::sleep(due.saturating_duration_since(now));
                     }
                 }
             }

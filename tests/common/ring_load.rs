@@ -22,7 +22,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use super::cluster::splitmix;
-use super::eventually;
+use super::eventually_by_progress;
 
 /// Tasks that share a client.
 const TASKS_PER_CLIENT: usize = 4;
@@ -106,12 +106,12 @@ impl RingLoad {
         load
     }
 
-    /// Waits until so many operations more were done.
+    /// Waits until so many operations more were done, for as long as any are.
     pub fn await_more(&self, what: &str, count: u64) {
-        let goal = self.shared.operations.load(Ordering::SeqCst) + count;
-        eventually(&format!("{count} operations {what}"), || {
-            let done = self.shared.operations.load(Ordering::SeqCst) >= goal;
-            (done || self.has_failed()).then_some(())
+        let operations = || self.shared.operations.load(Ordering::SeqCst);
+        let goal = operations() + count;
+        eventually_by_progress(&format!("{count} operations {what}"), operations, || {
+            (operations() >= goal || self.has_failed()).then_some(())
         });
     }
 
