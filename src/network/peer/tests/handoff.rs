@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -67,9 +67,15 @@ fn source_at(addrs: &[&str]) -> RingCluster {
     RingCluster { id: "c1".parse().unwrap(), weight: 1.0, nodes }
 }
 
-/// An address at which nobody listens.
-async fn nowhere() -> String {
-    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string()
+/// An address at which nobody listens: its port is bound for as long as the test process lives, so nobody gets it
+/// who asks for any. Who asks for it may listen there.
+fn nowhere() -> String {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_reuseaddr(true).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = socket.local_addr().unwrap().to_string();
+    std::mem::forget(socket);
+    address
 }
 
 #[tokio::test]
@@ -200,9 +206,9 @@ async fn another_replica_answers_for_one_that_does_not() {
     let refused = || Refused::WrongAttempt { attempt: 1, present: 0 };
     *behind.fake.on_page.lock().unwrap() = Box::new(move |_| Ok(Err(refused())));
     silent.fake.pages.forget_permits(tokio::sync::Semaphore::MAX_PERMITS);
-    let gone = nowhere().await;
+    let gone = nowhere();
     let source = source_at(&[&gone, &behind.addr, &silent.addr, &good.addr]);
-    let impatient = PeerSettings { page_timeout: Duration::from_millis(200), ..settings() };
+    let impatient = PeerSettings { page_timeout: Duration::from_secs(1), ..settings() };
     let links = links_with(impatient);
     for _ in 0..50 {
         links.page(&source, &request("c1", "c2")).await.unwrap();
@@ -238,7 +244,7 @@ async fn an_answer_without_news_makes_another_ones_turn() {
 /// When nobody has the page the error says why, and a node that comes back is found.
 #[tokio::test]
 async fn a_source_that_comes_back_is_found() {
-    let addr = nowhere().await;
+    let addr = nowhere();
     let (links, source) = (links_with(settings()), source_at(&[&addr]));
     let gone = links.page(&source, &request("c1", "c2")).await.unwrap_err();
     assert!(matches!(gone, SourceError::Unreachable { .. }), "{gone}");
