@@ -1,7 +1,8 @@
 //! Passing requests on to the node that can answer them.
 //!
-//! Two rules carry everything here. **A write that may have arrived is never sent again**: its
-//! outcome is then unknown, and only the client knows whether a second execution would hurt. And all
+//! Two rules carry everything here. **A write that may have arrived is never sent again**, unless the
+//! node says that it was not applied: else its outcome is unknown, and only the client knows whether a
+//! second execution would hurt. And all
 //! nodes on a request's way share **one deadline and one count of hops**, so that nodes that disagree
 //! about the leader or the ring cannot pass a request around for ever.
 //!
@@ -16,13 +17,13 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
 use super::call::{
     CLIENT_FLOOR, Call, DEADLINE_MS, HOPS, HOPS_MAX, IDEMPOTENCY_KEY, READ, Routing,
 };
-use super::error::{ApiError, Outcome};
+use super::error::{ApiError, ErrorBody, Outcome};
 use crate::backoff::Backoff;
 use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
 use crate::ring::RingCluster;
@@ -45,7 +46,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(100);
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// The same for a read when there is nobody else to ask: longer than the node may wait for a leader
-/// itself.
+/// itself. With less time left nobody else is asked for a second opinion on that.
 const READ_ATTEMPT_LAST: Duration = Duration::from_secs(3);
 
 /// The headers that say what a request wants, and go on with it.
@@ -221,7 +222,8 @@ impl Forwarder {
         self.send_to_one(&call, &Bytes::new(), Effect::Read, &addresses, nobody).await
     }
 
-    /// Sends the request to one address after the other until one answers; `failure` if there are none.
+    /// Sends the request to one address after the other until one has an answer that another would not
+    /// better; `failure` if there are none. When nobody had one, the last refusal is the answer.
     async fn send_to_one(
         &self,
         call: &Call,
@@ -231,15 +233,31 @@ impl Forwarder {
         mut failure: ApiError,
     ) -> Result<Response, ApiError> {
         let mut rest = addresses.iter();
+        let mut refused = None;
+        let mut is_leaderless = false;
         while let Some(address) = rest.next() {
             let attempt_max = attempt_max(effect, rest.len());
             match self.send(call, body, effect, address, attempt_max).await {
-                Ok(response) => return Ok(response),
+                Ok(Answered { answer, trouble }) => {
+                    let goes_on = match trouble {
+                        Some(Trouble::OfNode(outcome)) => outcome == Outcome::NotApplied,
+                        // One more: it waited for a leader, and so may the next.
+                        Some(Trouble::NoLeader) => {
+                            !std::mem::replace(&mut is_leaderless, true)
+                                && Instant::now() + READ_ATTEMPT_LAST < call.deadline
+                        }
+                        None => false,
+                    };
+                    if !goes_on {
+                        return Ok(relay(answer));
+                    }
+                    refused = Some(answer);
+                }
                 Err(Failed { error, last_word: true }) => return Err(error),
                 Err(Failed { error, last_word: false }) => failure = error,
             }
         }
-        Err(failure)
+        refused.map(relay).ok_or(failure)
     }
 
     /// Sends the request to one node, when there is a turn, and waits for its answer for at most
@@ -251,7 +269,7 @@ impl Forwarder {
         effect: Effect,
         address: &str,
         attempt_max: Duration,
-    ) -> Result<Response, Failed> {
+    ) -> Result<Answered, Failed> {
         let Some(_turn) = self.targets.turn(address, call.deadline).await else {
             return Err(Failed { error: ApiError::Overloaded, last_word: false });
         };
@@ -263,7 +281,7 @@ impl Forwarder {
         let request = request_for(call, body, address, call.deadline - now);
         let attempt_ends = now + attempt_max.min(call.deadline - now);
         let error = match self.send_watched(request, attempt_ends).await {
-            Ok(response) => return Ok(relay(response)),
+            Ok(answered) => return Ok(answered),
             Err(error) => error,
         };
         tracing::debug!(%error, "a request could not be passed on");
@@ -283,7 +301,7 @@ impl Forwarder {
         &self,
         request: HttpRequest,
         deadline: Instant,
-    ) -> Result<HttpResponse, SendError> {
+    ) -> Result<Answered, SendError> {
         let address = request.address.clone();
         let sending = self.client.send(request, deadline);
         tokio::pin!(sending);
@@ -294,11 +312,42 @@ impl Forwarder {
                 sending.await
             }
         };
+        let result = result.map(|answer| Answered { trouble: trouble_in(&answer), answer });
         match &result {
-            Ok(_) => self.targets.trust(&address),
-            Err(_) => self.targets.suspect(&address),
+            Ok(Answered { trouble: None, .. }) => self.targets.trust(&address),
+            _ => self.targets.suspect(&address),
         }
         result
+    }
+}
+
+/// What one node answered.
+struct Answered {
+    answer: HttpResponse,
+    trouble: Option<Trouble>,
+}
+
+/// What keeps a node from serving and may be its own concern: another one is healthy, perhaps.
+enum Trouble {
+    /// Its disk has failed, it is stopping, or it belongs to no cluster. Says whether the request took
+    /// effect.
+    OfNode(Outcome),
+    /// It knows of no leader, and has waited for one; nothing was applied. It may be cut off.
+    NoLeader,
+}
+
+/// The trouble that an answer speaks of. `OVERLOADED` is none: it is mostly the leader's, and asking
+/// for it through the other nodes, too, would only add to it.
+fn trouble_in(answer: &HttpResponse) -> Option<Trouble> {
+    if !matches!(answer.status, StatusCode::INTERNAL_SERVER_ERROR | StatusCode::SERVICE_UNAVAILABLE)
+    {
+        return None;
+    }
+    let ErrorBody { error } = serde_json::from_slice(&answer.body).ok()?;
+    match error.code.as_str() {
+        "STORAGE" | "STOPPING" | "NOT_INITIALIZED" => Some(Trouble::OfNode(error.outcome)),
+        "NO_LEADER" if error.outcome == Outcome::NotApplied => Some(Trouble::NoLeader),
+        _ => None,
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the forwarder remembers of the nodes that it passes requests on to.
 //!
 //! Two things, so that one node in trouble costs the others nothing. **Suspects**: a node that refused
-//! or kept a request waiting is asked last for a while; without that, every request whose turn it is
-//! there would find out anew. **Turns**: only so many requests are in flight at one node; without
+//! a connection, kept a request waiting or says that it cannot serve is asked last for a while; without
+//! that, every request whose turn it is there would find out anew. **Turns**: only so many requests are in flight at one node; without
 //! that, requests that wait for a paused one would pile up until no connection is left for those that
 //! go elsewhere.
 //!
@@ -86,7 +86,7 @@ impl Targets {
         tokio::time::timeout_at(deadline, turns.acquire_owned()).await.ok()?.ok()
     }
 
-    /// The node did not answer, or not soon.
+    /// The node did not answer, or not soon, or cannot serve.
     pub(super) fn suspect(&self, address: &str) {
         self.mark(address, Some(Instant::now() + SUSPECT_FOR));
     }

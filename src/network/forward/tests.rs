@@ -194,6 +194,91 @@ async fn a_read_goes_on_after_a_broken_connection() {
     assert_eq!(alive.arrived(), reads);
 }
 
+/// The answer of a node that cannot serve, with this status, code and outcome.
+fn refusal(status: &str, code: &str, outcome: &str) -> &'static str {
+    let body = format!(r#"{{"error":{{"code":"{code}","message":"m","outcome":"{outcome}"}}}}"#);
+    let head = "Content-Type: application/json\r\nConnection: close\r\nRetry-After: 1";
+    let length = body.len();
+    format!("HTTP/1.1 {status}\r\n{head}\r\nContent-Length: {length}\r\n\r\n{body}").leak()
+}
+
+/// What a node says of itself only, nothing of the cluster.
+fn refusals_of_one() -> [&'static str; 4] {
+    [
+        refusal("500 Internal Server Error", "STORAGE", "not_applied"),
+        refusal("503 Service Unavailable", "NOT_INITIALIZED", "not_applied"),
+        refusal("503 Service Unavailable", "STOPPING", "not_applied"),
+        refusal("503 Service Unavailable", "NO_LEADER", "not_applied"),
+    ]
+}
+
+async fn status_of(served: Result<Served<u64>, Refusal>) -> StatusCode {
+    match served {
+        Ok(Served::Elsewhere(response)) => response.status(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// One sick node of a healthy cluster costs no request its answer, and only the first a detour.
+#[tokio::test]
+async fn a_node_that_cannot_serve_is_passed_by() {
+    for answer in refusals_of_one() {
+        let sick = Played::start(Script::Answer(answer)).await;
+        let alive = Played::start(Script::Answer(WRITTEN)).await;
+        let forwarder = Forwarder::default();
+        for (call, effect) in [(get(&[]), Effect::Read), (put("/v1/kv/k", &[]), Effect::Write)] {
+            for _ in 0..20 {
+                let owner = || Err(wrong_cluster(&[&sick.address, &alive.address]));
+                let served = serve_by(&forwarder, &call, effect, owner).await;
+                assert_eq!(status_of(served).await, StatusCode::OK, "{answer}");
+            }
+        }
+        assert_eq!((sick.arrived(), alive.arrived()), (1, 40), "{answer}");
+    }
+}
+
+/// When nobody does better, what a node said is the answer. Who knows of no leader has waited for one:
+/// a second opinion is asked for, but no third, and none when there is no time for it.
+#[tokio::test]
+async fn a_refusal_of_all_is_relayed() {
+    let begun = Instant::now();
+    for (answer, deadline_ms, asked) in [
+        (refusals_of_one()[0], "10000", 3),
+        (refusals_of_one()[1], "10000", 3),
+        (refusals_of_one()[3], "10000", 2),
+        (refusals_of_one()[3], "2900", 1),
+        (refusal("503 Service Unavailable", "OVERLOADED", "not_applied"), "10000", 1),
+    ] {
+        let nodes = [
+            Played::start(Script::Answer(answer)).await,
+            Played::start(Script::Answer(answer)).await,
+            Played::start(Script::Answer(answer)).await,
+        ];
+        let call = put("/v1/kv/k", &[("kv-deadline-ms", deadline_ms)]);
+        let owner = wrong_cluster(&nodes.each_ref().map(|node| node.address.as_str()));
+        let served = serve(&call, Effect::Write, || Err(owner.clone())).await;
+        let Ok(Served::Elsewhere(response)) = served else { panic!("{served:?}") };
+        assert!(answer.contains(response.status().as_str()), "{answer}");
+        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        assert!(answer.as_bytes().ends_with(&body), "{answer}");
+        assert_eq!(nodes.iter().map(Played::arrived).sum::<usize>(), asked, "{answer}");
+    }
+    assert!(begun.elapsed() < LEADER_WAIT, "nothing is waited for here");
+}
+
+/// A refusal that leaves open what became of a write is the last word, too.
+#[tokio::test]
+async fn a_write_in_doubt_is_not_sent_again() {
+    let answer = refusal("500 Internal Server Error", "STORAGE", "unknown");
+    let (one, two) =
+        (Played::start(Script::Answer(answer)).await, Played::start(Script::Answer(answer)).await);
+    let owner = || Err(wrong_cluster(&[&one.address, &two.address]));
+    let served = serve(&put("/v1/kv/k", &[]), Effect::Write, owner).await;
+    assert_eq!(status_of(served).await, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(one.arrived() + two.arrived(), 1);
+}
+
 /// A silent leader ends at the deadline: a write as unknown, a read as not applied.
 #[tokio::test]
 async fn a_silent_node_runs_into_the_deadline() {
