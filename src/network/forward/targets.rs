@@ -2,8 +2,8 @@
 //!
 //! Two things, so that one node in trouble costs the others nothing. **Suspects**: a node that refused
 //! a connection, kept a request waiting or says that it cannot serve is asked last for a while; without
-//! that, every request whose turn it is there would find out anew. **Turns**: only so many requests are in flight at one node; without
-//! that, requests that wait for a paused one would pile up until no connection is left for those that
+//! that, every request whose turn it is there would find out anew. **Turns**: only so many requests are
+//! in flight at one node; without that, requests that wait for a paused one would pile up until no connection is left for those that
 //! go elsewhere.
 //!
 //! All of it is a guess that costs a detour at most. The map is bounded although its addresses come
