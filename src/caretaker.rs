@@ -11,7 +11,7 @@
 //!   openraft purges nothing that a stream of entries to a follower still has to bring, and a follower that
 //!   is slower than the writers never comes to the end of its stream. So when the log is twice as large as that,
 //!   and as the state, the leader ends the streams of those that are behind the snapshot, and they get the
-//!   snapshot instead.
+//!   snapshot instead. And half of a snapshot that its sender does not go on with is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
 use crate::store::StateReader;
+use crate::store::snapshot::SnapshotStager;
 use crate::types::{LogId, NodeId};
 
 /// Between two looks around.
@@ -38,12 +39,13 @@ const JOINT_GRACE: Duration = Duration::from_secs(3);
 pub fn spawn(
     raft: Raft,
     reader: StateReader,
+    stager: SnapshotStager,
     peers: PeerNetwork,
     shutdown: CancellationToken,
 ) -> JoinHandle<()> {
     tokio::spawn(async move {
         let mut caretaker =
-            Caretaker { raft, reader, peers, joint_since: None, ended: BTreeMap::new() };
+            Caretaker { raft, reader, stager, peers, joint_since: None, ended: BTreeMap::new() };
         shutdown.run_until_cancelled(caretaker.run()).await;
     })
 }
@@ -51,6 +53,7 @@ pub fn spawn(
 struct Caretaker {
     raft: Raft,
     reader: StateReader,
+    stager: SnapshotStager,
     peers: PeerNetwork,
     joint_since: Option<Instant>,
     /// Up to where the snapshot went for which a follower's stream was ended last.
@@ -71,6 +74,7 @@ impl Caretaker {
             if tokio::time::timeout(INTERVAL, failure.changed()).await.is_err() {
                 self.finish_membership_change().await;
                 self.cut_long_log().await;
+                self.remove_abandoned_staging().await;
             }
         }
     }
@@ -97,6 +101,15 @@ impl Caretaker {
         let step = self.raft.change_membership(nobody, false);
         if let Ok(Err(error)) = tokio::time::timeout(JOINT_GRACE, step).await {
             tracing::warn!(%error, "cannot finish the membership change yet");
+        }
+    }
+
+    async fn remove_abandoned_staging(&self) {
+        let now = std::time::Instant::now();
+        if self.stager.is_abandoned(now) {
+            let stager = self.stager.clone();
+            // It removes files. If it died, it is tried again in a second.
+            let _ = tokio::task::spawn_blocking(move || stager.give_up_abandoned(now)).await;
         }
     }
 

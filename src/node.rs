@@ -171,8 +171,9 @@ impl Node {
         let (of_raft, token) = (raft.clone(), shutdown.clone());
         let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
         let (proposer, proposer_task) = Proposer::spawn(raft.clone(), store.reader());
+        let (of_raft, token) = (raft.clone(), shutdown.clone());
         let caretaker =
-            caretaker::spawn(raft.clone(), store.reader(), network.clone(), shutdown.clone());
+            caretaker::spawn(of_raft, store.reader(), store.stager(), network.clone(), token);
         let (cluster, token) = (options.cluster.clone(), shutdown.clone());
         let reshard =
             reshard::service::spawn(cluster, raft.clone(), store.reader(), &config.reshard, token);

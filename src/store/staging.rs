@@ -4,12 +4,14 @@
 //! log; nothing of it is served. When all have arrived and count and digest agree, the family is
 //! flushed and fsynced, and becomes a [`StagedSnapshot`] that the state machine can switch to. There
 //! is one staging at a time: a transfer of another snapshot replaces it. It does not survive a
-//! restart; the transfer then starts again.
+//! restart; the transfer then starts again. One that nobody goes on with is given up after a while: a new
+//! leader may have no need of it, and it is as large as the state.
 
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rocksdb::WriteBatch;
@@ -21,6 +23,10 @@ use super::machine::Machine;
 use super::meta::{self, corrupt};
 use super::reader::StateShared;
 use super::snapshot::{Body, Cursor, Head, SnapshotData, decode_chunk};
+
+/// A staging of which nothing was heard for this long is given up: longer than a sender keeps the image for a
+/// follower that is away.
+pub(super) const ABANDONED_AFTER: Duration = Duration::from_secs(600);
 
 /// Where a transfer stands on the receiving side.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,9 +55,15 @@ struct Staging {
     cursor: Cursor,
     next_seq: u64,
     complete: bool,
+    /// When its sender was heard of last.
+    heard_at: Instant,
 }
 
 impl Staging {
+    fn is_abandoned(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.heard_at) >= ABANDONED_AFTER
+    }
+
     fn position(&self) -> StagingPosition {
         StagingPosition {
             next_seq: self.next_seq,
@@ -127,7 +139,8 @@ impl SnapshotStager {
     /// another snapshot is given up.
     pub fn begin(&self, id: u64) -> io::Result<StagingPosition> {
         let mut slot = self.lock();
-        if let Some(staging) = slot.as_ref().filter(|staging| staging.id == id) {
+        if let Some(staging) = slot.as_mut().filter(|staging| staging.id == id) {
+            staging.heard_at = Instant::now();
             return Ok(staging.position());
         }
         *slot = None;
@@ -143,10 +156,30 @@ impl SnapshotStager {
             cursor: Cursor::default(),
             next_seq: 0,
             complete: false,
+            heard_at: Instant::now(),
         };
         let position = staging.position();
         *slot = Some(staging);
         Ok(position)
+    }
+
+    /// Whether there is a staging that nobody goes on with. Does not block.
+    pub fn is_abandoned(&self, now: Instant) -> bool {
+        // Whoever holds it goes on with it.
+        let Ok(slot) = self.staging.try_lock() else { return false };
+        slot.as_ref().is_some_and(|staging| staging.is_abandoned(now))
+    }
+
+    /// Removes the staging if nobody goes on with it. If its sender comes back after all, the transfer starts
+    /// again.
+    pub fn give_up_abandoned(&self, now: Instant) {
+        let abandoned = self.lock().take_if(|staging| staging.is_abandoned(now));
+        if let Some(staging) = abandoned {
+            tracing::info!(
+                chunks = staging.next_seq,
+                "gave up a snapshot that nobody goes on sending"
+            );
+        }
     }
 
     /// Takes chunk `seq` of snapshot `id`. A repeat of an earlier chunk changes nothing and is
@@ -158,6 +191,7 @@ impl SnapshotStager {
     pub fn write(&self, id: u64, seq: u64, chunk: Bytes) -> io::Result<StagingPosition> {
         let mut slot = self.lock();
         let staging = expect_staging(&mut slot, id)?;
+        staging.heard_at = Instant::now();
         if seq < staging.next_seq {
             return Ok(staging.position());
         }

@@ -1,8 +1,9 @@
 //! Images: what they may cost, and when they are made.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::store::staging::ABANDONED_AFTER;
 
 /// What RocksDB has written down of its own options.
 fn options_file(dir: &Path) -> String {
@@ -146,6 +147,35 @@ async fn an_image_is_tried_again() {
     assert!(ended.expect("it ends").unwrap().is_err());
     std::fs::remove_file(&images).unwrap();
     Store::open(&options).unwrap().close().unwrap();
+}
+
+/// Half a snapshot that nobody goes on with does not stay on the disk for ever.
+#[tokio::test]
+async fn an_abandoned_staging_is_removed() {
+    let (from_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let from = open(from_dir.path());
+    let mut sender = from.state_machine();
+    apply(&mut sender, vec![put_entry(1, "k", "v")]).await;
+    let snapshot = sender.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    let SnapshotData::Image(image) = snapshot.snapshot else { panic!("a sender has an image") };
+
+    let store = open(dir.path());
+    let stager = store.stager();
+    let begun = Instant::now();
+    let position = stager.begin(image.id()).unwrap();
+    let chunk = image.read_chunk(&position.cursor, 1).unwrap();
+    let next = stager.write(image.id(), 0, chunk.bytes).unwrap();
+    stager.give_up_abandoned(begun + ABANDONED_AFTER - Duration::from_secs(1));
+    assert_eq!(stager.begin(image.id()).unwrap(), next, "it goes on");
+    let later = Instant::now() + ABANDONED_AFTER;
+    assert!(stager.is_abandoned(later) && !stager.is_abandoned(begun));
+    stager.give_up_abandoned(later);
+    assert!(!stager.is_abandoned(later));
+    assert_eq!(stager.begin(image.id()).unwrap(), position, "it begins again");
+    stager.give_up_abandoned(Instant::now() + ABANDONED_AFTER);
+    let families = options_file(&options(dir.path()).dir.join(DB_DIR));
+    let staged = families.lines().filter(|line| line.starts_with("[CFOptions \"data-"));
+    assert_eq!(staged.count(), 1, "what was staged is gone");
 }
 
 /// An image that could not be made after an install is made when it is asked for. Until then there is the older
