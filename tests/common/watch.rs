@@ -47,6 +47,11 @@ impl Watch {
         Self { shared, threads }
     }
 
+    /// How many reads found something so far.
+    pub fn reads(&self) -> u64 {
+        self.shared.reads.load(Ordering::SeqCst)
+    }
+
     /// Ends it; panics if a read was too old. Returns how many reads found something.
     pub fn stop(mut self) -> u64 {
         self.shared.stop.store(true, Ordering::SeqCst);
