@@ -17,11 +17,7 @@ use distrib_kv_store::ring::Ring;
 use crate::common::cluster::splitmix;
 use crate::common::clusters::{CHANGE_PATIENCE, Clusters, id, post_step};
 use crate::common::ring_load::{LoadOptions, RingLoad};
-use crate::{ONE_AT_A_TIME, SMALL_PAGES};
-
-/// Callers wait for a cluster whose only node is killed again and again, and for keys that stay frozen
-/// while every process is killed in turn.
-const CALLER_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::{CALLER_TIMEOUT, ONE_AT_A_TIME, SMALL_PAGES};
 
 /// When processes are killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

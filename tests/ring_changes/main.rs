@@ -11,6 +11,8 @@ mod random;
 mod refused;
 mod sleeper;
 
+use std::time::Duration;
+
 use tokio::sync::Mutex;
 
 /// Settings for clusters of one node: pages are so small that copying takes several, and answers to
@@ -22,6 +24,10 @@ memtable_bytes = 4194304
 [reshard]
 page_bytes = 1024
 ";
+
+/// Callers wait for a cluster whose only node is killed again and again, and for keys that stay frozen
+/// while every process is killed in turn.
+const CALLER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Held by each story from beginning to end: two at once, each with several processes and clients, take
 /// more than twice as long, and callers' deadlines do not grow with that.

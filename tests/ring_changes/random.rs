@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use crate::common::cluster::{FAST, splitmix};
 use crate::common::clusters::{CHANGE_PATIENCE, Clusters};
 use crate::common::ring_load::{LoadOptions, RingLoad};
-use crate::{ONE_AT_A_TIME, SMALL_PAGES};
+use crate::{CALLER_TIMEOUT, ONE_AT_A_TIME, SMALL_PAGES};
 
 /// Nodes of each cluster; the first three are in the first ring.
 const SIZES: [u64; 4] = [3, 3, 1, 1];
@@ -205,7 +205,8 @@ fn story(changes: usize, seed: u64) {
         random: Random(splitmix(seed)),
         called_off: 0,
     };
-    let load = RingLoad::start(clusters.endpoints(), LoadOptions { seed, ..Default::default() });
+    let options = LoadOptions { timeout: CALLER_TIMEOUT, seed, ..Default::default() };
+    let load = RingLoad::start(clusters.endpoints(), options);
     let clusters = Arc::new(Mutex::new(clusters));
     let killer = Killer::start(&clusters, seed);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
