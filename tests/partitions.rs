@@ -18,9 +18,18 @@ use common::watch::Watch;
 const FAULTS: u64 = 20;
 
 /// How many writes must be acknowledged while a fault lasts. It lasts until then, and longer than a follower
-/// that hears nobody waits before it stands for election.
+/// that hears nobody waits before it stands for election: up to twice the longest election timeout.
 const WRITES_DURING: u64 = 200;
 const ELECTION_TIME: Duration = Duration::from_millis(1500);
+
+/// Where the same leader has to stay, it must not be a stall of the machine that deposes it.
+const PATIENT: &str = "
+[raft]
+heartbeat_interval_ms = 75
+election_timeout_min_ms = 2000
+election_timeout_max_ms = 3000
+";
+const PATIENT_ELECTION_TIME: Duration = Duration::from_millis(6500);
 
 /// A request that its node cannot answer is tried at the next.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -132,7 +141,7 @@ fn one_follower_that_is_cut_off_deposes_nobody() {
         return;
     }
     let mut network = Network::new(3);
-    let cluster = Cluster::start_on(&network, 3, FAST);
+    let cluster = Cluster::start_on(&network, 3, PATIENT);
     cluster.form();
     let leader = cluster.leader();
     let term = cluster.metrics(leader).unwrap()["term"].clone();
@@ -146,7 +155,7 @@ fn one_follower_that_is_cut_off_deposes_nobody() {
                 cluster.log(host).contains("the leader refuses connections").then_some(())
             });
         }
-        std::thread::sleep(ELECTION_TIME);
+        std::thread::sleep(PATIENT_ELECTION_TIME);
         load.await_more("the leader goes on", WRITES_DURING);
         network.heal();
         cluster.await_ready();
