@@ -312,11 +312,11 @@ async fn one_deadline_covers_all_clusters() {
     let owner = cluster("b", &[&b.address]);
     let a = a.serve(with_ring(ring, move |_| wrong_cluster(&owner, 1)));
     let b = b.serve(|_| error(503, "NO_LEADER", "not_applied"));
-    let client = client_of(&[&a]).await.unwrap().with_timeout(Duration::from_millis(300));
+    let client = client_of(&[&a]).await.unwrap().with_timeout(Duration::from_secs(1));
     let begun = Instant::now();
     let error = client.write("k", "v").await.unwrap_err();
     assert!(matches!(error, ClientError::Timeout { .. }), "{error}");
-    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert!(!b.seen(KV).is_empty());
 }
 

@@ -95,18 +95,20 @@ fn doubts() -> [Reply; 6] {
 
 #[tokio::test]
 async fn a_write_in_doubt_is_repeated_with_its_number_until_the_deadline() {
-    for reply in doubts() {
+    // All at once, because each takes until its deadline.
+    futures_util::future::join_all(doubts().map(|reply| async move {
         let told = format!("{reply:?}");
         let again = reply.clone();
         let (a, b) = (start(move |_| reply.clone()), start(move |_| again.clone()));
-        let client = client_of(&[&a, &b]).with_timeout(Duration::from_millis(600));
+        let client = client_of(&[&a, &b]).with_timeout(Duration::from_secs(3));
         let error = client.write("k", "v").await.unwrap_err();
         assert_eq!(error.outcome(), Outcome::Unknown, "{told}: {error}");
         assert!(!error.is_retryable(), "{told}");
         assert!(!a.seen(KV).is_empty() && !b.seen(KV).is_empty(), "{told}");
         let sent: Vec<_> = a.seen(KV).iter().chain(&b.seen(KV)).map(|seen| seen.once()).collect();
         assert!(sent.iter().all(|once| *once == sent[0] && once.1 == 1), "{told}: {sent:?}");
-    }
+    }))
+    .await;
 }
 
 #[tokio::test]
@@ -114,10 +116,10 @@ async fn a_write_in_doubt_is_answered_by_its_repeat() {
     for reply in doubts() {
         let told = format!("{reply:?}");
         let doubtful = start(at_first(1, reply.clone(), written(7)));
-        let client = client_of(&[&doubtful]).with_timeout(Duration::from_millis(1500));
+        let client = client_of(&[&doubtful]).with_timeout(Duration::from_secs(4));
         assert_eq!(client.write("k", "v").await.unwrap(), 7, "{told}");
         let doubtful = start(at_first(1, reply, Reply::Condition(Some(7))));
-        let client = client_of(&[&doubtful]).with_timeout(Duration::from_millis(1500));
+        let client = client_of(&[&doubtful]).with_timeout(Duration::from_secs(4));
         let error = client.write_if("k", "v", Condition::Revision(6)).await.unwrap_err();
         assert_eq!(error, ClientError::ConditionFailed { current: Some(7) }, "{told}");
     }
@@ -168,7 +170,7 @@ async fn a_read_is_repeated_at_another_node() {
         let good = start(|_| Reply::Value(5, Bytes::from_static(b"v")));
         for _ in 0..2 {
             // A fresh client each time, and the bad node first.
-            let client = client_of(&[&bad, &good]).with_timeout(Duration::from_millis(1500));
+            let client = client_of(&[&bad, &good]).with_timeout(Duration::from_secs(4));
             let value = client.consistent_read("k").await.unwrap();
             assert_eq!(value, Some(Bytes::from_static(b"v")), "{told}");
             assert_eq!(client.read("k").await.unwrap(), value, "{told}");
@@ -192,7 +194,7 @@ async fn pauses_of_the_cluster_are_waited_out_with_growing_pauses() {
 #[tokio::test]
 async fn a_pause_beyond_the_deadline_ends_with_nothing_done() {
     let node = start(|_| error(503, "FROZEN", "not_applied"));
-    let client = client_of(&[&node]).with_timeout(Duration::from_millis(200));
+    let client = client_of(&[&node]).with_timeout(Duration::from_secs(1));
     let error = client.write("k", "v").await.unwrap_err();
     assert!(
         matches!(&error, ClientError::Timeout { last, .. } if last.contains("FROZEN")),
@@ -212,7 +214,7 @@ async fn paused_leader(timeout: Duration) -> (FakeNode, FakeNode, RaftNode) {
 
 #[tokio::test]
 async fn a_paused_leader_costs_one_attempt_and_no_more() {
-    let (paused, next, client) = paused_leader(Duration::from_millis(900)).await;
+    let (paused, next, client) = paused_leader(Duration::from_secs(3)).await;
     assert_eq!(client.write("k", "v").await.unwrap(), 4);
     assert_eq!(next.seen(KV)[0].once(), paused.seen(KV)[1].once());
     for _ in 0..10 {
@@ -275,7 +277,7 @@ static LARGE: [u8; 300 << 10] = [7; 300 << 10];
 #[tokio::test]
 async fn calls_that_get_no_turn_at_a_paused_leader_go_elsewhere() {
     let (paused, next) = (start(|_| Reply::Hang), start(|_| written(4)));
-    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_secs(6));
+    let client = client_of(&[&paused, &next]).with_timeout(Duration::from_secs(60));
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..150 {
         let client = client.clone();
@@ -314,16 +316,18 @@ async fn a_call_without_a_turn_says_so_and_not_that_the_node_is_gone() {
         let client = client.clone();
         stuck.spawn(async move { client.write("k", &LARGE).await.map(drop) });
     }
-    wait_until("four full batches have arrived", || node.seen(KV).len() == 12).await;
-    assert_no_turn(&hasty.write("k", "v").await.unwrap_err(), &node);
-    assert_eq!(node.seen("/").len(), 12);
+    wait_until("four full batches have arrived", || node.seen(KV).len() >= 12).await;
+    assert_no_turn(&hasty.write("hasty", "v").await.unwrap_err(), &node);
+    assert!(node.seen("/v1/kv/hasty").is_empty());
     for _ in 0..128 {
         let (client, address) = (client.clone(), node.address.clone());
         stuck.spawn(async move { client.metrics_of(&address).await.map(drop) });
     }
-    wait_until("the questions have arrived", || node.seen("/").len() == 140).await;
+    let asked = || node.seen("/cluster/metrics").len();
+    wait_until("the questions have arrived", || asked() >= 128).await;
+    let before = asked();
     assert_no_turn(&hasty.metrics_of(&node.address).await.unwrap_err(), &node);
-    assert_eq!(node.seen("/").len(), 140);
+    assert_eq!(asked(), before);
 }
 
 #[tokio::test]
@@ -436,7 +440,7 @@ async fn management_that_may_have_arrived_never_claims_that_nothing_was_done() {
     // The second is what a leader says that is still busy with the first attempt.
     for (status, code) in [(503, "NO_LEADER"), (409, "CONFLICT")] {
         let node = start(at_first(1, Reply::Close, error(status, code, "not_applied")));
-        let client = client_of(&[&node]).with_timeout(Duration::from_millis(300));
+        let client = client_of(&[&node]).with_timeout(Duration::from_secs(2));
         let error = client.change_membership(&[1]).await.unwrap_err();
         assert_eq!(error.outcome(), Outcome::Unknown, "{error}");
     }
