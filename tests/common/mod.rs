@@ -24,7 +24,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
 /// The program that is a node.
 pub const RAFT_KV: &str = env!("CARGO_BIN_EXE_raft-kv");
@@ -205,6 +205,13 @@ impl Drop for NodeProcess {
             lines.iter().rev().for_each(|line| eprintln!("{line}"));
         }
     }
+}
+
+/// Gives this process as many open files as it may have, for tests that open thousands of connections.
+pub fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).expect("no more than is allowed");
 }
 
 /// Asks again and again until there is an answer; panics with `what` when there is none in time.

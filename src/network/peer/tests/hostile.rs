@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
@@ -158,6 +159,10 @@ async fn a_peer_that_does_not_read_is_held_back() {
 
 #[tokio::test]
 async fn a_thousand_idle_connections_keep_no_peer_out() {
+    // Both ends of each are this process's.
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).unwrap();
     let node = FakeNode::start(settings()).await;
     let before = link(&node.addr, Purpose::Control).connection().await.unwrap();
     let mut idle = Vec::new();
