@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::network::error::Outcome;
 use crate::raft_node::pace::{Budget, call_backoff};
 use crate::raft_node::{Answer, Call, Courier, Doubt, TIMEOUT_DEFAULT, key_operations};
 use crate::ring::{Ring, RingCluster};
@@ -135,7 +136,11 @@ impl KVClient {
     ) -> Result<Answer, ClientError> {
         let budget = Budget::new(self.timeout);
         self.rings.refresh_if_due();
-        let mut target = self.rings.routes().target(key);
+        let routes = self.rings.routes();
+        // The newest ring that this call has chosen a target by; others may get newer ones meanwhile.
+        let mut used = routes.epoch();
+        let mut target = routes.target(key);
+        drop(routes);
         let mut backoff = call_backoff();
         let mut redirects = 0;
         loop {
@@ -148,7 +153,21 @@ impl KVClient {
                         return Err(error);
                     }
                     tokio::time::sleep(pause).await;
-                    target = self.target_after_silence(key, target, budget).await;
+                    if self.rings.routes().epoch() <= used {
+                        self.rings.confirm(budget).await;
+                    }
+                    if let Some(newer) = self.newer_target(key, &mut used) {
+                        target = newer;
+                    }
+                    continue;
+                }
+                Err(error) if target.id.is_some() && is_no_member(&error) => {
+                    if error.outcome() == Outcome::Unknown {
+                        doubt.raise(&error.to_string());
+                    }
+                    // Waiting makes no cluster of them: without a newer ring this is the answer.
+                    self.rings.refresh_beyond(used, budget).await;
+                    target = self.newer_target(key, &mut used).ok_or(error)?;
                     continue;
                 }
                 Err(error @ ClientError::Timeout { .. }) => {
@@ -175,13 +194,14 @@ impl KVClient {
         }
     }
 
-    /// Where to go after no node of `silent` could be reached. They are being restarted, or the cluster
-    /// has left the ring and is gone: then the others know who owns the key.
-    async fn target_after_silence(&self, key: &[u8], silent: Target, budget: Budget) -> Target {
-        let epoch = self.rings.routes().epoch();
-        self.rings.confirm(budget).await;
+    /// Where to go by a ring newer than the one of epoch `used`, if there is one by now. Those who should
+    /// own the key are not reached, or are not of the store: they are being restarted, or their cluster has
+    /// left the ring and is gone; then the others know who owns the key.
+    fn newer_target(&self, key: &[u8], used: &mut Epoch) -> Option<Target> {
         let routes = self.rings.routes();
-        if routes.epoch() > epoch { routes.target(key) } else { silent }
+        let is_newer = routes.epoch() > *used;
+        *used = routes.epoch();
+        is_newer.then(|| routes.target(key))
     }
 
     /// Where to go after `refused` said, by its ring of `epoch`, that `named` owns the key.
@@ -199,5 +219,14 @@ impl KVClient {
             Some(owner) if !ring_knows_better => routes.target_named(owner, self.rings.courier()),
             _ => by_ring,
         }
+    }
+}
+
+/// Whether nodes that the ring lists said that they belong to no cluster, or what none would say.
+fn is_no_member(error: &ClientError) -> bool {
+    match error {
+        ClientError::Server { code, .. } => code == "NOT_INITIALIZED",
+        ClientError::Garbled { .. } => true,
+        _ => false,
     }
 }

@@ -243,6 +243,97 @@ async fn a_silent_owner_makes_the_client_ask_for_the_ring() {
     wait_until("the newer ring is used", async || client.write("k", "v").await == Ok(6)).await;
 }
 
+/// A cluster that has left the ring, whose nodes were wiped or whose addresses serve something else by now, is
+/// found out by the first call: it ends at the new owner. No call is told what they say.
+#[tokio::test]
+async fn blank_nodes_and_strangers_make_the_client_ask_for_the_ring() {
+    for reply in [error(503, "NOT_INITIALIZED", "not_applied"), Reply::Text(404, "no such page")] {
+        let (a, b) = (bind(), bind());
+        let before = ring(1, vec![cluster("b", &[&b.address])]);
+        let after = ring(2, vec![cluster("a", &[&a.address])]);
+        let removed = Arc::new(AtomicBool::new(false));
+        let (is_gone, is_owner) = (removed.clone(), removed.clone());
+        let known = before.clone();
+        let b = b.serve(move |seen| match seen.path.as_str() {
+            _ if is_gone.load(Ordering::SeqCst) => reply.clone(),
+            RING => ring_reply(&known),
+            _ => written(5),
+        });
+        let a = a.serve(move |seen| match seen.path.as_str() {
+            RING if is_owner.load(Ordering::SeqCst) => ring_reply(&after),
+            RING => ring_reply(&before),
+            _ => written(6),
+        });
+        let client = client_of(&[&b, &a]).await.unwrap();
+        assert_eq!(client.write("k", "v").await, Ok(5));
+        removed.store(true, Ordering::SeqCst);
+        let mut calls = JoinSet::new();
+        for call in 0..20 {
+            let client = client.clone();
+            calls.spawn(async move { client.write(format!("key{call}"), "v").await });
+        }
+        while let Some(done) = calls.join_next().await {
+            assert_eq!(done.unwrap(), Ok(6));
+        }
+        assert_eq!(client.ring().epoch, 2);
+    }
+}
+
+/// Without a newer ring, what the nodes say is the answer, and comes soon; what a stranger did to a write is
+/// in doubt.
+#[tokio::test]
+async fn blank_nodes_and_strangers_are_reported_when_the_ring_is_the_newest() {
+    let a = bind();
+    let ring = ring(1, vec![cluster("a", &[&a.address])]);
+    let blank = error(503, "NOT_INITIALIZED", "not_applied");
+    let a = a.serve(with_ring(ring, move |seen| match seen.path.ends_with("blank") {
+        true => blank.clone(),
+        false => Reply::Text(404, "no such page"),
+    }));
+    let client = client_of(&[&a]).await.unwrap().with_timeout(Duration::from_secs(60));
+    let begun = Instant::now();
+    let refused = client.write("blank", "v").await.unwrap_err();
+    assert!(
+        matches!(&refused, ClientError::Server { code, .. } if code == "NOT_INITIALIZED"),
+        "{refused}"
+    );
+    assert_eq!(refused.outcome(), Outcome::NotApplied);
+    let garbled = client.write("other", "v").await.unwrap_err();
+    assert!(matches!(garbled, ClientError::Garbled { .. }), "{garbled}");
+    assert_eq!(garbled.outcome(), Outcome::Unknown);
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+/// A call that is still trying to reach a cluster when another call learns that it has left the ring goes
+/// by the newer ring then. It waited for one newer still, and failed at its deadline.
+#[tokio::test]
+async fn a_call_goes_by_the_ring_that_another_one_got() {
+    let (a, b) = (bind(), bind());
+    let gone = refusing();
+    let before = ring(1, vec![cluster("a", &[&a.address]), cluster("gone", &[&gone])]);
+    let owner = cluster("b", &[&b.address]);
+    let after = ring(2, vec![owner.clone()]);
+    let table = RingTable::new(before.clone()).unwrap();
+    let key_of = |id: &str| {
+        let mut keys = (0..1000).map(|number| format!("key{number}"));
+        keys.find(|key| table.owner(key.as_bytes()).unwrap().id.as_str() == id).unwrap()
+    };
+    let (lost, moved) = (key_of("gone"), key_of("a"));
+    let told = AtomicUsize::new(0);
+    let a = a.serve(move |seen| match seen.path.as_str() {
+        RING if told.fetch_add(1, Ordering::SeqCst) == 0 => ring_reply(&before),
+        RING => ring_reply(&after),
+        _ => wrong_cluster(&owner, 2),
+    });
+    let _b = b.serve(|_| written(6));
+    let client = KVClient::from_endpoints(vec![vec![a.address.clone()]]).await.unwrap();
+    let begun = Instant::now();
+    // A connection is refused several times, with pauses, before a call gives a cluster up.
+    let calls = tokio::join!(client.write(&lost, "v"), client.write(&moved, "v"));
+    assert_eq!(calls, (Ok(6), Ok(6)));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn a_named_owner_is_followed_even_when_nobody_has_its_ring_yet() {
     let (a, b) = (bind(), bind());

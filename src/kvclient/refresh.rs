@@ -5,8 +5,9 @@
 //! node that lags and changes nothing. A refresh that fails is no error for the call that wanted it:
 //! servers check ownership again and name the owner, so an old ring costs a detour at most.
 //!
-//! There are five reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
-//! one that could not reach its cluster, which may have left the ring. One whose cluster was silent until
+//! There are six reasons to refresh. A call that was told of a newer ring needs it, and waits. So does
+//! one that could not reach its cluster, which may have left the ring, and one that found blank nodes or
+//! strangers in its place. One whose cluster was silent until
 //! its time was over wants to know for those that come after it. A ring whose time is over only wants
 //! confirming, and a ring that turns out to be changing only its successor: these happen in the
 //! background, and the call that found it so goes on with what it knows.
@@ -158,12 +159,15 @@ impl Rings {
 
     /// Tries to get a ring of at least this epoch, which the node at `address` lives by.
     pub(super) async fn refresh_to(&self, epoch: Epoch, address: &str, budget: Budget) {
-        if self.routes().epoch() >= epoch {
-            return;
+        if self.routes().epoch() < epoch {
+            self.refresh(epoch, Some(address.to_owned()), budget).await;
         }
-        if let Some(flight) = self.core.join_flight(epoch, Some(address.to_owned())) {
-            // Out of time is the caller's own concern: its next attempt finds that out.
-            let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
+    }
+
+    /// Tries to get a newer ring than that of this epoch, from anybody.
+    pub(super) async fn refresh_beyond(&self, epoch: Epoch, budget: Budget) {
+        if self.routes().epoch() <= epoch {
+            self.refresh(epoch.saturating_add(1), None, budget).await;
         }
     }
 
@@ -175,8 +179,12 @@ impl Rings {
 
     /// Asks whether the ring in hand is still in force.
     pub(super) async fn confirm(&self, budget: Budget) {
-        if let Some(flight) = self.core.join_flight(self.routes().epoch(), None) {
-            // As above.
+        self.refresh(self.routes().epoch(), None, budget).await;
+    }
+
+    async fn refresh(&self, epoch: Epoch, address: Option<String>, budget: Budget) {
+        if let Some(flight) = self.core.join_flight(epoch, address) {
+            // Out of time is the caller's own concern: its next attempt finds that out.
             let _ = tokio::time::timeout_at(budget.deadline(), flight).await;
         }
     }

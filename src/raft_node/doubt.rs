@@ -27,7 +27,7 @@ impl Doubt {
     }
 
     /// An attempt may have arrived, and may take effect.
-    pub(super) fn raise(&mut self, message: &str) {
+    pub(crate) fn raise(&mut self, message: &str) {
         if self.kind.outcome_when_in_doubt() == Outcome::Unknown {
             self.message = Some(message.to_owned());
         }
