@@ -61,7 +61,7 @@ use view::View;
 /// deadline for a request.
 pub(crate) const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
-/// How long a node that did not answer is asked last. Long enough that a paused node costs few calls
+/// How long a node that did not answer, or cannot serve, is asked last. Long enough that a paused node costs few calls
 /// their first attempt, short enough that a returned one is used again soon.
 const SUSPECT_FOR: Duration = Duration::from_secs(5);
 
@@ -336,6 +336,7 @@ impl RaftNode {
     fn move_on(&self, address: &str, reason: &Reason) -> Option<String> {
         match reason {
             Reason::Refused(_) | Reason::NoTurn(_) | Reason::Silent(_) => self.suspect(address),
+            Reason::Declined(error) if cannot_serve(error) => self.suspect(address),
             Reason::Declined(_) => self.change_view(|view| view.not_led_by(address)),
         }
         self.shared.view.load().after(address, Instant::now()).map(str::to_owned)
@@ -355,6 +356,12 @@ impl RaftNode {
     fn change_view(&self, change: impl Fn(&View) -> View) {
         self.shared.view.rcu(|view| change(view));
     }
+}
+
+/// Whether a node speaks of itself, and not of its cluster: it will not do better in a moment.
+fn cannot_serve(error: &ClientError) -> bool {
+    matches!(error, ClientError::Server { code, .. }
+        if matches!(code.as_str(), "STORAGE" | "NOT_INITIALIZED" | "STOPPING"))
 }
 
 /// Earlier requests to the node took all turns since then.

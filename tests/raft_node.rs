@@ -8,7 +8,7 @@ use bytes::Bytes;
 use distrib_kv_store::client_error::ClientError;
 use distrib_kv_store::network::error::Outcome;
 use distrib_kv_store::raft_node::{Deleted, RaftNode};
-use distrib_kv_store::types::Condition;
+use distrib_kv_store::types::{Condition, Consistency};
 use serde_json::json;
 
 mod fake_node;
@@ -67,6 +67,25 @@ async fn a_node_that_is_down_is_passed_by() {
         assert_eq!(client.write("k", "v").await.unwrap(), 3);
     }
     assert_eq!(node.seen(KV).len(), 3);
+}
+
+/// A node that says that it cannot serve is asked last for a while, as one that does not answer is: otherwise
+/// every third read that any node can serve would begin there, and pause.
+#[tokio::test]
+async fn reads_go_past_a_node_that_cannot_serve() {
+    for (status, code) in [(500, "STORAGE"), (503, "NOT_INITIALIZED"), (503, "STOPPING")] {
+        let sick = start(move |_| error(status, code, "not_applied"));
+        let value = || Reply::Value(1, Bytes::from_static(b"v"));
+        let (one, two) = (start(move |_| value()), start(move |_| value()));
+        let client = client_of(&[&sick, &one, &two]);
+        for consistency in [Consistency::Stale, Consistency::LinearizableOnFollower] {
+            for _ in 0..15 {
+                assert!(client.get("k", consistency).await.unwrap().is_some());
+            }
+        }
+        assert_eq!(sick.seen(KV).len(), 1, "{code}");
+        assert_eq!(one.seen(KV).len() + two.seen(KV).len(), 30, "{code}");
+    }
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub(super) struct View {
     /// The turns of requests: first of those to unlisted nodes, then of each node in order.
     gates: Vec<Arc<Semaphore>>,
     leader: Option<String>,
-    /// Nodes that did not answer lately, and until when they are asked last.
+    /// Nodes that did not answer lately, or cannot serve, and until when they are asked last.
     suspects: Vec<(String, Instant)>,
 }
 
@@ -111,7 +111,7 @@ impl View {
         view
     }
 
-    /// The view after `address` did not answer: it is asked last until then.
+    /// The view after `address` did not answer, or cannot serve: it is asked last until then.
     pub(super) fn suspecting(&self, address: &str, now: Instant, until: Instant) -> Self {
         let mut view = self.not_led_by(address);
         // Also drops those whose time is over, which bounds the list by the number of nodes that
