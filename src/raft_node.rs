@@ -61,8 +61,8 @@ use view::View;
 /// deadline for a request.
 pub(crate) const TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
-/// How long a node that did not answer, or cannot serve, is asked last. Long enough that a paused node costs few calls
-/// their first attempt, short enough that a returned one is used again soon.
+/// How long a node that did not answer, or cannot serve, is asked last. Long enough that a paused node
+/// costs few calls their first attempt, short enough that a returned one is used again soon.
 const SUSPECT_FOR: Duration = Duration::from_secs(5);
 
 /// The client of one cluster. Cloning shares connections and what is known about the nodes; it is
