@@ -14,8 +14,8 @@ use common::{PATIENCE_WITH_PROGRESS, put};
 use distrib_kv_store::kvclient::KVClient;
 use tokio::sync::Mutex;
 
-/// How long leaders are killed under load, at least: until so many are lost, and so many reads watched, that it
-/// tells something.
+/// How long leaders are killed under load, at least: until so many are lost, and so many reads
+/// watched, that it tells something.
 const ENDURANCE: Duration = Duration::from_secs(60);
 const LEADERS_LOST_MIN: u64 = 6;
 const READS_MIN: u64 = 1000;

@@ -321,8 +321,8 @@ impl Pages for FakeSources {
     }
 }
 
-/// Without the pauses that copying makes for everything else: they grow with the time that a page takes, many
-/// times over, so that on a busy machine they are most of the time.
+/// Without the pauses that copying makes for everything else: they grow with the time that a page
+/// takes, many times over, so that on a busy machine they are most of the time.
 fn without_pauses() -> Config {
     let mut config = Config::default();
     config.reshard.pause_times = 0;
@@ -363,7 +363,8 @@ impl Running {
         self.sources.asked.load(Ordering::SeqCst)
     }
 
-    /// Until no source was asked for a while: whoever has noticed that it is not to ask has stopped.
+    /// Until no source was asked for a while: whoever has noticed that it is not to ask has
+    /// stopped.
     async fn until_nothing_is_asked(&self) {
         within("nothing is asked", async {
             let mut before = None;

@@ -13,10 +13,10 @@ use super::line::try_request;
 use super::network::{Network, ip_of};
 use super::{Answer, NodeOptions, NodeProcess, RAFT_KV, eventually};
 
-/// Settings for tests that lose leaders, on a busy machine with two cores: a follower stands for election 0.9 to
-/// 1.2 s after it last heard a leader. A leader that stalls for 0.6 s may be deposed: by then it takes its
-/// majority for lost, and sends no heartbeat for 1.2 s. For a test in which the leader must stay the same there
-/// is [`STEADY`].
+/// Settings for tests that lose leaders, on a busy machine with two cores: a follower stands for
+/// election 0.9 to 1.2 s after it last heard a leader. A leader that stalls for 0.6 s may be
+/// deposed: by then it takes its majority for lost, and sends no heartbeat for 1.2 s. For a test in
+/// which the leader must stay the same there is [`STEADY`].
 pub const FAST: &str = "
 [raft]
 heartbeat_interval_ms = 75
@@ -24,9 +24,9 @@ election_timeout_min_ms = 300
 election_timeout_max_ms = 600
 ";
 
-/// Settings for tests that need the same leader from one line to the next: only a stall of 4 s costs it the
-/// lead. The first voter elects itself at once, and a leader whose process ended is replaced as soon as with
-/// [`FAST`], because its peers find its port closed.
+/// Settings for tests that need the same leader from one line to the next: only a stall of 4 s
+/// costs it the lead. The first voter elects itself at once, and a leader whose process ended is
+/// replaced as soon as with [`FAST`], because its peers find its port closed.
 pub const STEADY: &str = "
 [raft]
 heartbeat_interval_ms = 75
@@ -113,8 +113,9 @@ impl Cluster {
         self.await_ready();
     }
 
-    /// Makes these nodes the voters, and waits until all know. On a busy machine the leader may lose the lead at
-    /// the very moment, so it is asked again until it is done: a change that is made already changes nothing.
+    /// Makes these nodes the voters, and waits until all know. On a busy machine the leader may
+    /// lose the lead at the very moment, so it is asked again until it is done: a change that is
+    /// made already changes nothing.
     pub fn change_membership(&self, ids: &[u64]) {
         let body = json!(ids).to_string();
         let mut last = String::new();

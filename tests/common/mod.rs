@@ -207,7 +207,8 @@ impl Drop for NodeProcess {
     }
 }
 
-/// Gives this process as many open files as it may have, for tests that open thousands of connections.
+/// Gives this process as many open files as it may have, for tests that open thousands of
+/// connections.
 pub fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -226,9 +227,9 @@ pub fn eventually<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Asks until there is an answer, for as long as there is progress: fails when what `progress` says has
-/// stayed the same for [`PATIENCE`], and in any case after [`PATIENCE_WITH_PROGRESS`]. For what has an amount,
-/// so that its time depends on the machine.
+/// Asks until there is an answer, for as long as there is progress: fails when what `progress` says
+/// has stayed the same for [`PATIENCE`], and in any case after [`PATIENCE_WITH_PROGRESS`]. For what
+/// has an amount, so that its time depends on the machine.
 #[track_caller]
 pub fn eventually_by_progress<P: PartialEq + std::fmt::Debug, T>(
     what: &str,

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 /// How what clusters ask each other in the middle of a change begins.
 const BETWEEN_CLUSTERS: &[u8] = b"GET /cluster/";
 
-/// How far a connection that is slowed down may have fallen behind its pace and still make up for it: a busy
-/// machine wakes who sleeps late, after each piece.
+/// How far a connection that is slowed down may have fallen behind its pace and still make up for
+/// it: a busy machine wakes who sleeps late, after each piece.
 const LAG_MAX: Duration = Duration::from_millis(200);
 
 /// How much of the stream towards the target may pass before the proxy holds everything.

@@ -25,8 +25,8 @@ memtable_bytes = 4194304
 page_bytes = 1024
 ";
 
-/// Callers wait for a cluster whose only node is killed again and again, and for keys that stay frozen
-/// while every process is killed in turn.
+/// Callers wait for a cluster whose only node is killed again and again, and for keys that stay
+/// frozen while every process is killed in turn.
 const CALLER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Held by each story from beginning to end: two at once, each with several processes and clients, take

@@ -68,8 +68,8 @@ impl Played {
 const WRITTEN: &str = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nETag: \"9\"\r\n\
     Retry-After: 3\r\nX-Else: no\r\nContent-Length: 14\r\nConnection: close\r\n\r\n{\"revision\":9}";
 
-/// An address that refuses connections: its port is bound for as long as the test process lives, so nobody else
-/// gets it.
+/// An address that refuses connections: its port is bound for as long as the test process lives, so
+/// nobody else gets it.
 fn dead_address() -> String {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();

@@ -52,7 +52,8 @@ struct TestNode {
 /// For how long who was heard is not deposed. Several heartbeats.
 const LEASE: Duration = Duration::from_secs(2);
 
-/// For elections to be a matter of time, in milliseconds, and of more than a busy machine may stall.
+/// For elections to be a matter of time, in milliseconds, and of more than a busy machine may
+/// stall.
 const SOON: Range<u64> = 2000..4000;
 
 /// For them not to be.

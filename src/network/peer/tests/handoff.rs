@@ -67,8 +67,8 @@ fn source_at(addrs: &[&str]) -> RingCluster {
     RingCluster { id: "c1".parse().unwrap(), weight: 1.0, nodes }
 }
 
-/// An address at which nobody listens: its port is bound for as long as the test process lives, so nobody gets it
-/// who asks for any. Who asks for it may listen there.
+/// An address at which nobody listens: its port is bound for as long as the test process lives, so
+/// nobody gets it who asks for any. Who asks for it may listen there.
 fn nowhere() -> String {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_reuseaddr(true).unwrap();
