@@ -12,16 +12,12 @@ use common::load::{Load, LoadOptions};
 use common::watch::Watch;
 use common::{PATIENCE_WITH_PROGRESS, put};
 use distrib_kv_store::kvclient::KVClient;
-use tokio::sync::Mutex;
 
 /// How long leaders are killed under load, at least: until so many are lost, and so many reads
 /// watched, that it tells something.
 const ENDURANCE: Duration = Duration::from_secs(60);
 const LEADERS_LOST_MIN: u64 = 6;
 const READS_MIN: u64 = 1000;
-
-/// Each of these tests takes what the machine has.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 /// How long a call may take that waits for thousands of others, or for megabytes.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -36,7 +32,6 @@ const VALUE_BYTES_MAX: usize = 1 << 20;
 /// every acknowledged write is there in the end, and no linearizable read was ever too old.
 #[test]
 fn a_minute_of_lost_leaders_costs_no_acknowledged_write_and_no_read_is_stale() {
-    let _turn = ONE_AT_A_TIME.blocking_lock();
     let config = format!("{FAST}\nsnapshot_log_entries = 3000\nlog_entries_kept = 200\n");
     let mut cluster = Cluster::formed(3, &config);
     let timeout = Duration::from_secs(3);
@@ -83,7 +78,6 @@ async fn kv_client(cluster: &Cluster) -> KVClient {
 /// Ten thousand tasks write at the same moment, and then all read: each is answered, exactly.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_writes_at_once_are_all_answered() {
-    let _turn = ONE_AT_A_TIME.lock().await;
     let cluster = Cluster::formed(3, FAST);
     let client = kv_client(&cluster).await;
     let start = Arc::new(tokio::sync::Barrier::new(BURST));
@@ -116,7 +110,6 @@ async fn ten_thousand_writes_at_once_are_all_answered() {
 /// is refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_largest_values_pass_through_every_way() {
-    let _turn = ONE_AT_A_TIME.lock().await;
     let cluster = Cluster::formed(3, FAST);
     let client = kv_client(&cluster).await;
     let value = |seed: u8| -> Vec<u8> {
@@ -152,7 +145,6 @@ async fn the_largest_values_pass_through_every_way() {
 /// memory does not grow with what the follower misses, and the follower catches up.
 #[test]
 fn a_slow_follower_costs_the_leader_no_memory() {
-    let _turn = ONE_AT_A_TIME.blocking_lock();
     const VALUE_BYTES: usize = 64 << 10;
     const BEHIND: u64 = 3000;
     let config = format!(

@@ -26,10 +26,10 @@ const ELECTION_TIME: Duration = Duration::from_millis(1500);
 const PATIENT: &str = "
 [raft]
 heartbeat_interval_ms = 75
-election_timeout_min_ms = 2000
-election_timeout_max_ms = 3000
+election_timeout_min_ms = 1000
+election_timeout_max_ms = 1500
 ";
-const PATIENT_ELECTION_TIME: Duration = Duration::from_millis(6500);
+const PATIENT_ELECTION_TIME: Duration = Duration::from_millis(3300);
 
 /// A request that its node cannot answer is tried at the next.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
