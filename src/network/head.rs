@@ -38,6 +38,10 @@ const FIELD_NAME_BYTES_MAX: usize = u16::MAX as usize;
 /// How much is read at once while a head is not complete; most are shorter.
 pub(super) const HEAD_BUFFER_BYTES: usize = 4 << 10;
 
+/// The most that a connection keeps for its next request: idle ones are many, and count nowhere else. Larger
+/// than what requests with small values take.
+const BUFFER_KEPT_BYTES: usize = 16 << 10;
+
 /// Judges what a client sends. Pure: it is given bytes, and asked what may go on to hyper.
 #[derive(Debug, Default)]
 pub(super) struct Gate {
@@ -116,7 +120,16 @@ impl Gate {
         }
         request.body = Bytes::copy_from_slice(&self.received[end..length]);
         self.received.advance(length);
+        self.release();
         Whole::Request(Box::new(request))
+    }
+
+    /// Lets go of the memory that a large request took, once all of it was handed on. Asked of the whole
+    /// allocation: what is left behind the last request may be little of it.
+    fn release(&mut self) {
+        if self.received.is_empty() && self.received.try_reclaim(BUFFER_KEPT_BYTES + 1) {
+            self.received = BytesMut::new();
+        }
     }
 
     fn other(&mut self) -> Whole {
@@ -199,6 +212,7 @@ impl Gate {
     pub(super) fn take(&mut self, out: &mut [u8]) {
         self.received.copy_to_slice(out);
         self.cleared -= out.len();
+        self.release();
     }
 
     /// So many bytes went on directly.
@@ -369,6 +383,48 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What a connection holds on to while it is idle does not depend on its largest request, be that plain
+    /// or not, however full it made the buffer.
+    #[test]
+    fn a_large_request_leaves_no_large_buffer_behind() {
+        let put =
+            format!("PUT /v1/kv/k HTTP/1.1\r\nContent-Length: 60000\r\n\r\n{}", "v".repeat(60_000));
+        let other = format!("GET /v1/ring HTTP/1.1\r\nCookie: {}\r\n\r\n", "c".repeat(60_000));
+        for spare in [0, 1 << 17] {
+            let mut gate = Gate { received: BytesMut::with_capacity(put.len()), ..Gate::default() };
+            gate.received.reserve(put.len() + spare);
+            gate.received.extend_from_slice(put.as_bytes());
+            assert!(matches!(gate.whole(), Whole::Request(_)));
+            assert!(allocated(&mut gate) <= BUFFER_KEPT_BYTES, "spare: {spare}");
+
+            gate.received.reserve(other.len() + spare);
+            gate.received.extend_from_slice(other.as_bytes());
+            while let Ok(Next::Received(count)) = gate.next() {
+                gate.take(&mut vec![0; count.min(4096)]);
+            }
+            assert!(allocated(&mut gate) <= BUFFER_KEPT_BYTES, "spare: {spare}");
+        }
+        // Small ones go on using what is there.
+        let mut gate = Gate::default();
+        gate.inbox().extend_from_slice(GET.as_bytes());
+        let at = gate.received.as_ptr();
+        assert!(matches!(gate.whole(), Whole::Request(_)));
+        gate.inbox().extend_from_slice(GET.as_bytes());
+        assert!(
+            (0..HEAD_BUFFER_BYTES).any(|offset| at.wrapping_add(offset) == gate.received.as_ptr())
+        );
+    }
+
+    /// The size of the memory behind the empty buffer.
+    fn allocated(gate: &mut Gate) -> usize {
+        assert!(gate.received.is_empty());
+        (0..20)
+            .map(|power| 1 << power)
+            .take_while(|bytes| gate.received.try_reclaim(*bytes))
+            .last()
+            .unwrap_or(0)
     }
 
     fn refusal(bytes: &[u8]) -> ApiError {
