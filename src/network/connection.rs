@@ -73,8 +73,10 @@ const BUFFER_BYTES_MAX: usize = 128 << 10;
 pub(super) struct Shared {
     /// How long a started header may take.
     pub header_timeout: Duration,
-    /// Woken once for every connection that waits for room.
+    /// Woken once for every connection that waits for room. It keeps that when nobody can make room yet.
     pub shed: Notify,
+    /// Whether somebody waits still: room may have become free in another way.
+    pub is_full: AtomicBool,
     /// Stops the server.
     pub shutdown: CancellationToken,
 }
@@ -177,6 +179,9 @@ impl Guard {
                     Event::LongIdle { .. } => self.may_be_shed = true,
                 },
                 () = self.shared.shed.notified(), if self.may_be_shed => {
+                    if !self.shared.is_full.load(Ordering::Relaxed) {
+                        continue;
+                    }
                     if self.activity.is_long_idle() {
                         return None;
                     }

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
@@ -50,6 +51,7 @@ impl HttpServer {
         let shared = Arc::new(Shared {
             header_timeout: Duration::from_millis(limits.header_timeout_ms),
             shed: tokio::sync::Notify::new(),
+            is_full: AtomicBool::new(false),
             shutdown,
         });
         let room = Arc::new(Semaphore::new(limits.http_connections_max));
@@ -108,16 +110,28 @@ async fn next_connection(
             Err(error) if is_the_peers(&error) => {}
             Err(error) => {
                 failures.note(&error);
-                shared.shed.notify_one();
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                make_room(shared, tokio::time::sleep(ACCEPT_PAUSE)).await;
             }
         }
     };
-    if room.available_permits() == 0 {
-        shared.shed.notify_one();
-    }
-    let permit = room.clone().acquire_owned().await.expect("the semaphore is never closed");
+    let permit = match room.clone().try_acquire_owned() {
+        Ok(permit) => permit,
+        Err(_) => {
+            let permit = make_room(shared, room.clone().acquire_owned()).await;
+            permit.expect("the semaphore is never closed")
+        }
+    };
     (stream, permit)
+}
+
+/// Asks a connection to make room, until `wait` is over.
+async fn make_room<T>(shared: &Shared, wait: impl Future<Output = T>) -> T {
+    // Whoever is woken sees this, and so does who becomes idle later.
+    shared.is_full.store(true, Ordering::Relaxed);
+    shared.shed.notify_one();
+    let waited = wait.await;
+    shared.is_full.store(false, Ordering::Relaxed);
+    waited
 }
 
 fn is_the_peers(error: &io::Error) -> bool {
@@ -299,6 +313,30 @@ mod tests {
         gate.notify_one();
         assert!(read_all(&mut busy).await.ends_with("done"));
         read_until(&mut late, "hello").await;
+    }
+
+    /// When room became free without anybody making it, nobody is closed for those who waited.
+    #[tokio::test]
+    async fn an_idle_connection_stays_once_nobody_waits() {
+        let gate = Arc::new(Notify::new());
+        let limits = Limits { http_connections_max: 1, ..Limits::default() };
+        let (address, _server, _shutdown) = start(gated(&gate), limits).await;
+        let mut busy = TcpStream::connect(address).await.unwrap();
+        send(&mut busy, "GET /wait HTTP/1.1\r\nConnection: close\r\n\r\n").await;
+        let mut late = TcpStream::connect(address).await.unwrap();
+        send(&mut late, "GET / HTTP/1.1\r\n\r\n").await;
+        let early = tokio::time::timeout(Duration::from_millis(200), late.readable()).await;
+        assert!(early.is_err(), "answered although there was no room");
+        gate.notify_one();
+        assert!(read_all(&mut busy).await.ends_with("done"));
+        read_until(&mut late, "hello").await;
+        let closed = tokio::time::timeout(connection::SHED_AFTER * 2, late.readable()).await;
+        assert!(closed.is_err(), "closed although nobody waits");
+        // It still makes room for the next who needs it.
+        let mut third = TcpStream::connect(address).await.unwrap();
+        send(&mut third, "GET / HTTP/1.1\r\n\r\n").await;
+        read_until(&mut third, "hello").await;
+        assert_eq!(read_all(&mut late).await, "");
     }
 
     /// A request whose chunks are all there is busy like any other, however they arrived.
