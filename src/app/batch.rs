@@ -202,20 +202,26 @@ enum Done {
     Read(Option<Record>),
 }
 
-/// The error that all operations share and that another node, or this one later, may do better with.
+/// The error of all operations that another node, or this one later, may do better with; nothing took
+/// effect. They need not agree on the leader: it may have changed in between, and whoever is named knows.
 fn misdirected(results: &[Result<Done, ApiError>]) -> Option<ApiError> {
-    let elsewhere = |result: &Result<Done, ApiError>| {
-        matches!(
-            result,
-            Err(ApiError::NotLeader { .. }
-                | ApiError::NoLeader { outcome: Outcome::NotApplied, .. }
-                | ApiError::WrongCluster { .. })
-        )
-    };
     let first = results.first()?.as_ref().err()?;
-    let alike =
-        results.iter().all(|result| elsewhere(result) && result.as_ref().err() == Some(first));
-    alike.then(|| first.clone())
+    let is_alike = match first {
+        ApiError::WrongCluster { .. } => |first: &ApiError, error: &ApiError| error == first,
+        _ => |_: &ApiError, error: &ApiError| {
+            matches!(
+                error,
+                ApiError::NotLeader { .. }
+                    | ApiError::NoLeader { outcome: Outcome::NotApplied, .. }
+            )
+        },
+    };
+    let mut errors = results.iter().map(|result| result.as_ref().err());
+    if !errors.clone().all(|error| error.is_some_and(|error| is_alike(first, error))) {
+        return None;
+    }
+    let leader = errors.find(|error| matches!(error, Some(ApiError::NotLeader { .. })));
+    Some(leader.flatten().unwrap_or(first).clone())
 }
 
 fn into_result(result: Result<Done, ApiError>) -> OperationResult {
@@ -230,5 +236,40 @@ fn into_result(result: Result<Done, ApiError>) -> OperationResult {
         }
         Ok(Done::Read(None)) => OperationResult::Absent,
         Err(error) => OperationResult::failed(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn not_leader(leader: u64) -> Result<Done, ApiError> {
+        let leader = RingNode { id: leader, http: "h:1".into(), rpc: "r:1".into() };
+        Err(ApiError::NotLeader { leader, epoch: 4 })
+    }
+
+    fn no_leader(outcome: Outcome) -> Result<Done, ApiError> {
+        Err(ApiError::NoLeader { message: "none is known", outcome })
+    }
+
+    /// A batch that met the end of a leadership is passed on or waited for as a whole, however its
+    /// operations learned of it; as soon as anything may have taken effect, each is answered by itself.
+    #[test]
+    fn a_batch_none_of_which_was_done_is_misdirected_as_a_whole() {
+        let not_applied = || no_leader(Outcome::NotApplied);
+        for (results, whole) in [
+            (vec![not_leader(1), not_leader(1)], Some(not_leader(1))),
+            (vec![not_leader(1), not_leader(2)], Some(not_leader(1))),
+            (vec![not_applied(), not_leader(2), not_applied()], Some(not_leader(2))),
+            (vec![not_applied(), not_applied()], Some(not_applied())),
+            (vec![not_leader(1), no_leader(Outcome::Unknown)], None),
+            (vec![no_leader(Outcome::Unknown), not_leader(1)], None),
+            (vec![not_leader(1), Ok(Done::Read(None))], None),
+            (vec![Err(ApiError::Frozen), not_leader(1)], None),
+            (vec![], None),
+        ] {
+            let whole = whole.map(|result| result.unwrap_err());
+            assert_eq!(misdirected(&results), whole, "{results:?}");
+        }
     }
 }

@@ -133,21 +133,45 @@ async fn carry_out(
     // As long as the others are waited for.
     let _charges = serve_all(state, &request, operations, sound, &mut results).await?;
     if call.routing == Routing::PassOn {
-        // Keys that moved to another cluster while the part was served. Once more: a key does not move twice
-        // in the life of a request, unless that is long.
-        let moved = |index: &usize| results[*index].as_ref().is_some_and(is_misdirected);
-        let moved: Vec<_> = (0..operations.len()).filter(moved).collect();
-        if !moved.is_empty() {
-            drop(serve_all(state, &request, operations, moved, &mut results).await?);
+        // Keys that moved to another cluster while the part was served, and what was left when its leader
+        // ceased to lead. Once more: neither happens twice in the life of a request, unless that is long.
+        let again = goes_again(operations, &results);
+        if !again.is_empty() {
+            drop(serve_all(state, &request, operations, again, &mut results).await?);
         }
     }
     Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
 }
 
-/// Whether it was told that another cluster owns its key, and not done.
+/// The operations that were sent elsewhere and not done, so that they may go there: unless a later write to
+/// the same key did take effect, or may have, which the earlier one would overwrite.
+fn goes_again(operations: &[Operation], results: &[Option<OperationResult>]) -> Vec<usize> {
+    let was_sent_on = |index: &usize| results[*index].as_ref().is_some_and(is_misdirected);
+    let mut again: Vec<_> = (0..operations.len()).filter(was_sent_on).collect();
+    let Some(first) = again.first() else { return again };
+    let may_be_done = |result: &OperationResult| match result {
+        OperationResult::Failed(failure) => failure.error.outcome != Outcome::NotApplied,
+        _ => true,
+    };
+    let mut done = HashMap::new();
+    for index in *first..operations.len() {
+        if operations[index].is_write() && results[index].as_ref().is_some_and(may_be_done) {
+            done.insert(operations[index].key(), index);
+        }
+    }
+    again.retain(|index| {
+        let later = done.get(operations[*index].key());
+        !operations[*index].is_write() || later.is_none_or(|later| later < index)
+    });
+    again
+}
+
+/// Whether it was told that another cluster owns its key, or that another node leads, and not done.
 fn is_misdirected(result: &OperationResult) -> bool {
+    const ELSEWHERE: [StatusCode; 2] =
+        [StatusCode::MISDIRECTED_REQUEST, StatusCode::TEMPORARY_REDIRECT];
     matches!(result, OperationResult::Failed(failure)
-        if failure.status == StatusCode::MISDIRECTED_REQUEST.as_u16())
+        if ELSEWHERE.iter().any(|status| status.as_u16() == failure.status))
 }
 
 /// What all operations of a batch share.
@@ -298,4 +322,54 @@ fn failed_as(operation: &Operation, mut failure: Failure) -> OperationResult {
         failure.error.outcome = Outcome::NotApplied;
     }
     OperationResult::Failed(Box::new(failure))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{RingCluster, RingNode};
+    use crate::types::Condition;
+
+    fn put(key: &'static str) -> Operation {
+        let condition = Condition::Always;
+        Operation::Put { key: key.into(), value: "v".into(), condition, seq: None }
+    }
+
+    fn get(key: &'static str) -> Operation {
+        Operation::Get { key: key.into() }
+    }
+
+    /// What is left of a batch when its leader ceases to lead, or its keys move, goes where it belongs; but no
+    /// write behind a later one of its key.
+    #[test]
+    fn what_was_sent_on_goes_again_in_its_order() {
+        let leader = RingNode { id: 2, http: "h:1".into(), rpc: "r:1".into() };
+        let owner = RingCluster { id: "b".parse().unwrap(), weight: 1.0, nodes: Vec::new() };
+        let elsewhere = OperationResult::failed(&ApiError::NotLeader { leader, epoch: 1 });
+        let moved =
+            OperationResult::failed(&ApiError::WrongCluster { owner: Box::new(owner), epoch: 1 });
+        let refused = OperationResult::failed(&ApiError::Frozen);
+        let message = "m".to_owned();
+        let lost =
+            OperationResult::failed(&ApiError::Forward { message, outcome: Outcome::Unknown });
+        let written = OperationResult::Written { revision: 1 };
+        for (batch, again) in [
+            (
+                vec![(put("a"), &written), (put("a"), &elsewhere), (get("a"), &elsewhere)],
+                vec![1, 2],
+            ),
+            (vec![(put("a"), &moved), (put("b"), &written), (put("a"), &elsewhere)], vec![0, 2]),
+            (vec![(put("a"), &elsewhere), (put("a"), &written), (put("a"), &moved)], vec![2]),
+            (vec![(put("a"), &moved), (put("a"), &lost)], vec![]),
+            (vec![(put("a"), &elsewhere), (put("a"), &refused)], vec![0]),
+            (vec![(get("a"), &elsewhere), (put("a"), &written)], vec![0]),
+            (vec![(put("a"), &refused), (get("a"), &OperationResult::Absent)], vec![]),
+        ] {
+            let (operations, results): (Vec<_>, Vec<_>) = batch
+                .into_iter()
+                .map(|(operation, result)| (operation, Some(result.clone())))
+                .unzip();
+            assert_eq!(goes_again(&operations, &results), again, "{operations:?}: {results:?}");
+        }
+    }
 }
