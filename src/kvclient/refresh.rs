@@ -20,6 +20,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared, WeakShared};
+use tokio::runtime::{self, Handle};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -70,8 +71,10 @@ struct Core {
     courier: Courier,
     seeds: Endpoints,
     routes: ArcSwap<Routes>,
-    /// The refresh under way. Weak: it belongs to those who wait for it, and ends with the last.
-    flight: Mutex<Option<WeakShared<BoxFuture<'static, ()>>>>,
+    /// The refreshes under way, one for each runtime: its sockets and timers are those of the runtime that
+    /// polled it first, and nobody else may rely on that being driven. Weak: a refresh belongs to
+    /// those who wait for it, and ends with the last.
+    flights: Mutex<Vec<(runtime::Id, WeakShared<BoxFuture<'static, ()>>)>>,
     clock: Clock,
     /// When the ring's time is over.
     due_ms: AtomicU64,
@@ -105,7 +108,7 @@ impl Rings {
             courier,
             seeds,
             routes: ArcSwap::from_pointee(routes),
-            flight: Mutex::new(None),
+            flights: Mutex::default(),
             clock: Clock(Instant::now()),
             due_ms: AtomicU64::new(0),
             not_before_ms: AtomicU64::new(0),
@@ -207,17 +210,24 @@ impl Core {
 
     /// The refresh under way, or a new one; `None` when the last one ended just now.
     fn join_flight(self: &Arc<Self>, epoch: Epoch, address: Option<String>) -> Option<Flight> {
-        let mut slot = self.flight.lock().unwrap_or_else(PoisonError::into_inner);
-        let under_way = slot.as_ref().and_then(WeakShared::upgrade);
-        if let Some(flight) = under_way.filter(|flight| flight.peek().is_none()) {
-            return Some(flight);
+        let here = Handle::current().id();
+        let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut under_way = None;
+        flights.retain(|(runtime, flight)| {
+            let flight = flight.upgrade().filter(|flight| flight.peek().is_none());
+            let stays = flight.is_some();
+            under_way = under_way.take().or(flight.filter(|_| *runtime == here));
+            stays
+        });
+        if under_way.is_some() {
+            return under_way;
         }
         if self.clock.now_ms() < self.not_before_ms.load(Ordering::Relaxed) {
             return None;
         }
         let core = self.clone();
         let flight = async move { core.refresh(epoch, address).await }.boxed().shared();
-        *slot = flight.downgrade();
+        flights.extend(flight.downgrade().map(|flight| (here, flight)));
         Some(flight)
     }
 
@@ -397,7 +407,7 @@ mod tests {
     }
 
     fn under_way(rings: &Rings) -> Flight {
-        rings.core.flight.lock().unwrap().as_ref().and_then(WeakShared::upgrade).unwrap()
+        rings.core.flights.lock().unwrap().iter().find_map(|(_, flight)| flight.upgrade()).unwrap()
     }
 
     #[tokio::test]
@@ -411,6 +421,30 @@ mod tests {
         rings.refresh_if_due();
         assert!(first.ptr_eq(&under_way(&rings)));
         assert!(first.ptr_eq(&rings.core.join_flight(9, None).unwrap()));
+    }
+
+    /// A client may be shared by runtimes, and one that nobody drives any more, or that has ended, must not keep
+    /// the others from the ring.
+    #[test]
+    fn each_runtime_has_its_own_refresh() {
+        let runtime = || runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (one, other) = (runtime(), runtime());
+        let (rings, silent) = one.block_on(overdue());
+        one.block_on(async {
+            rings.refresh_if_due();
+            let _connection = silent.accept().await.unwrap();
+        });
+        let stuck = under_way(&rings);
+        let joined = |runtime: &runtime::Runtime| {
+            runtime.block_on(async { rings.core.join_flight(9, None) }).unwrap()
+        };
+        assert!(joined(&one).ptr_eq(&stuck));
+        let fresh = joined(&other);
+        assert!(!fresh.ptr_eq(&stuck) && fresh.ptr_eq(&joined(&other)));
+        drop((stuck, fresh));
+        drop(one);
+        drop(joined(&other));
+        assert_eq!(rings.core.flights.lock().unwrap().len(), 1, "what has ended is forgotten");
     }
 
     #[tokio::test]

@@ -41,7 +41,8 @@ enum State {
 }
 
 impl Drop for Carrier {
-    /// Only a runtime that shuts down ends a carrier in any other way than its own.
+    /// Only a runtime that shuts down ends a carrier in any other way than its own. What waits may be that of
+    /// other runtimes' callers: who goes on without a carrier would wait in vain.
     fn drop(&mut self) {
         if self.state == State::Ended {
             return;
@@ -51,6 +52,7 @@ impl Drop for Carrier {
             queue.started();
         }
         queue.ended();
+        queue.refuse_unless_carried();
     }
 }
 

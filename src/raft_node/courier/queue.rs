@@ -97,6 +97,14 @@ impl Queue {
         self.carriers -= 1;
     }
 
+    /// Refuses what waits when no carrier is left that would take it.
+    pub(super) fn refuse_unless_carried(&mut self) {
+        if self.carriers == 0 {
+            let waiting = std::mem::take(&mut self.waiting);
+            waiting.into_values().for_each(|waiting| waiting.refuse(Undelivered::NoTurn));
+        }
+    }
+
     /// Whether more than one caller is about: then a carrier that lets the others go first finds
     /// more to take.
     pub(super) fn is_busy(&self) -> bool {

@@ -109,3 +109,39 @@ async fn a_node_that_says_nothing_is_reported_once_and_waited_for_until_the_dead
     assert!(silent[0] >= SILENT_AFTER, "{silent:?}");
     assert!(begun.elapsed() >= SILENT_AFTER * 3 / 2);
 }
+
+/// Carriers run where they were started. When that runtime ends, callers on another one are told at once.
+#[test]
+fn what_waits_is_refused_when_the_carriers_end_with_their_runtime() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (ending, other) = (runtime(), runtime());
+    let (_listener, address, courier) = ending.block_on(silent_node());
+    let lane = courier.lane(&address, Class::Write);
+    let carry = || {
+        let now = Instant::now();
+        courier.carry(&address, Class::Write, get("k"), now, now + LONG, || ())
+    };
+    let mut carried = Vec::new();
+    ending.block_on(async {
+        for _ in 0..queue::CARRIERS_MAX {
+            carried.push(Box::pin(carry()));
+            poll_once(carried.last_mut().unwrap().as_mut());
+            while lane.queue().waiting() > 0 {
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    let (result, took) = other.block_on(async {
+        let mut late = pin!(carry());
+        poll_once(late.as_mut());
+        assert_eq!(lane.queue().waiting(), 1, "all carriers are under way");
+        // A runtime cannot end inside another one, but for this way.
+        ending.shutdown_background();
+        let begun = std::time::Instant::now();
+        (late.await, begun.elapsed())
+    });
+    assert!(matches!(result, Err(Undelivered::NoTurn)), "{result:?}");
+    assert!(took < SILENT_AFTER / 2, "{took:?}");
+    drop(carried);
+    assert!(lane.queue().is_idle());
+}
