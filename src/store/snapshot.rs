@@ -250,8 +250,8 @@ impl SnapshotBuilder {
 impl openraft::storage::RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
     type SnapshotData = SnapshotData;
 
-    /// Tries until it succeeds: for openraft, a snapshot that cannot be made is the end of the node, and no
-    /// file or descriptor to be had for a moment is no reason for that. Where storage has failed, it is.
+    /// Tries until it succeeds: for openraft, a snapshot that cannot be made is the end of the node, and
+    /// links that cannot be made or opened for a moment are no reason for that. A failed flush is.
     async fn build_snapshot(
         &mut self,
     ) -> io::Result<openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotData>> {
