@@ -69,10 +69,7 @@ impl App {
             self.confirm_reads(&reads, consistency, deadline)
         );
         // Not before: values would wait in memory for writes that no majority answers.
-        let found = match confirmed {
-            Ok(()) => self.look_up_many(&reads).await,
-            Err(error) => Err(error),
-        };
+        let found = self.look_up_many(confirmed, &reads).await;
         // What belongs elsewhere says so also where nobody leads.
         let why = |key: &[u8], error: &ApiError| match serves(key) {
             true => error.clone(),
@@ -134,11 +131,13 @@ impl App {
         self.await_read_index(consistency, deadline).await
     }
 
-    /// What each of the reads comes to.
+    /// What each of the reads comes to, if this node may answer them.
     async fn look_up_many(
         &self,
+        confirmed: Result<(), ApiError>,
         reads: &[(usize, &Bytes)],
     ) -> Result<Vec<Result<Done, ApiError>>, ApiError> {
+        confirmed?;
         if reads.is_empty() {
             return Ok(Vec::new());
         }

@@ -63,8 +63,8 @@ type Flight = Shared<BoxFuture<'static, ()>>;
 /// background, which for its part holds the [`Core`] only.
 pub(super) struct Rings {
     core: Arc<Core>,
-    /// The refresh that no call waits for, at most one.
-    background: Mutex<Option<AbortOnDropHandle<()>>>,
+    /// The refreshes that no call waits for, at most one for each runtime.
+    background: Mutex<Vec<(runtime::Id, AbortOnDropHandle<()>)>>,
 }
 
 struct Core {
@@ -114,7 +114,7 @@ impl Rings {
             not_before_ms: AtomicU64::new(0),
         };
         core.renew();
-        Self { core: Arc::new(core), background: Mutex::new(None) }
+        Self { core: Arc::new(core), background: Mutex::default() }
     }
 
     pub(super) fn routes(&self) -> Arc<Routes> {
@@ -135,8 +135,11 @@ impl Rings {
     fn refresh_in_background(&self, epoch: Epoch, address: Option<&str>) {
         let Some(flight) = self.core.join_flight(epoch, address.map(str::to_owned)) else { return };
         let task = AbortOnDropHandle::new(tokio::spawn(flight));
-        // One before that still runs waits for the same refresh, and need not any more.
-        *self.background.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+        let here = Handle::current().id();
+        let mut background = self.background.lock().unwrap_or_else(PoisonError::into_inner);
+        // One of this runtime that still runs waits for the same refresh, and need not any more.
+        background.retain(|(runtime, task)| *runtime != here && !task.is_finished());
+        background.push((here, task));
     }
 
     /// Takes note that cluster `refused`, by the ring of `epoch`, named `named` as the owner of `key`: a
@@ -441,6 +444,12 @@ mod tests {
         assert!(joined(&one).ptr_eq(&stuck));
         let fresh = joined(&other);
         assert!(!fresh.ptr_eq(&stuck) && fresh.ptr_eq(&joined(&other)));
+        // Nor does it end that of the others.
+        other.block_on(async { rings.refresh_in_background(9, None) });
+        one.block_on(async { tokio::task::yield_now().await });
+        assert_eq!(rings.background.lock().unwrap().len(), 2);
+        assert!(rings.background.lock().unwrap().iter().all(|(_, task)| !task.is_finished()));
+        rings.background.lock().unwrap().clear();
         drop((stuck, fresh));
         drop(one);
         drop(joined(&other));
