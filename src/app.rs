@@ -263,7 +263,9 @@ impl App {
     ) -> Result<Option<Record>, ApiError> {
         self.check_serving()?;
         self.check_initialized()?;
-        if consistency != Consistency::Stale {
+        if consistency == Consistency::Stale {
+            self.check_ring(&self.inner.reader.ring_view())?;
+        } else {
             let _permit = self.admit()?;
             self.check_owner(key)?;
             self.await_read_index(consistency, deadline).await?;
@@ -380,6 +382,7 @@ impl App {
 
     fn check_owner(&self, key: &[u8]) -> Result<(), ApiError> {
         let ring = self.inner.reader.ring_view();
+        self.check_ring(&ring)?;
         if ring.serves(&self.inner.identity.cluster, key) {
             return Ok(());
         }

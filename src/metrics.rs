@@ -96,6 +96,9 @@ pub struct NodeMetrics {
     /// Whether the membership is between two: majorities of both are needed until the change is done.
     #[serde(default)]
     pub joint: bool,
+    /// Whether it serves no key before its cluster has a ring, and knows of none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_ring: bool,
     /// Why the node has stopped serving, if its storage or consensus failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
@@ -137,6 +140,7 @@ impl NodeMetrics {
             revision: None,
             epoch: None,
             joint: false,
+            awaits_ring: false,
             failed: None,
         }
     }

@@ -115,10 +115,20 @@ impl RaftNode {
     /// Forms a cluster of one out of the first address given to [`Self::new`], and of that one only:
     /// trying the next node after a failure could form a second cluster.
     pub async fn init(&self) -> Result<(), ClientError> {
+        self.found(b"{}").await
+    }
+
+    /// As [`Self::init`], for a cluster that is to become part of a ring: it serves no key before it
+    /// has one.
+    pub async fn init_awaiting_ring(&self) -> Result<(), ClientError> {
+        self.found(br#"{"awaits_ring":true}"#).await
+    }
+
+    async fn found(&self, body: &[u8]) -> Result<(), ClientError> {
         let Some(first) = self.shared.view.load().nodes().first().cloned() else {
             return Err(no_nodes());
         };
-        self.ask_one(&Call::manage("/cluster/init", b"{}".to_vec()), first).await?;
+        self.ask_one(&Call::manage("/cluster/init", body.to_vec()), first).await?;
         Ok(())
     }
 

@@ -52,21 +52,22 @@ impl<'a> Watch<'a> {
 }
 
 /// How the answer to a greeting begins that is welcome: magic, version, verdict.
-const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x02\x00";
+const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x03\x00";
 
-/// What is asked of a node: who it is, and the number of its cluster's formation, which peers say in clear text.
+/// What is asked of a node: who it is, and its cluster's formation (an id, and what it serves before a
+/// ring), which peers say in clear text.
 #[derive(Clone, Copy)]
 struct Target {
     id: u64,
-    formation: [u8; 8],
+    formation: [u8; 9],
 }
 
 impl Target {
     fn of(cluster: &Cluster, id: u64) -> Self {
         // The marker says it behind 8 bytes of magic and the node's id.
         let marker = std::fs::read(cluster.data_dir(id).join("marker")).expect("a marker");
-        let formation = marker[16..24].try_into().unwrap();
-        assert_ne!(formation, [0; 8], "the cluster is formed");
+        let formation = marker[16..25].try_into().unwrap();
+        assert_ne!(formation, [0; 9], "the cluster is formed");
         Self { id, formation }
     }
 
@@ -77,8 +78,8 @@ impl Target {
 }
 
 /// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation.
-fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8; 8]) -> Vec<u8> {
-    let mut bytes = b"dkv-peer\x00\x02".to_vec();
+fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8; 9]) -> Vec<u8> {
+    let mut bytes = b"dkv-peer\x00\x03".to_vec();
     bytes.push(purpose);
     for node in [sender, target] {
         bytes.extend(node.to_be_bytes());
@@ -165,7 +166,7 @@ fn hostile_streams(target: Target) -> Vec<Vec<u8>> {
         greeting(1, 99, target.id, "c2", target.formation),
         greeting(1, 99, target.id + 1, "c1", target.formation),
         greeting(77, 99, target.id, "c1", target.formation),
-        greeting(1, 99, target.id, "c1", [0; 8]),
+        greeting(1, 99, target.id, "c1", [0; 9]),
         hello(&garbage),
         hello(&frame_header(1, 1, u32::MAX, 0)),
         hello(&frame(200, 1, b"no such method")),

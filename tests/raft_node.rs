@@ -438,6 +438,8 @@ async fn init_asks_the_first_node_and_no_other() {
     assert!(second.seen("/").is_empty());
     client_of(&[&second]).init().await.unwrap();
     assert_eq!(second.seen("/cluster/init")[0].body, "{}");
+    client_of(&[&second]).init_awaiting_ring().await.unwrap();
+    assert_eq!(second.seen("/cluster/init")[1].body, r#"{"awaits_ring":true}"#);
 }
 
 #[tokio::test]

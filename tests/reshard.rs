@@ -9,6 +9,7 @@ use distrib_kv_store::cluster_manager::ClusterManager;
 use distrib_kv_store::config::Config;
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::node::{Node, NodeOptions};
+use distrib_kv_store::raft_node::RaftNode;
 use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
 use distrib_kv_store::ring::Ring;
 use tokio::task::JoinHandle;
@@ -142,6 +143,47 @@ async fn a_cluster_joins_and_leaves_under_load() {
             let found = fresh.consistent_read(key(task, n)).await.unwrap();
             assert_eq!(found.expect("it was acknowledged"), count.to_string(), "{}", key(task, n));
         }
+    }
+    fourth.shutdown().await.unwrap();
+    manager.shutdown().await.unwrap();
+}
+
+/// Somebody writes to the nodes of a new cluster from the moment they run. Nothing of that is
+/// acknowledged before the cluster has joined the ring, so it is empty when it does, and what is
+/// acknowledged later is found.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_cluster_acknowledges_nothing_before_it_joins() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), 1);
+    let manager = ClusterManager::start_on_free_ports(config.clone()).await.unwrap();
+    let fourth = blank_node(dir.path(), &config).await;
+    let address = fourth.http_addr().to_string();
+    let stop = Arc::new(AtomicBool::new(false));
+    let eager = {
+        let (stop, node) = (stop.clone(), RaftNode::new(vec![address.clone()]));
+        tokio::spawn(async move {
+            let (mut acknowledged, mut asked) = (Vec::new(), 0);
+            while !stop.load(Ordering::SeqCst) {
+                asked += 1;
+                let key = format!("eager:{asked}");
+                if node.write(&key, "v").await.is_ok() {
+                    acknowledged.push(key);
+                }
+            }
+            acknowledged
+        })
+    };
+    let nodes = vec![(address, fourth.rpc_addr().to_string())];
+    let add = Change::Add { id: "c4".parse().unwrap(), nodes, weight: 1.0 };
+    change(&manager.nodes(), add).await;
+    sleep(Duration::from_millis(200)).await;
+    stop.store(true, Ordering::SeqCst);
+    let acknowledged = eager.await.unwrap();
+    assert!(!acknowledged.is_empty(), "it serves in the end");
+    let client = KVClient::new(&config.nodes_file).await.unwrap();
+    for key in acknowledged {
+        let found = client.consistent_read(&key).await.unwrap();
+        assert_eq!(found.as_deref(), Some(&b"v"[..]), "{key}");
     }
     fourth.shutdown().await.unwrap();
     manager.shutdown().await.unwrap();

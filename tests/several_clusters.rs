@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::cluster::{Cluster, FAST, expect_ok};
+use common::cluster::{Cluster, FAST, STEADY, expect_ok};
 use common::{Answer, eventually};
 use distrib_kv_store::cluster_manager::{ClusterManager, ManagerError};
 use distrib_kv_store::config::Config;
@@ -256,4 +256,71 @@ fn a_first_ring_takes_no_keys_away() {
     });
     let moved: Vec<u16> = moved.collect();
     assert!(moved.contains(&200) && moved.contains(&421), "{moved:?}");
+}
+
+/// A cluster that was formed for a ring acknowledges nothing before it has one, through no node and by
+/// no route, also after a restart of all; the first ring opens it.
+#[test]
+fn a_cluster_that_awaits_its_ring_serves_no_key() {
+    let mut cluster = Cluster::start(3, STEADY);
+    cluster.form_awaiting_ring();
+    serves_nothing(&cluster);
+    for id in 1..=3 {
+        cluster.kill9(id);
+    }
+    for id in 1..=3 {
+        cluster.restart(id);
+    }
+    cluster.leader();
+    serves_nothing(&cluster);
+
+    let node = |id| json!({"id": id, "http": cluster.http(id), "rpc": cluster.rpc(id)});
+    let nodes: Vec<Value> = cluster.ids().map(node).collect();
+    let ring = json!({
+        "epoch": 1, "hash_version": 2, "list_ttl_s": 600, "sequencer": "c1", "next": null,
+        "clusters": [{"id": "c1", "weight": 1.0, "nodes": nodes}],
+    });
+    expect_ok(&cluster.post(1, "/cluster/update-hash-ring", &ring.to_string()));
+    cluster.await_ready();
+    cluster.await_all("waits no more", |m| m.get("awaits_ring").is_none());
+    for id in cluster.ids() {
+        cluster.put(id, &format!("k{id}"), "v");
+        assert_eq!(cluster.read(id, &format!("k{id}"), "", &[]), Some("v".into()));
+    }
+    assert_eq!(cluster.metrics(cluster.leader()).unwrap()["keys"], 3, "of before there is none");
+}
+
+fn serves_nothing(cluster: &Cluster) {
+    let leader = cluster.leader();
+    for id in cluster.ids() {
+        let metrics = cluster.await_node(id, "belongs to a cluster", |m| m["voters"] != json!([]));
+        assert_eq!((&metrics["awaits_ring"], &metrics["keys"]), (&json!(true), &json!(0)));
+        for (method, path, body) in [
+            ("PUT", "/v1/kv/k", "v"),
+            ("DELETE", "/v1/kv/k", ""),
+            ("GET", "/v1/kv/k", ""),
+            ("GET", "/v1/kv/k?consistency=stale", ""),
+            ("POST", "/api/write", r#"{"Set":{"key":"k","value":"v"}}"#),
+            ("POST", "/api/read", r#""k""#),
+            ("POST", "/api/consistent_read", r#""k""#),
+            ("POST", "/v1/batch", r#"{"operations":[{"op":"put","key":"k","value":"v"}]}"#),
+            ("POST", "/v1/batch", r#"{"operations":[{"op":"get","key":"k"}]}"#),
+        ] {
+            for headers in [&[][..], &DIRECT, &[("Kv-Read", "follower")]] {
+                if headers.contains(&("Kv-Read", "follower"))
+                    && (method, path) != ("GET", "/v1/kv/k")
+                {
+                    continue;
+                }
+                let answer =
+                    common::request(cluster.http(id), method, path, headers, body.as_bytes());
+                answer.assert_error(503, "NOT_INITIALIZED", "not_applied");
+                assert!(answer.text().contains("ring"), "{}", answer.text());
+                assert_eq!(answer.header("retry-after"), Some("1"));
+            }
+        }
+        assert_eq!(common::get(cluster.http(id), "/readyz").status, 503);
+        assert_eq!(common::get(cluster.http(id), "/livez").status, 200);
+    }
+    assert_eq!(cluster.leader(), leader, "nothing of this shakes it");
 }

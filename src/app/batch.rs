@@ -41,6 +41,7 @@ impl App {
         let mut results = vec![None; operations.len()];
         let (mut reads, mut writes) = (Vec::new(), Vec::new());
         let ring = self.inner.reader.ring_view();
+        self.check_ring(&ring)?;
         let serves = |key: &[u8]| ring.serves(&self.inner.identity.cluster, key);
         for (index, operation) in operations.iter().enumerate() {
             match as_write(client, operation) {

@@ -38,6 +38,7 @@ impl App {
             revision: Some(reader.revision()),
             epoch: Some(reader.ring().ring().epoch),
             joint: membership.get_joint_config().len() > 1,
+            awaits_ring: self.check_ring(&reader.ring_view()).is_err(),
             failed,
         }
     }
@@ -68,8 +69,9 @@ impl App {
         })
     }
 
-    /// Why the node is not ready; ready means: initialised, a leader is known that has committed, and
-    /// everything that is known to be committed is applied.
+    /// Why the node is not ready; ready means: initialised, a leader is known that has committed,
+    /// everything that is known to be committed is applied, and a ring has come if the cluster waits for
+    /// its first one.
     pub fn readiness(&self) -> Result<(), String> {
         if let Some(failure) = self.storage_failed() {
             return Err(failure);
@@ -94,7 +96,7 @@ impl App {
                 committed.index()
             ));
         }
-        Ok(())
+        self.check_ring(&self.inner.reader.ring_view()).map_err(|error| error.to_string())
     }
 
     /// The text of `GET /metrics`.

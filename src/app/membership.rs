@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::num::NonZeroU64;
 use std::time::Duration;
 
 use openraft::LogIdOptionExt;
@@ -12,7 +11,7 @@ use openraft::raft::ClientWriteResponse;
 use tokio::time::Instant;
 
 use crate::network::error::{ApiError, Outcome};
-use crate::store::formation::Joined;
+use crate::store::formation::{BeforeRing, Founding, Joined};
 use crate::types::{LogId, NodeAddrs, NodeId, TypeConfig};
 
 use super::{App, Consistency, Metrics, POLL_INTERVAL};
@@ -29,15 +28,15 @@ type ChangeResult =
 
 impl App {
     /// Forms the cluster with this node as its only voter. Cancel safe: what has begun is done.
-    pub async fn init(&self) -> Result<(), ApiError> {
+    pub async fn init(&self, before_ring: BeforeRing) -> Result<(), ApiError> {
         self.check_serving()?;
         let app = self.clone();
-        let forming = self.inner.tasks.spawn(async move { app.form().await });
+        let forming = self.inner.tasks.spawn(async move { app.form(before_ring).await });
         forming.await.unwrap_or(Err(ApiError::Stopping { outcome: Outcome::Unknown }))
     }
 
-    async fn form(&self) -> Result<(), ApiError> {
-        self.begin_formation().await?;
+    async fn form(&self, before_ring: BeforeRing) -> Result<(), ApiError> {
+        self.begin_formation(Founding::draw(before_ring)).await?;
         let identity = &self.inner.identity;
         let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);
         match self.inner.raft.initialize(members).await {
@@ -62,11 +61,10 @@ impl App {
         }
     }
 
-    /// Draws the id that tells this cluster from others of its name, before its log begins.
-    async fn begin_formation(&self) -> Result<(), ApiError> {
+    /// Puts on disk what tells this cluster from others of its name, before its log begins.
+    async fn begin_formation(&self, founding: Founding) -> Result<(), ApiError> {
         let formation = self.inner.formation.clone();
-        let drawn = NonZeroU64::new(rand::random()).unwrap_or(NonZeroU64::MIN);
-        let joined = tokio::task::spawn_blocking(move || formation.join(drawn)).await;
+        let joined = tokio::task::spawn_blocking(move || formation.join(founding)).await;
         match joined.map_err(io::Error::other).flatten() {
             Ok(Joined::Adopted) => Ok(()),
             Ok(Joined::Same | Joined::Other) => Err(already_initialized()),

@@ -9,9 +9,11 @@ use openraft::errors::{
 };
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::handoff::RingState;
 use crate::metrics::NodeState;
 use crate::network::error::{ApiError, Outcome};
 use crate::ring::RingNode;
+use crate::store::formation::BeforeRing;
 use crate::types::{LeaderId, NodeId, TypeConfig};
 
 use super::App;
@@ -30,6 +32,15 @@ impl App {
             NodeState::Uninitialized => Err(ApiError::NotInitialized),
             _ => Ok(()),
         }
+    }
+
+    /// A cluster that was formed for a ring serves nothing before it has one. This is not checked at
+    /// apply: who passes here has applied a ring, and a ring never goes away again.
+    pub(super) fn check_ring(&self, ring: &RingState) -> Result<(), ApiError> {
+        if ring.epoch() == 0 && self.inner.formation.before_ring() == BeforeRing::Waits {
+            return Err(ApiError::NoRing);
+        }
+        Ok(())
     }
 
     pub(super) fn check_leader(&self) -> Result<(), ApiError> {

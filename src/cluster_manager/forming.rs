@@ -146,8 +146,9 @@ async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result
     let raft = RaftNode::new(cluster.nodes.iter().map(|node| node.http.clone()).collect());
     let done = match step {
         Step::Init => {
-            // Asked of the first node alone: it is the one that founds the cluster.
-            RaftNode::new(vec![cluster.nodes[0].http.clone()]).init().await
+            // Asked of the first node alone: it is the one that founds the cluster. Whoever forms a
+            // cluster here gives it a ring next, and nothing may be written past that.
+            RaftNode::new(vec![cluster.nodes[0].http.clone()]).init_awaiting_ring().await
         }
         Step::AddLearner(id) => {
             let node = cluster.nodes.iter().find(|node| node.id == *id);

@@ -67,6 +67,12 @@ pub enum ApiError {
     /// The cluster has not been formed yet.
     #[error("the cluster is not initialized; POST /cluster/init to one of its nodes")]
     NotInitialized,
+    /// The cluster was formed for a ring, and has none yet.
+    #[error(
+        "this cluster was formed to become part of a ring, and serves no key before it has one: \
+         `admin cluster add` or `admin ring install` gives it one"
+    )]
+    NoRing,
     /// Too much is in flight.
     #[error("too many requests are in flight; try again shortly")]
     Overloaded,
@@ -196,7 +202,9 @@ impl ApiError {
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE"),
             Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
             Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
-            Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
+            Self::NotInitialized | Self::NoRing => {
+                (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED")
+            }
             Self::Overloaded | Self::TooManyClients => {
                 (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED")
             }

@@ -23,6 +23,7 @@ use super::witness;
 use crate::handoff::Step;
 use crate::metrics::Sizes;
 use crate::ring::{Ring, RingTable};
+use crate::store::formation::BeforeRing;
 use crate::types::{NodeAddrs, NodeId};
 
 /// The longest address that a node may have: a DNS name, a colon and a port.
@@ -41,16 +42,27 @@ pub(super) fn routes() -> Router<ApiState> {
         .route("/cluster/metrics", get(metrics).fallback(only("GET, HEAD")))
 }
 
-/// `{}` and nothing else: whoever sends more expects more.
-#[derive(Deserialize)]
+/// `{}` and little else: whoever sends more expects more.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Nothing {}
+struct Init {
+    /// Whether the cluster is to serve nothing before it has a ring.
+    #[serde(default)]
+    awaits_ring: bool,
+}
+
+impl Init {
+    fn before_ring(&self) -> BeforeRing {
+        if self.awaits_ring { BeforeRing::Waits } else { BeforeRing::Serves }
+    }
+}
 
 async fn init(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     call.no_terms()?;
-    let (Object(Nothing {}), _body) = call.read_json(&state).await?;
-    let initialized = tokio::time::timeout_at(call.deadline, state.app.init()).await;
+    let (Object(init), _body) = call.read_json::<Object<Init>>(&state).await?;
+    let forming = state.app.init(init.before_ring());
+    let initialized = tokio::time::timeout_at(call.deadline, forming).await;
     initialized.unwrap_or_else(|_| {
         let message = "the cluster was not initialized within the deadline";
         Err(ApiError::Timeout { message, outcome: Outcome::Unknown })
@@ -258,10 +270,17 @@ mod tests {
     }
 
     #[test]
-    fn only_an_empty_object_initializes() {
-        assert!(serde_json::from_str::<Object<Nothing>>("{}").is_ok());
-        for bad in ["", "null", "[]", "[1]", "{\"a\":1}", "1"] {
-            assert!(serde_json::from_str::<Object<Nothing>>(bad).is_err(), "{bad}");
+    fn an_init_says_what_it_means_or_nothing() {
+        let parse = |text: &str| serde_json::from_str::<Object<Init>>(text);
+        for (text, expected) in [
+            ("{}", BeforeRing::Serves),
+            (r#"{"awaits_ring":false}"#, BeforeRing::Serves),
+            (r#"{"awaits_ring":true}"#, BeforeRing::Waits),
+        ] {
+            assert_eq!(parse(text).unwrap().0.before_ring(), expected, "{text}");
+        }
+        for bad in ["", "null", "[]", "[1]", "{\"a\":1}", "1", r#"{"awaits_ring":1}"#, "[true]"] {
+            assert!(parse(bad).is_err(), "{bad}");
         }
     }
 }

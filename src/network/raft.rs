@@ -269,7 +269,7 @@ impl Acceptor {
 
     /// Compares the formations. A blank node adopts the peer's, on disk, before a message can reach Raft.
     async fn belongs_together(&self, hello: &Hello) -> Result<bool, GreetingError> {
-        let (own, theirs) = (self.formation.id(), hello.formation);
+        let (own, theirs) = (self.formation.founding(), hello.formation);
         let Some(theirs) = theirs.filter(|_| own.is_none()) else { return Ok(own == theirs) };
         let formation = self.formation.clone();
         let joined = tokio::task::spawn_blocking(move || formation.join(theirs)).await;

@@ -6,14 +6,17 @@
 //! lower bound of what the database must contain.
 //!
 //! ```text
-//! magic     8 bytes  "dkvmark2"
+//! magic     8 bytes  "dkvmark3"
 //! node id   u64
 //! formation u64      0: none yet ([`super::formation`])
+//! ring      u8       what the cluster serves before it has one: 0 every key, 1 none
 //! vote      u8 length, then the vote's record (length 0: none)
 //! log id    u8 length, then the record of a log id that was durable (length 0: none)
 //! cluster   u8 length, then the id
 //! crc32     u32      of everything before it
 //! ```
+//!
+//! Markers that begin with "dkvmark2" have no `ring`, which is 0 then.
 //!
 //! Invariant: the marker never claims more than is on disk. It is raised only after an fsync of the
 //! database, and lowered before the log is cut. It is rewritten as a whole (temporary file, fsync,
@@ -23,24 +26,27 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use bytes::{Buf, BufMut};
 
 use crate::types::{ClusterId, LogId, NodeId, Vote};
 
-use super::formation::Joined;
+use super::formation::{BeforeRing, Founding, Joined};
 use super::{OpenError, meta};
 
 pub(super) const FILE_NAME: &str = "marker";
 /// Where a new marker is written before it takes the old one's place.
 pub(super) const TEMPORARY_NAME: &str = "marker.tmp";
-const MAGIC: &[u8; 8] = b"dkvmark2";
+const MAGIC: &[u8; 8] = b"dkvmark3";
+/// Of markers that do not say what the cluster serves before it has a ring.
+const MAGIC_2: &[u8; 8] = b"dkvmark2";
 
 #[derive(Debug, Clone, PartialEq)]
 struct Claims {
     node_id: NodeId,
-    formation: Option<NonZeroU64>,
+    formation: Option<Founding>,
     cluster: ClusterId,
     vote: Option<Vote>,
     durable: Option<LogId>,
@@ -49,6 +55,8 @@ struct Claims {
 pub(super) struct Marker {
     path: PathBuf,
     claims: Mutex<Claims>,
+    /// A part of the claims: requests ask for it, and must not wait until a new marker is on disk.
+    before_ring: AtomicU8,
 }
 
 impl Marker {
@@ -80,7 +88,8 @@ impl Marker {
                 cluster: cluster.clone(),
             });
         }
-        Ok(Self { path: path.into(), claims: Mutex::new(claims) })
+        let before_ring = AtomicU8::new(claims.before_ring().number());
+        Ok(Self { path: path.into(), claims: Mutex::new(claims), before_ring })
     }
 
     /// Checks that what was found on disk is at least what the marker claims.
@@ -120,18 +129,23 @@ impl Marker {
         self.change(|claims| claims.durable = claims.durable.min(last))
     }
 
-    pub(super) fn formation(&self) -> Option<NonZeroU64> {
+    pub(super) fn founding(&self) -> Option<Founding> {
         self.lock().formation
     }
 
-    pub(super) fn join_formation(&self, id: NonZeroU64) -> io::Result<Joined> {
+    pub(super) fn before_ring(&self) -> BeforeRing {
+        let number = self.before_ring.load(Ordering::Acquire);
+        BeforeRing::from_number(number).expect("nothing but the numbers of these is stored")
+    }
+
+    pub(super) fn join_formation(&self, founding: Founding) -> io::Result<Joined> {
         let mut joined = Joined::Same;
         self.change(|claims| match claims.formation {
             None => {
-                claims.formation = Some(id);
+                claims.formation = Some(founding);
                 joined = Joined::Adopted;
             }
-            Some(own) if own == id => {}
+            Some(own) if own == founding => {}
             Some(_) => joined = Joined::Other,
         })?;
         Ok(joined)
@@ -148,6 +162,7 @@ impl Marker {
         change(&mut next);
         if next != *claims {
             replace(&self.path, &encode(&next))?;
+            self.before_ring.store(next.before_ring().number(), Ordering::Release);
             *claims = next;
         }
         Ok(())
@@ -158,6 +173,12 @@ impl Marker {
     }
 }
 
+impl Claims {
+    fn before_ring(&self) -> BeforeRing {
+        self.formation.map_or(BeforeRing::Serves, |founding| founding.before_ring)
+    }
+}
+
 fn show<T: std::fmt::Display>(value: &Option<T>) -> String {
     value.as_ref().map_or_else(|| "none".into(), T::to_string)
 }
@@ -165,7 +186,8 @@ fn show<T: std::fmt::Display>(value: &Option<T>) -> String {
 fn encode(claims: &Claims) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.put_u64(claims.node_id);
-    bytes.put_u64(claims.formation.map_or(0, NonZeroU64::get));
+    bytes.put_u64(claims.formation.map_or(0, |founding| founding.id.get()));
+    bytes.put_u8(claims.before_ring().number());
     put_block(&claims.vote.as_ref().map(meta::encode_vote).unwrap_or_default(), &mut bytes);
     put_block(&claims.durable.as_ref().map(meta::encode_log_id).unwrap_or_default(), &mut bytes);
     put_block(claims.cluster.as_str().as_bytes(), &mut bytes);
@@ -181,11 +203,19 @@ fn decode(bytes: &[u8]) -> Result<Claims, String> {
     if crc32fast::hash(body) != u32::from_be_bytes(*crc) {
         return Err("its checksum does not match".into());
     }
-    let Some(mut rest) = body.strip_prefix(MAGIC) else {
-        return Err("it is of an unknown format".into());
+    let Some((magic, mut rest)) = body.split_first_chunk() else {
+        return Err("it is too short".into());
+    };
+    let has_ring = match magic {
+        MAGIC => true,
+        MAGIC_2 => false,
+        _ => return Err("it is of an unknown format".into()),
     };
     let node_id = rest.try_get_u64().map_err(|e| e.to_string())?;
-    let formation = NonZeroU64::new(rest.try_get_u64().map_err(|e| e.to_string())?);
+    let id = NonZeroU64::new(rest.try_get_u64().map_err(|e| e.to_string())?);
+    let before_ring = if has_ring { rest.try_get_u8().map_err(|e| e.to_string())? } else { 0 };
+    let before_ring = BeforeRing::from_number(before_ring).ok_or("it says nothing of a ring")?;
+    let formation = id.map(|id| Founding { id, before_ring });
     let vote = match get_block(&mut rest)? {
         [] => None,
         record => Some(meta::decode_vote(record).map_err(|e| e.to_string())?),
@@ -257,15 +287,46 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE_NAME);
         let cluster: ClusterId = "c1".parse().unwrap();
-        let (first, second) = (NonZeroU64::new(7).unwrap(), NonZeroU64::new(8).unwrap());
+        let founding = |id, before_ring| Founding { id: NonZeroU64::new(id).unwrap(), before_ring };
+        let first = founding(7, BeforeRing::Waits);
+        let second = founding(8, BeforeRing::Serves);
         let marker = Marker::open(&path, 1, &cluster).unwrap();
-        assert_eq!(marker.formation(), None);
+        assert_eq!(marker.founding(), None);
+        assert_eq!(marker.before_ring(), BeforeRing::Serves);
         assert_eq!(marker.join_formation(first).unwrap(), Joined::Adopted);
+        assert_eq!(marker.before_ring(), BeforeRing::Waits);
         let marker = Marker::open(&path, 1, &cluster).unwrap();
+        assert_eq!((marker.founding(), marker.before_ring()), (Some(first), BeforeRing::Waits));
+        let alike = founding(7, BeforeRing::Serves);
+        assert_eq!(marker.join_formation(alike).unwrap(), Joined::Other);
         assert_eq!(marker.join_formation(second).unwrap(), Joined::Other);
         assert_eq!(marker.join_formation(first).unwrap(), Joined::Same);
         marker.forget_formation().unwrap();
+        assert_eq!(marker.before_ring(), BeforeRing::Serves);
         assert_eq!(marker.join_formation(second).unwrap(), Joined::Adopted);
+    }
+
+    /// Data directories of the version before go on: their clusters serve without a ring.
+    #[test]
+    fn a_marker_of_the_version_before_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        let cluster: ClusterId = "c1".parse().unwrap();
+        let founding =
+            Founding { id: NonZeroU64::new(7).unwrap(), before_ring: BeforeRing::Serves };
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        marker.join_formation(founding).unwrap();
+        marker.raise_durable(log_id(1, 5)).unwrap();
+        let mut old = std::fs::read(&path).unwrap();
+        old.truncate(old.len() - 4);
+        old[..8].copy_from_slice(MAGIC_2);
+        old.remove(8 + 8 + 8);
+        let crc = crc32fast::hash(&old);
+        old.put_u32(crc);
+        std::fs::write(&path, &old).unwrap();
+        let marker = Marker::open(&path, 1, &cluster).unwrap();
+        assert_eq!(marker.founding(), Some(founding));
+        assert!(marker.check_kept(None, Some(log_id(1, 4))).is_err());
     }
 
     #[test]

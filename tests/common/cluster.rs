@@ -101,7 +101,17 @@ impl Cluster {
 
     /// Makes all nodes voters, as a person with curl would.
     pub fn form(&self) {
-        expect_ok(&self.post(1, "/cluster/init", "{}"));
+        self.form_by("{}");
+        self.await_ready();
+    }
+
+    /// The same for a cluster that serves no key before it has a ring. It is not ready then.
+    pub fn form_awaiting_ring(&self) {
+        self.form_by(r#"{"awaits_ring":true}"#);
+    }
+
+    fn form_by(&self, init: &str) {
+        expect_ok(&self.post(1, "/cluster/init", init));
         self.await_node(1, "leads", |m| m["state"] == "leader");
         for id in 2..=self.nodes.len() as u64 {
             self.add_learner(1, id);
@@ -110,7 +120,6 @@ impl Cluster {
         if ids.len() > 1 {
             self.change_membership(&ids);
         }
-        self.await_ready();
     }
 
     /// Makes these nodes the voters, and waits until all know. On a busy machine the leader may

@@ -100,6 +100,9 @@ pub fn status(clusters: &[ClusterStatus], unplaced: &[NodeStatus]) -> String {
         if let Some(failure) = metrics.and_then(|m| m.failed.as_ref()) {
             reasons += &format!("{} serves no more: {failure}\n", node.http);
         }
+        if metrics.is_some_and(|m| m.awaits_ring) {
+            reasons += &format!("{} serves nothing yet: its cluster waits for a ring\n", node.http);
+        }
     }
     let gap = if reasons.is_empty() { "" } else { "\n" };
     format!("{}{gap}{reasons}", table(&rows))

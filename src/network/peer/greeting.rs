@@ -12,7 +12,7 @@
 //! clusters, and are not compared.
 //!
 //! ```text
-//! hello  = magic:8, version:u16, purpose:u8, sender:node, target:node, formation:u64
+//! hello  = magic:8, version:u16, purpose:u8, sender:node, target:node, formation:u64, ring:u8
 //! answer = magic:8, version:u16, verdict:u8, own:node
 //! node   = id:u64, cluster:text8
 //! text8  = length:u8, bytes
@@ -26,14 +26,16 @@ use std::num::NonZeroU64;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{PeerIdentity, Purpose};
+use crate::store::formation::{BeforeRing, Founding};
 use crate::types::{CLUSTER_ID_BYTES_MAX, ClusterId, NodeId};
 
 /// Says that this is a peer connection of this program.
 const MAGIC: [u8; 8] = *b"dkv-peer";
 
 /// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
-/// no clients, a hello did not name the target's cluster, and there were no handoffs.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 2;
+/// no clients, a hello did not name the target's cluster, and there were no handoffs. In 2, a hello did
+/// not say what the cluster serves before it has a ring.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 3;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;
@@ -51,7 +53,7 @@ pub(in crate::network) struct Hello {
     /// The node that the connector believes to live at this address.
     pub(in crate::network) target: PeerIdentity,
     /// To which forming of its cluster the sender belongs. A node that belongs to none calls nobody.
-    pub(in crate::network) formation: Option<NonZeroU64>,
+    pub(in crate::network) formation: Option<Founding>,
 }
 
 /// Why a node does not talk to another. Each names what the other side said about itself.
@@ -107,7 +109,8 @@ where
     out.push(hello.purpose.number());
     put_node(&hello.sender, &mut out);
     put_node(&hello.target, &mut out);
-    out.extend(hello.formation.map_or(0, NonZeroU64::get).to_be_bytes());
+    out.extend(hello.formation.map_or(0, |founding| founding.id.get()).to_be_bytes());
+    out.push(hello.formation.map_or(BeforeRing::Serves, |founding| founding.before_ring).number());
     stream.write_all(&out).await?;
     read_answer(stream, hello).await
 }
@@ -158,7 +161,10 @@ where
     let purpose = Purpose::from_number(stream.read_u8().await?)
         .map_err(|_| GreetingError::Malformed("unknown purpose"))?;
     let (sender, target) = (read_node(stream).await?, read_node(stream).await?);
-    let formation = NonZeroU64::new(stream.read_u64().await?);
+    let id = NonZeroU64::new(stream.read_u64().await?);
+    let before_ring = BeforeRing::from_number(stream.read_u8().await?)
+        .ok_or(GreetingError::Malformed("unknown number before the ring"))?;
+    let formation = id.map(|id| Founding { id, before_ring });
     let hello = Hello { purpose, sender, target, formation };
     let Some(refusal) = refusal_of(&hello, own) else { return Ok(hello) };
     answer(stream, own, Some(&refusal)).await?;
@@ -259,7 +265,8 @@ mod tests {
 
     fn hello(purpose: Purpose, sender: PeerIdentity) -> Hello {
         let target = identity("c1", 1);
-        Hello { purpose, sender, target, formation: NonZeroU64::new(5) }
+        let founding = |id| Founding { id, before_ring: BeforeRing::Waits };
+        Hello { purpose, sender, target, formation: NonZeroU64::new(5).map(founding) }
     }
 
     async fn greet(hello: Hello, own: PeerIdentity) -> (Option<Hello>, Result<(), GreetingError>) {

@@ -212,7 +212,7 @@ impl Link {
             purpose: self.purpose,
             sender: self.context.identity.clone(),
             target: self.target.clone(),
-            formation: self.context.formation.id(),
+            formation: self.context.formation.founding(),
         };
         greeting::connect(&mut stream, &hello).await?;
         Ok(stream)

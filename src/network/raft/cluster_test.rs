@@ -3,7 +3,6 @@
 //! succeeded at once, and none that lives is deposed by one node alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZeroU64;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +29,7 @@ use crate::network::peer::wire::{
 };
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::read_gate::{ReadGate, Voters};
+use crate::store::formation::{BeforeRing, Founding};
 use crate::store::snapshot::SnapshotData;
 use crate::store::state_machine::StateMachine;
 use crate::store::{Store, StoreOptions};
@@ -120,7 +120,7 @@ async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
         nodes.push(TestNode::start(dir, id, election_timeout.clone()).await);
     }
     let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
-    nodes[0].store.formation().join(NonZeroU64::new(7).unwrap()).unwrap();
+    nodes[0].store.formation().join(Founding::draw(BeforeRing::Serves)).unwrap();
     nodes[0].raft.initialize(members).await.unwrap();
     nodes
 }

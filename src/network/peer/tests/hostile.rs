@@ -66,7 +66,7 @@ async fn garbage_instead_of_a_greeting_is_cut_off() {
 async fn half_a_greeting_is_cut_off_in_time() {
     let node = FakeNode::start(settings()).await;
     let mut stream = TcpStream::connect(&node.addr).await.unwrap();
-    stream.write_all(b"dkv-peer\x00\x02\x02").await.unwrap();
+    stream.write_all(b"dkv-peer\x00\x03\x02").await.unwrap();
     closed(stream).await;
     still_works(&node).await;
     node.stop().await;

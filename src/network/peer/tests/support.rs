@@ -2,7 +2,6 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::future::Future;
-use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -35,7 +34,7 @@ use crate::types::{ClusterId, Command, Condition, Entry, LeaderId, LogId, NodeId
 pub(super) const FORMATION: u64 = 5;
 
 pub(super) fn hello(purpose: Purpose, sender: NodeId) -> Hello {
-    let formation = NonZeroU64::new(FORMATION);
+    let formation = Formation::of(FORMATION).founding();
     Hello { purpose, sender: identity(sender), target: identity(1), formation }
 }
 
