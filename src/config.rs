@@ -125,6 +125,9 @@ pub struct Limits {
     pub request_timeout_ms: u64,
     /// Writes and linearizable reads in flight at once; further ones get 503.
     pub requests_in_flight_max: usize,
+    /// Requests that are on their way to other nodes at once, each on a connection of its own; further
+    /// ones get 503. No more connections than these are kept for later ones.
+    pub passed_on_max: usize,
 }
 
 /// Timing and sizes of consensus.
@@ -253,6 +256,7 @@ impl Default for Limits {
             header_timeout_ms: 5_000,
             request_timeout_ms: 10_000,
             requests_in_flight_max: 16_384,
+            passed_on_max: 1024,
         }
     }
 }
@@ -391,7 +395,8 @@ impl Limits {
         within("limits.peer_connections_max", self.peer_connections_max, 8..=100_000)?;
         within("limits.header_timeout_ms", self.header_timeout_ms, 10..=600_000)?;
         within("limits.request_timeout_ms", self.request_timeout_ms, 100..=600_000)?;
-        within("limits.requests_in_flight_max", self.requests_in_flight_max, 1..=1_000_000)
+        within("limits.requests_in_flight_max", self.requests_in_flight_max, 1..=1_000_000)?;
+        within("limits.passed_on_max", self.passed_on_max, 1..=100_000)
     }
 }
 

@@ -124,10 +124,15 @@ impl Default for HttpClient {
 impl HttpClient {
     /// A client with an empty pool.
     pub fn new() -> Self {
+        Self::keeping(usize::MAX)
+    }
+
+    /// The same; never keeps more than `idle_max` connections that are not in use.
+    pub fn keeping(idle_max: usize) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
-        Self { connector, pool: Arc::new(Pool::new(IDLE_TIMEOUT)) }
+        Self { connector, pool: Arc::new(Pool::new(IDLE_TIMEOUT, idle_max)) }
     }
 
     /// Sends one request and reads the whole answer, or gives up at `deadline`. Runs in the caller's task,

@@ -395,6 +395,7 @@ struct OpenFiles {
     data: i32,
     http: usize,
     peers: usize,
+    passed_on: usize,
 }
 
 impl OpenFiles {
@@ -403,13 +404,15 @@ impl OpenFiles {
             return Err(StartError::TooFewFiles { limit });
         }
         // A quarter for data files. Of the rest, half for clients and peers that connect, half for
-        // requests that this node passes on and for its own connections to peers.
+        // requests that this node passes on, with as many idle connections, and for its own
+        // connections to peers.
         let quarter = (limit - OPEN_FILES_RESERVED) / 4;
         let at_most = |share: u64| usize::try_from(share).unwrap_or(usize::MAX);
         Ok(Self {
             data: i32::try_from(quarter).unwrap_or(i32::MAX),
             http: at_most(quarter / 4 * 5),
             peers: at_most(quarter / 4),
+            passed_on: at_most(quarter / 2),
         })
     }
 
@@ -418,6 +421,7 @@ impl OpenFiles {
         for (limit, files, what) in [
             (&mut limits.http_connections_max, self.http, "clients"),
             (&mut limits.peer_connections_max, self.peers, "peers"),
+            (&mut limits.passed_on_max, self.passed_on, "requests passed on"),
         ] {
             if *limit > files {
                 tracing::warn!(max = files, what, "fewer connections than configured: open files");

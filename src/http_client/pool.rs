@@ -20,6 +20,8 @@ const IDLE_CONNECTIONS_MAX: usize = 256;
 /// Of one client.
 pub(super) struct Pool {
     idle_timeout: Duration,
+    /// For all addresses together.
+    idle_max: usize,
     idle: Mutex<Idle>,
 }
 
@@ -32,8 +34,8 @@ struct Idle {
 }
 
 impl Pool {
-    pub(super) fn new(idle_timeout: Duration) -> Self {
-        Self { idle_timeout, idle: Mutex::default() }
+    pub(super) fn new(idle_timeout: Duration, idle_max: usize) -> Self {
+        Self { idle_timeout, idle_max, idle: Mutex::default() }
     }
 
     /// A connection to use now, if there is one. The other side may have closed it.
@@ -63,6 +65,9 @@ impl Pool {
         }
         if connections.len() > IDLE_CONNECTIONS_MAX {
             connections.pop_front();
+        }
+        if self.idle_max < usize::MAX && idle.count() > self.idle_max {
+            idle.close_oldest();
         }
         let must_start = !std::mem::replace(&mut idle.is_tended, true);
         // A runtime that shuts down drops the task at once, and that one locks, too.
@@ -112,6 +117,23 @@ impl Drop for Tender {
 }
 
 impl Idle {
+    fn count(&self) -> usize {
+        self.nodes.values().map(VecDeque::len).sum()
+    }
+
+    fn close_oldest(&mut self) {
+        let since =
+            |connections: &VecDeque<(Instant, _)>| connections.front().map(|(since, _)| *since);
+        let oldest = self.nodes.iter().min_by_key(|(_, connections)| since(connections));
+        let Some(address) = oldest.map(|(address, _)| address.clone()) else { return };
+        let connections = self.nodes.get_mut(&address);
+        if connections
+            .is_some_and(|connections| connections.pop_front().is_some() && connections.is_empty())
+        {
+            self.nodes.remove(&address);
+        }
+    }
+
     /// Closes what has been idle since then or for longer. Says since when the oldest of the others has been.
     fn close_since(&mut self, then: Instant) -> Option<Instant> {
         let mut oldest = None;

@@ -234,7 +234,7 @@ async fn an_answer_before_all_of_the_request_is_an_answer() {
 async fn an_idle_connection_is_closed_in_the_end() {
     let (listener, address) = listen().await;
     let mut client = HttpClient::new();
-    client.pool = Arc::new(Pool::new(Duration::from_millis(50)));
+    client.pool = Arc::new(Pool::new(Duration::from_millis(50), usize::MAX));
     // Twice, because who closes them ends with the last one.
     for _ in 0..2 {
         let server = async {
@@ -247,6 +247,34 @@ async fn an_idle_connection_is_closed_in_the_end() {
         response.unwrap();
         assert_eq!(receive(&mut stream).await, "");
     }
+}
+
+/// The connection that has been idle for longest goes when there are too many, whatever its address.
+#[tokio::test]
+async fn only_so_many_idle_connections_are_kept() {
+    let client = HttpClient::keeping(1);
+    let mut streams = Vec::new();
+    for _ in 0..2 {
+        let (listener, address) = listen().await;
+        let server = async {
+            let mut stream = accept(&listener).await;
+            receive(&mut stream).await;
+            stream.write_all(OK).await.unwrap();
+            stream
+        };
+        let (stream, response) = tokio::join!(server, send(&client, &address));
+        response.unwrap();
+        streams.push((stream, address));
+    }
+    let (mut second, address) = streams.pop().unwrap();
+    let (mut first, _) = streams.pop().unwrap();
+    assert_eq!(receive(&mut first).await, "", "it was closed");
+    let answer = async {
+        assert_ne!(receive(&mut second).await, "", "it is used again");
+        second.write_all(OK).await.unwrap();
+    };
+    let ((), response) = tokio::join!(answer, send(&client, &address));
+    response.unwrap();
 }
 
 /// A client may outlive the runtime that it was first used on, as one in a `static` does in tests.

@@ -54,7 +54,8 @@ impl ApiState {
     pub fn new(app: App) -> Self {
         let budget = || BodyBudget::new(app.limits().http_body_bytes_max);
         let (bodies, answers) = (budget(), budget());
-        Self { app, forwarder: Forwarder::default(), bodies, answers }
+        let forwarder = Forwarder::new(app.limits().passed_on_max);
+        Self { app, forwarder, bodies, answers }
     }
 }
 

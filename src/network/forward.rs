@@ -140,13 +140,19 @@ impl IntoResponse for Refusal {
 
 /// Passes requests on over pooled connections. Cloning shares the pool, and what is known about the
 /// nodes.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Forwarder {
     client: HttpClient,
     targets: Arc<Targets>,
 }
 
 impl Forwarder {
+    /// Has at most `in_flight_max` requests on their way, and keeps as many idle connections.
+    pub fn new(in_flight_max: usize) -> Self {
+        let targets = Arc::new(Targets::new(in_flight_max));
+        Self { client: HttpClient::keeping(in_flight_max), targets }
+    }
+
     /// Answers with `local`, or with the answer of the node that `local` points to.
     ///
     /// While there is no leader, or the known one cannot be reached, `local` is asked again for up to

@@ -3,8 +3,9 @@
 //! Two things, so that one node in trouble costs the others nothing. **Suspects**: a node that refused
 //! a connection, kept a request waiting or says that it cannot serve is asked last for a while; without
 //! that, every request whose turn it is there would find out anew. **Turns**: only so many requests are
-//! in flight at one node; without that, requests that wait for a paused one would pile up until no connection is left for those that
-//! go elsewhere.
+//! in flight at one node; without that, requests that wait for a paused one would pile up until no connection
+//! is left for those that go elsewhere. And only so many are in flight at all nodes together: each takes an
+//! open file, of which the store needs some to go on writing.
 //!
 //! All of it is a guess that costs a detour at most. The map is bounded although its addresses come
 //! from the ring and the membership only.
@@ -19,8 +20,12 @@ use tokio::time::Instant;
 use crate::ring::{CLUSTERS_MAX, NODES_PER_CLUSTER_MAX};
 
 /// How many requests are in flight at one node. HTTP/1.1 takes a connection for each; this many keep
-/// a node busy, and are a small part of the open files that a node has for passing on.
+/// a node busy.
 const IN_FLIGHT_PER_NODE_MAX: usize = 128;
+
+/// The part of all requests in flight that may be at one node, where that is less: a node in trouble
+/// leaves most of them to others, and so do two.
+const PART_PER_NODE: usize = 4;
 
 /// How long a request waits for its turn. A healthy node answers all that are in flight several times
 /// over meanwhile, so that a burst gets through; at any other, those that wait hold little for long.
@@ -36,7 +41,9 @@ const NODES_MAX: usize = CLUSTERS_MAX * NODES_PER_CLUSTER_MAX;
 /// The nodes, by address.
 #[derive(Debug)]
 pub(super) struct Targets {
-    in_flight_max: usize,
+    /// For all nodes together.
+    turns: Arc<Semaphore>,
+    per_node_max: usize,
     nodes_max: usize,
     nodes: Mutex<HashMap<String, Target>>,
 }
@@ -58,15 +65,21 @@ impl Target {
     }
 }
 
-impl Default for Targets {
-    fn default() -> Self {
-        Self::new(IN_FLIGHT_PER_NODE_MAX, NODES_MAX)
-    }
+/// Leave to have a request in flight at a node.
+pub(super) struct Turn {
+    _at_node: OwnedSemaphorePermit,
+    _in_all: OwnedSemaphorePermit,
 }
 
 impl Targets {
-    pub(super) fn new(in_flight_max: usize, nodes_max: usize) -> Self {
-        Self { in_flight_max, nodes_max, nodes: Mutex::default() }
+    pub(super) fn new(in_flight_max: usize) -> Self {
+        let per_node_max = IN_FLIGHT_PER_NODE_MAX.min(in_flight_max / PART_PER_NODE).max(1);
+        Self::with(in_flight_max, per_node_max, NODES_MAX)
+    }
+
+    pub(super) fn with(in_flight_max: usize, per_node_max: usize, nodes_max: usize) -> Self {
+        let turns = Arc::new(Semaphore::new(in_flight_max));
+        Self { turns, per_node_max, nodes_max, nodes: Mutex::default() }
     }
 
     /// Puts the suspects last and leaves the order as it is otherwise.
@@ -76,14 +89,15 @@ impl Targets {
     }
 
     /// A turn at this node, held until it is dropped; `None` when there is none in time.
-    pub(super) async fn turn(
-        &self,
-        address: &str,
-        deadline: Instant,
-    ) -> Option<OwnedSemaphorePermit> {
-        let turns = self.turns_of(address)?;
+    pub(super) async fn turn(&self, address: &str, deadline: Instant) -> Option<Turn> {
+        let (turns, all) = (self.turns_of(address)?, self.turns.clone());
         let deadline = deadline.min(Instant::now() + TURN_WAIT);
-        tokio::time::timeout_at(deadline, turns.acquire_owned()).await.ok()?.ok()
+        // In this order: who waits for a node holds nothing that others could use.
+        let both = async {
+            let at_node = turns.acquire_owned().await.ok()?;
+            Some(Turn { _at_node: at_node, _in_all: all.acquire_owned().await.ok()? })
+        };
+        tokio::time::timeout_at(deadline, both).await.ok()?
     }
 
     /// The node did not answer, or not soon, or cannot serve.
@@ -115,7 +129,7 @@ impl Targets {
                 return None;
             }
         }
-        let turns = Arc::new(Semaphore::new(self.in_flight_max));
+        let turns = Arc::new(Semaphore::new(self.per_node_max));
         nodes.insert(address.to_owned(), Target { turns: turns.clone(), suspect_until: None });
         Some(turns)
     }
@@ -142,7 +156,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_suspect_is_asked_last_until_it_answers_or_its_time_is_over() {
-        let targets = Targets::default();
+        let targets = Targets::new(8);
         drop(targets.turn("a", soon()).await);
         let begun = Instant::now();
         targets.suspect("a");
@@ -154,7 +168,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_turn_is_waited_for_a_moment_and_goes_on_to_the_next() {
-        let targets = Targets::new(1, 9);
+        let targets = Targets::with(9, 1, 9);
         let first = targets.turn("a", soon()).await.unwrap();
         assert!(targets.turn("a", soon()).await.is_none());
         assert!(targets.turn("b", soon()).await.is_some(), "each node has its own");
@@ -169,8 +183,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn all_nodes_together_have_so_many_turns() {
+        let targets = Targets::with(2, 2, 9);
+        let held = (targets.turn("a", soon()).await, targets.turn("b", soon()).await);
+        assert!(held.0.is_some() && held.1.is_some());
+        assert!(targets.turn("c", soon()).await.is_none());
+        drop(held.0);
+        assert!(targets.turn("c", soon()).await.is_some());
+        assert!(
+            targets.turn("c", soon()).await.is_some(),
+            "who got none has given back its node's"
+        );
+    }
+
+    #[test]
+    fn one_node_never_has_all_turns_but_always_one() {
+        for (in_flight_max, per_node_max) in [(1, 1), (7, 1), (48, 12), (1024, 128), (100_000, 128)]
+        {
+            assert_eq!(Targets::new(in_flight_max).per_node_max, per_node_max, "{in_flight_max}");
+        }
+    }
+
+    #[tokio::test]
     async fn only_so_many_nodes_are_remembered_and_those_that_matter_stay() {
-        let targets = Targets::new(1, 2);
+        let targets = Targets::with(9, 1, 2);
         let held = targets.turn("held", soon()).await;
         drop(targets.turn("suspect", soon()).await);
         targets.suspect("suspect");

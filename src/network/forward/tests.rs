@@ -97,7 +97,7 @@ async fn serve(
     effect: Effect,
     local: impl Fn() -> Result<u64, ApiError>,
 ) -> Result<Served<u64>, Refusal> {
-    serve_by(&Forwarder::default(), call, effect, local).await
+    serve_by(&Forwarder::new(64), call, effect, local).await
 }
 
 async fn serve_by(
@@ -225,7 +225,7 @@ async fn a_node_that_cannot_serve_is_passed_by() {
     for answer in refusals_of_one() {
         let sick = Played::start(Script::Answer(answer)).await;
         let alive = Played::start(Script::Answer(WRITTEN)).await;
-        let forwarder = Forwarder::default();
+        let forwarder = Forwarder::new(64);
         for (call, effect) in [(get(&[]), Effect::Read), (put("/v1/kv/k", &[]), Effect::Write)] {
             for _ in 0..20 {
                 let owner = || Err(wrong_cluster(&[&sick.address, &alive.address]));
@@ -301,7 +301,7 @@ async fn a_silent_node_runs_into_the_deadline() {
 async fn a_node_that_did_not_answer_is_asked_last() {
     let silent = Played::start(Script::StaySilent).await;
     let alive = Played::start(Script::Answer(WRITTEN)).await;
-    let forwarder = Forwarder::default();
+    let forwarder = Forwarder::new(64);
     let soon = get(&[("kv-deadline-ms", "500")]);
     let to_silent = || Err(wrong_cluster(&[&silent.address]));
     assert!(serve_by(&forwarder, &soon, Effect::Read, to_silent).await.is_err());
@@ -320,7 +320,7 @@ async fn a_node_that_did_not_answer_is_asked_last() {
 #[tokio::test]
 async fn a_node_is_a_suspect_while_it_keeps_a_write_waiting() {
     let silent = Played::start(Script::StaySilent).await;
-    let forwarder = Forwarder::default();
+    let forwarder = Forwarder::new(64);
     let call = put("/v1/kv/k", &[]);
     let stuck = serve_by(&forwarder, &call, Effect::Write, || Err(not_leader(&silent.address)));
     let suspected = async {
@@ -343,7 +343,7 @@ async fn a_node_is_a_suspect_while_it_keeps_a_write_waiting() {
 async fn a_slow_node_does_not_take_all_there_is() {
     let silent = Played::start(Script::StaySilent).await;
     let alive = Played::start(Script::Answer(WRITTEN)).await;
-    let targets = Arc::new(Targets::new(2, 9));
+    let targets = Arc::new(Targets::with(64, 2, 9));
     let forwarder = Forwarder { client: HttpClient::new(), targets };
     let (call, read) = (put("/v1/kv/k", &[]), get(&[]));
     let to_silent = || Err(not_leader(&silent.address));
