@@ -57,7 +57,7 @@ const ROCKSDB_FILE_STEP_BYTES: u64 = 256 << 10;
 const OUR_FILE_STEP_BYTES: usize = 1 << 20;
 
 /// The write-ahead log is cut once it holds this much; a restart replays at most that.
-const WAL_BYTES_MAX: u64 = 64 << 20;
+pub(super) const WAL_BYTES_MAX: u64 = 64 << 20;
 
 pub(super) struct Engine {
     db: Db,
@@ -132,7 +132,9 @@ impl Engine {
         self.db.create_cf(name, &options).map_err(to_io)
     }
 
+    /// Removes a family for good. Not once storage has failed: nobody knows then what the disk names.
     pub(super) fn drop_family(&self, name: &str) -> io::Result<()> {
+        self.check()?;
         self.db.drop_cf(name).map_err(to_io)
     }
 

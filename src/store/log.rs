@@ -88,16 +88,35 @@ impl LogStore {
         Ok(Self { engine, flusher, marker, read_bytes_max, promise, shared })
     }
 
-    /// Reads the whole log once. A torn tail of an older write-ahead log file, followed by a newer
-    /// file, would leave a hole that neither end of the log shows.
-    pub(super) fn check_no_holes(&self) -> io::Result<()> {
-        let (mut next, end) = {
+    /// Reads the last `bytes_max` bytes of the log once, and a little more. A torn tail of an older
+    /// write-ahead log file, followed by a newer file, can leave what neither end of the log shows: a hole,
+    /// or, where a cut was lost with that tail, entries of an older leader behind those of a newer one.
+    pub(super) fn check_end(&self, bytes_max: u64) -> io::Result<()> {
+        let (first, end) = {
             let ends = self.lock();
             (ends.first, ends.last.next_index())
         };
-        while next < end {
-            let entries = self.read_from_disk(next, end, APPLY_READ_BYTES_MAX)?;
-            next += entries.len() as u64;
+        let family = self.engine.family(CF_LOG)?;
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(first.to_be_bytes());
+        options.fill_cache(false);
+        let mut after: Option<LogId> = None;
+        let mut bytes = 0;
+        for item in self.engine.db().iterator_cf_opt(&family, options, IteratorMode::End) {
+            let (key, value) = item.map_err(to_io)?;
+            bytes += value.len() as u64;
+            let entry = decode_entry(&key, value)?;
+            if let Some(after) = &after {
+                check_neighbours(&entry.log_id, after)?;
+            }
+            after = Some(entry.log_id);
+            if bytes >= bytes_max {
+                return Ok(());
+            }
+        }
+        let earliest = after.map_or(end, |id| id.index);
+        if earliest > first {
+            return Err(corrupt("the log", format_args!("entry {} is missing", earliest - 1)));
         }
         Ok(())
     }
@@ -157,11 +176,8 @@ impl LogStore {
             }
             bytes_left = bytes_left.saturating_sub(value.len());
             let entry = decode_entry(&key, value)?;
-            if let Some(before) = entries.last()
-                && before.index() + 1 != entry.index()
-            {
-                let hole = format!("entry {} follows {}", entry.index(), before.index());
-                return Err(corrupt("the log", hole));
+            if let Some(before) = entries.last() {
+                check_neighbours(&before.log_id, &entry.log_id)?;
             }
             entries.push(entry);
         }
@@ -172,6 +188,14 @@ impl LogStore {
         }
         Ok(entries)
     }
+}
+
+/// Whether one entry can follow the other: the next index, and of no older leader.
+fn check_neighbours(before: &LogId, after: &LogId) -> io::Result<()> {
+    if before.index + 1 == after.index && before.leader_id <= after.leader_id {
+        return Ok(());
+    }
+    Err(corrupt("the log", format_args!("entry {after} follows {before}")))
 }
 
 fn decode_entry(key: &[u8], value: Box<[u8]>) -> io::Result<Entry> {

@@ -142,6 +142,9 @@ impl StateMachine {
         // No flush may put rows of the old state into the new family.
         let mut no_flush = self.shared.flushes.exclude();
         let mut machine = self.shared.machine();
+        // From here on the disk may name the staged family as the active one, also if this fails: then
+        // that is final, and the next start keeps the family that is named and drops the other.
+        staged.keep();
         // Readers do not wait for the disk: until the view changes, they see the old state, whole.
         engine.write(batch)?;
         engine.sync()?;
@@ -154,7 +157,6 @@ impl StateMachine {
             std::mem::replace(&mut *view, new).data
         };
         self.shared.publish(&head.progress, machine.dedupe.log_time_ms());
-        staged.keep();
         engine.drop_family(&old)
     }
 }

@@ -2,6 +2,7 @@
 
 mod handoff;
 mod images;
+mod log_end;
 mod memory;
 mod once;
 
