@@ -212,6 +212,7 @@ impl App {
 
     async fn write(&self, write: Write, deadline: Instant) -> Result<Written, ApiError> {
         self.check_serving()?;
+        self.check_initialized()?;
         // Whoever asked has given up already: better a true "no" than a write that nobody awaits.
         if Instant::now() >= deadline {
             return Err(not_proposed());

@@ -17,8 +17,9 @@ impl App {
     pub fn metrics(&self) -> NodeMetrics {
         let reader = &self.inner.reader;
         let failed = self.storage_failed();
-        // Counted before the metrics are looked at: who looks holds up Raft's next report.
+        // Before the metrics are looked at: who looks holds up Raft's next report.
         let keys = reader.key_count().ok();
+        let awaits_ring = self.check_ring(&reader.ring_view()) == Err(ApiError::NoRing);
         let metrics = self.inner.raft_metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
         let identity = &self.inner.identity;
@@ -38,7 +39,7 @@ impl App {
             revision: Some(reader.revision()),
             epoch: Some(reader.ring().ring().epoch),
             joint: membership.get_joint_config().len() > 1,
-            awaits_ring: self.check_ring(&reader.ring_view()).is_err(),
+            awaits_ring,
             failed,
         }
     }
@@ -76,6 +77,13 @@ impl App {
         if let Some(failure) = self.storage_failed() {
             return Err(failure);
         }
+        self.caught_up()?;
+        self.check_ring(&self.inner.reader.ring_view()).map_err(|error| error.to_string())
+    }
+
+    /// Whether everything that is known to be committed is applied, and the leader has told how much that
+    /// is; if not, what is missing.
+    pub(super) fn caught_up(&self) -> Result<(), String> {
         let metrics = self.inner.raft_metrics.borrow_watched();
         if state_of(&metrics) == NodeState::Uninitialized {
             return Err("the cluster is not initialized".into());
@@ -96,7 +104,7 @@ impl App {
                 committed.index()
             ));
         }
-        self.check_ring(&self.inner.reader.ring_view()).map_err(|error| error.to_string())
+        Ok(())
     }
 
     /// The text of `GET /metrics`.

@@ -35,12 +35,22 @@ impl App {
     }
 
     /// A cluster that was formed for a ring serves nothing before it has one. This is not checked at
-    /// apply: who passes here has applied a ring, and a ring never goes away again.
+    /// apply: a node that is initialized, and passes here, has applied a ring or needs none, and a ring
+    /// never goes away again. Call [`Self::check_initialized`] first: a blank node does not know yet.
+    ///
+    /// A node that was killed knows its ring again once it has applied its log; until it has, it is
+    /// waited for as for a leader.
     pub(super) fn check_ring(&self, ring: &RingState) -> Result<(), ApiError> {
-        if ring.epoch() == 0 && self.inner.formation.before_ring() == BeforeRing::Waits {
-            return Err(ApiError::NoRing);
+        if ring.epoch() > 0 || self.inner.formation.before_ring() == BeforeRing::Serves {
+            return Ok(());
         }
-        Ok(())
+        Err(match self.caught_up() {
+            Ok(()) => ApiError::NoRing,
+            Err(_) => ApiError::NoLeader {
+                message: "this node has yet to apply what its cluster has agreed on",
+                outcome: Outcome::NotApplied,
+            },
+        })
     }
 
     pub(super) fn check_leader(&self) -> Result<(), ApiError> {
