@@ -12,6 +12,7 @@
 //!
 //! Without a ring there must be one cluster, which gets everything.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -204,7 +205,8 @@ impl KVClient {
         is_newer.then(|| routes.target(key))
     }
 
-    /// Where to go after `refused` said, by its ring of `epoch`, that `named` owns the key.
+    /// Where to go after `refused` said, by its ring of `epoch`, that `named` owns the key. Who speaks by an
+    /// older ring than the one in hand lags behind: whom it names may be gone.
     fn next_target(
         &self,
         key: &[u8],
@@ -214,7 +216,11 @@ impl KVClient {
     ) -> Target {
         let routes = self.rings.routes();
         let by_ring = routes.target(key);
-        let ring_knows_better = routes.epoch() >= epoch && by_ring.id != refused.id;
+        let ring_knows_better = match routes.epoch().cmp(&epoch) {
+            Ordering::Greater => true,
+            Ordering::Equal => by_ring.id != refused.id,
+            Ordering::Less => false,
+        };
         match named {
             Some(owner) if !ring_knows_better => routes.target_named(owner, self.rings.courier()),
             _ => by_ring,

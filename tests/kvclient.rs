@@ -367,6 +367,22 @@ async fn a_new_owner_that_lags_behind_is_waited_for() {
     assert_eq!(client.consistent_read("k").await.unwrap(), Some(Bytes::from_static(b"v")));
 }
 
+/// A node that was killed speaks by an old ring until it has applied its log. Whom it names then may have
+/// left the store long ago.
+#[tokio::test]
+async fn a_cluster_that_is_gone_is_not_asked_because_a_lagging_node_names_it() {
+    let a = bind();
+    let ring = ring(3, vec![cluster("a", &[&a.address])]);
+    let gone = cluster("b", &[&refusing()]);
+    let asked = AtomicUsize::new(0);
+    let a = a.serve(with_ring(ring, move |_| match asked.fetch_add(1, Ordering::SeqCst) {
+        0..5 => wrong_cluster(&gone, 2),
+        _ => written(7),
+    }));
+    assert_eq!(client_of(&[&a]).await.unwrap().write("k", "v").await.unwrap(), 7);
+    assert_eq!(a.seen(KV).len(), 6);
+}
+
 #[tokio::test]
 async fn clusters_that_name_each_other_end_with_an_error() {
     let (a, b) = (bind(), bind());
