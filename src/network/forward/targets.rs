@@ -43,6 +43,8 @@ const NODES_MAX: usize = CLUSTERS_MAX * NODES_PER_CLUSTER_MAX;
 pub(super) struct Targets {
     /// For all nodes together.
     turns: Arc<Semaphore>,
+    /// For all suspects together: several nodes that keep requests waiting leave half of all turns to others.
+    turns_of_suspects: Arc<Semaphore>,
     per_node_max: usize,
     nodes_max: usize,
     nodes: Mutex<HashMap<String, Target>>,
@@ -68,6 +70,7 @@ impl Target {
 /// Leave to have a request in flight at a node.
 pub(super) struct Turn {
     _at_node: OwnedSemaphorePermit,
+    _of_suspects: Option<OwnedSemaphorePermit>,
     _in_all: OwnedSemaphorePermit,
 }
 
@@ -79,7 +82,8 @@ impl Targets {
 
     pub(super) fn with(in_flight_max: usize, per_node_max: usize, nodes_max: usize) -> Self {
         let turns = Arc::new(Semaphore::new(in_flight_max));
-        Self { turns, per_node_max, nodes_max, nodes: Mutex::default() }
+        let turns_of_suspects = Arc::new(Semaphore::new((in_flight_max / 2).max(1)));
+        Self { turns, turns_of_suspects, per_node_max, nodes_max, nodes: Mutex::default() }
     }
 
     /// Puts the suspects last and leaves the order as it is otherwise.
@@ -90,14 +94,20 @@ impl Targets {
 
     /// A turn at this node, held until it is dropped; `None` when there is none in time.
     pub(super) async fn turn(&self, address: &str, deadline: Instant) -> Option<Turn> {
-        let (turns, all) = (self.turns_of(address)?, self.turns.clone());
-        let deadline = deadline.min(Instant::now() + TURN_WAIT);
-        // In this order: who waits for a node holds nothing that others could use.
-        let both = async {
+        let now = Instant::now();
+        let (turns, is_suspect) = self.turns_of(address, now)?;
+        let suspects = is_suspect.then(|| self.turns_of_suspects.clone());
+        // In this order: who waits for a node, or for a suspect's turn, holds nothing that others could use.
+        let all = async {
             let at_node = turns.acquire_owned().await.ok()?;
-            Some(Turn { _at_node: at_node, _in_all: all.acquire_owned().await.ok()? })
+            let of_suspects = match suspects {
+                Some(suspects) => Some(suspects.acquire_owned().await.ok()?),
+                None => None,
+            };
+            let in_all = self.turns.clone().acquire_owned().await.ok()?;
+            Some(Turn { _at_node: at_node, _of_suspects: of_suspects, _in_all: in_all })
         };
-        tokio::time::timeout_at(deadline, both).await.ok()?
+        tokio::time::timeout_at(deadline.min(now + TURN_WAIT), all).await.ok()?
     }
 
     /// The node did not answer, or not soon, or cannot serve.
@@ -116,14 +126,13 @@ impl Targets {
         }
     }
 
-    /// `None` when too many other nodes are in use.
-    fn turns_of(&self, address: &str) -> Option<Arc<Semaphore>> {
+    /// The turns at a node, and whether that is a suspect; `None` when too many other nodes are in use.
+    fn turns_of(&self, address: &str, now: Instant) -> Option<(Arc<Semaphore>, bool)> {
         let mut nodes = self.lock();
         if let Some(node) = nodes.get(address) {
-            return Some(node.turns.clone());
+            return Some((node.turns.clone(), node.is_suspect(now)));
         }
         if nodes.len() >= self.nodes_max {
-            let now = Instant::now();
             nodes.retain(|_, node| node.is_in_use() || node.is_suspect(now));
             if nodes.len() >= self.nodes_max {
                 return None;
@@ -131,7 +140,7 @@ impl Targets {
         }
         let turns = Arc::new(Semaphore::new(self.per_node_max));
         nodes.insert(address.to_owned(), Target { turns: turns.clone(), suspect_until: None });
-        Some(turns)
+        Some((turns, false))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Target>> {
@@ -194,6 +203,23 @@ mod tests {
             targets.turn("c", soon()).await.is_some(),
             "who got none has given back its node's"
         );
+    }
+
+    /// Several nodes in trouble are as bad as one that is asked for everything.
+    #[tokio::test]
+    async fn suspects_have_half_of_all_turns_at_most() {
+        let targets = Targets::with(4, 2, 9);
+        let mut held = Vec::new();
+        for address in ["a", "b"] {
+            drop(targets.turn(address, soon()).await);
+            targets.suspect(address);
+            held.push(targets.turn(address, soon()).await.unwrap());
+        }
+        assert!(targets.turn("b", soon()).await.is_none());
+        let healthy = (targets.turn("c", soon()).await, targets.turn("d", soon()).await);
+        assert!(healthy.0.is_some() && healthy.1.is_some());
+        drop(held);
+        assert!(targets.turn("b", soon()).await.is_some());
     }
 
     #[test]
