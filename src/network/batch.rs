@@ -9,6 +9,7 @@
 //! another cluster fails by itself, and a node that does not lead redirects the whole.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -17,9 +18,9 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::{ANSWER_FREE_BYTES, BodyLimit, Charge};
+use super::body::{ANSWER_FREE_BYTES, BodyBudget, BodyLimit, Charge};
 use super::call::{Call, Routing};
-use super::error::{ApiError, ErrorBody, Outcome};
+use super::error::{ApiError, ErrorBody, ErrorDetail, Outcome};
 use super::forward::{Effect, Refusal, Served};
 use crate::app::Consistency;
 use crate::batch::{
@@ -50,24 +51,41 @@ pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     let batch = decoded.map_err(ApiError::from)?;
     // What JSON is decoded to is not a slice of it.
     let request_bytes = if binary { body.bytes.len() } else { 0 };
+    // Before anything is done: what was done has to be told.
+    let told_bytes = batch.operations.len() * RESULT_BYTES_MAX;
+    let mut share = state.answers.charge(told_bytes, ANSWER_FREE_BYTES)?;
     let results = carry_out(state, call, consistency, &batch, request_bytes).await?;
     let content_type = if binary { BINARY } else { JSON };
-    Ok(([(header::CONTENT_TYPE, content_type)], encode(state, results, binary)).into_response())
+    let body = encode(&state.answers, &mut share, results, binary);
+    Ok(([(header::CONTENT_TYPE, content_type)], body).into_response())
 }
 
-/// The answer's body, counted among those in memory. Values for which there is no memory left are refused one
-/// by one; what was written was written.
-fn encode(state: &ApiState, mut results: Vec<OperationResult>, binary: bool) -> Bytes {
+/// The most that a result takes in an answer, in bytes, apart from values and from what only explains a
+/// failure.
+const RESULT_BYTES_MAX: usize = 160;
+
+/// The answer's body, counted among those in memory, of which `share` is put by for it. Where there is no memory
+/// left for the rest, values are refused one by one, and failures told without what explains them. What was
+/// written was written.
+fn encode(
+    answers: &Arc<BodyBudget>,
+    share: &mut Option<Charge>,
+    mut results: Vec<OperationResult>,
+    binary: bool,
+) -> Bytes {
     let encode = |results: &[OperationResult]| match binary {
         true => batch::encode_results(results),
         false => Bytes::from(json::encode_results(results)),
     };
     // Not by the size of the values: JSON needs up to six times as much.
-    if let Ok(body) = state.answers.hold(encode(&results)) {
+    if let Ok(body) = answers.hold_with(share, encode(&results)) {
         return body;
     }
     refuse_values(&mut results);
-    encode(&results)
+    shorten_failures(&mut results);
+    let told = encode(&results);
+    debug_assert!(told.len() <= ANSWER_FREE_BYTES.max(results.len() * RESULT_BYTES_MAX));
+    answers.hold_with(share, told.clone()).unwrap_or(told)
 }
 
 /// The share of the memory for answers that the values of one of `parts` take up while the others are waited
@@ -90,6 +108,23 @@ fn refuse_values(results: &mut [OperationResult]) {
     for result in results {
         if matches!(result, OperationResult::Found { .. }) {
             *result = OperationResult::failed(&ApiError::Overloaded);
+        }
+    }
+}
+
+fn shorten_failures(results: &mut [OperationResult]) {
+    for result in results {
+        if let OperationResult::Failed(failure) = result {
+            let ErrorDetail { code, outcome, epoch, .. } = &failure.error;
+            failure.error = ErrorDetail {
+                code: code.clone(),
+                message: String::new(),
+                outcome: *outcome,
+                leader: None,
+                owner: None,
+                epoch: *epoch,
+                refused: None,
+            };
         }
     }
 }
@@ -327,6 +362,7 @@ fn failed_as(operation: &Operation, mut failure: Failure) -> OperationResult {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::body::BODIES_BYTES_MAX;
     use crate::ring::{RingCluster, RingNode};
     use crate::types::Condition;
 
@@ -337,6 +373,60 @@ mod tests {
 
     fn get(key: &'static str) -> Operation {
         Operation::Get { key: key.into() }
+    }
+
+    /// However many slow readers there are: what an answer takes is counted, and with no memory left it still
+    /// says of each operation what became of it.
+    #[test]
+    fn an_answer_without_room_tells_what_became_of_each() {
+        let nodes = (1..=16).map(|id| RingNode {
+            id,
+            http: format!("a-host-with-a-long-name-{id}:31000"),
+            rpc: format!("a-host-with-a-long-name-{id}:32000"),
+        });
+        let owner = RingCluster { id: "b".parse().unwrap(), weight: 1.0, nodes: nodes.collect() };
+        let elsewhere = ApiError::WrongCluster { owner: Box::new(owner), epoch: u64::MAX };
+        let condition = ApiError::ConditionFailed { current: Some(u64::MAX) };
+        let results = |count: usize| -> Vec<OperationResult> {
+            let value = Bytes::from(vec![b'v'; 4096]);
+            let of = |place: usize| match place % 6 {
+                0 => OperationResult::Written { revision: u64::MAX },
+                1 => OperationResult::Deleted { revision: u64::MAX, deleted: false },
+                2 => OperationResult::failed(&elsewhere),
+                3 => OperationResult::failed(&condition),
+                4 => OperationResult::failed(&ApiError::OnceForgotten),
+                _ => OperationResult::Found { revision: u64::MAX, value: value.clone() },
+            };
+            (0..count).map(of).collect()
+        };
+        for binary in [true, false] {
+            let answers = BodyBudget::new(0);
+            let put_by = |count: usize| answers.charge(count * RESULT_BYTES_MAX, ANSWER_FREE_BYTES);
+            let mut kept = Vec::new();
+            // Until there is no room for a whole one, and then until none may begin.
+            loop {
+                let Ok(mut share) = put_by(3000) else { break };
+                let used = answers.used();
+                let body = encode(&answers, &mut share, results(3000), binary);
+                let is_whole = answers.used() > used;
+                assert!(is_whole || body.len() <= 3000 * RESULT_BYTES_MAX, "{}", body.len());
+                assert!(share.is_none(), "it went into the answer");
+                kept.push(body);
+            }
+            let bytes: usize = kept.iter().map(Bytes::len).sum();
+            assert!(bytes <= answers.used() && answers.used() <= BODIES_BYTES_MAX, "{bytes}");
+            if binary {
+                let told = batch::decode_results(kept.last().unwrap().clone(), 3000).unwrap();
+                let statuses = |results: &[OperationResult]| {
+                    results.iter().map(OperationResult::status).collect::<Vec<_>>()
+                };
+                let mut expected = statuses(&results(3000));
+                expected.iter_mut().skip(5).step_by(6).for_each(|status| *status = 503);
+                assert_eq!(statuses(&told), expected);
+            }
+            drop(kept);
+            assert_eq!(answers.used(), 0);
+        }
     }
 
     /// What is left of a batch when its leader ceases to lead, or its keys move, goes where it belongs; but no

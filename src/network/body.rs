@@ -53,6 +53,12 @@ impl BodyBudget {
         Arc::new(Self { used: AtomicUsize::new(0), max })
     }
 
+    /// The bytes that are counted.
+    #[cfg(test)]
+    pub(super) fn used(&self) -> usize {
+        self.used.load(Ordering::Relaxed)
+    }
+
     /// Counts an answer's body until the last of it has been handed to the system; small ones are not counted.
     ///
     /// # Errors
@@ -63,6 +69,25 @@ impl BodyBudget {
             None => bytes,
             Some(charge) => Bytes::from_owner(Held { bytes, _charge: charge }),
         })
+    }
+
+    /// As [`Self::hold`], for an answer of which `share` was counted beforehand: that is left as it was when
+    /// the rest has no room.
+    ///
+    /// # Errors
+    /// As [`Self::hold`].
+    pub(super) fn hold_with(
+        self: &Arc<Self>,
+        share: &mut Option<Charge>,
+        bytes: Bytes,
+    ) -> Result<Bytes, ApiError> {
+        let Some(counted) = share.as_ref().map(|share| share.bytes) else {
+            return self.hold(bytes);
+        };
+        let more = self.charge(bytes.len().saturating_sub(counted), 0)?;
+        let charge = share.take().into_iter().chain(more).reduce(Charge::with);
+        let charge = charge.expect("the share was there");
+        Ok(Bytes::from_owner(Held { bytes, _charge: charge }))
     }
 
     /// Counts what an answer is going to be made of; `None` up to `free` bytes.
@@ -91,6 +116,12 @@ pub(super) struct Charge {
 }
 
 impl Charge {
+    /// Both of them in one.
+    fn with(mut self, mut other: Self) -> Self {
+        self.bytes += std::mem::take(&mut other.bytes);
+        self
+    }
+
     fn add(&mut self, bytes: usize) -> Result<(), ApiError> {
         let before = self.budget.used.fetch_add(bytes, Ordering::Relaxed);
         self.bytes += bytes;
