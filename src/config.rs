@@ -256,7 +256,7 @@ impl Default for Limits {
             header_timeout_ms: 5_000,
             request_timeout_ms: 10_000,
             requests_in_flight_max: 16_384,
-            passed_on_max: 1024,
+            passed_on_max: 2048,
         }
     }
 }

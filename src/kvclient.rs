@@ -4,7 +4,8 @@
 //! leaves the way to that cluster's leader to [`RaftNode`](crate::raft_node::RaftNode). Its ring may
 //! be old: servers check ownership again, and one that does not own the key names the owner and its
 //! ring's epoch. Then the client gets the newer ring, once for all calls that wait for it, and goes
-//! on there; that cluster applied nothing, so this is safe for writes too. A key that is being handed
+//! on there; that cluster applied nothing, so this is safe for writes too. One that names an older ring
+//! than the client's has been restarted, and is asked again. A key that is being handed
 //! over is waited for.
 //!
 //! Operations that many tasks issue at the same moment share requests, a few in flight at each node

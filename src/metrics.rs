@@ -96,7 +96,7 @@ pub struct NodeMetrics {
     /// Whether the membership is between two: majorities of both are needed until the change is done.
     #[serde(default)]
     pub joint: bool,
-    /// Whether it serves no key before its cluster has a ring, and knows of none.
+    /// Whether its cluster serves no key before it has a ring, and this node has applied none yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub awaits_ring: bool,
     /// Why the node has stopped serving, if its storage or consensus failed.

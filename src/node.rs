@@ -157,6 +157,10 @@ impl Node {
             .await
             .map_err(|error| StartError::Raft(error.to_string()))?;
 
+        // Before that, its metrics say that the node belongs to no cluster, and so would the node. A core
+        // that has stopped already says that in its metrics, too.
+        let _ = raft.with_raft_state(|_| ()).await;
+
         let metrics = raft.metrics();
         network.know_members(move || metrics.borrow_watched().membership_config.clone());
 
@@ -421,12 +425,15 @@ impl OpenFiles {
         for (limit, files, what) in [
             (&mut limits.http_connections_max, self.http, "clients"),
             (&mut limits.peer_connections_max, self.peers, "peers"),
-            (&mut limits.passed_on_max, self.passed_on, "requests passed on"),
         ] {
             if *limit > files {
                 tracing::warn!(max = files, what, "fewer connections than configured: open files");
                 *limit = files;
             }
+        }
+        if limits.passed_on_max > self.passed_on {
+            tracing::info!(max = self.passed_on, "requests passed on are bounded by open files");
+            limits.passed_on_max = self.passed_on;
         }
     }
 }

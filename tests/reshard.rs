@@ -158,16 +158,19 @@ async fn a_new_cluster_acknowledges_nothing_before_it_joins() {
     let manager = ClusterManager::start_on_free_ports(config.clone()).await.unwrap();
     let fourth = blank_node(dir.path(), &config).await;
     let address = fourth.http_addr().to_string();
-    let stop = Arc::new(AtomicBool::new(false));
+    let shared = Arc::new(Shared::default());
     let eager = {
-        let (stop, node) = (stop.clone(), RaftNode::new(vec![address.clone()]));
+        // Patient for a moment only: what it is refused, it asks for with another key.
+        let node = RaftNode::new(vec![address.clone()]).with_timeout(Duration::from_millis(20));
+        let shared = shared.clone();
         tokio::spawn(async move {
             let (mut acknowledged, mut asked) = (Vec::new(), 0);
-            while !stop.load(Ordering::SeqCst) {
+            while !shared.stop.load(Ordering::SeqCst) {
                 asked += 1;
                 let key = format!("eager:{asked}");
                 if node.write(&key, "v").await.is_ok() {
                     acknowledged.push(key);
+                    shared.written.fetch_add(1, Ordering::SeqCst);
                 }
             }
             acknowledged
@@ -176,10 +179,14 @@ async fn a_new_cluster_acknowledges_nothing_before_it_joins() {
     let nodes = vec![(address, fourth.rpc_addr().to_string())];
     let add = Change::Add { id: "c4".parse().unwrap(), nodes, weight: 1.0 };
     change(&manager.nodes(), add).await;
-    sleep(Duration::from_millis(200)).await;
-    stop.store(true, Ordering::SeqCst);
+    let served = async {
+        while shared.written() == 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, served).await.expect("it serves in the end");
+    shared.stop.store(true, Ordering::SeqCst);
     let acknowledged = eager.await.unwrap();
-    assert!(!acknowledged.is_empty(), "it serves in the end");
     let client = KVClient::new(&config.nodes_file).await.unwrap();
     for key in acknowledged {
         let found = client.consistent_read(&key).await.unwrap();

@@ -300,17 +300,16 @@ fn has_its_ring_after_all_are_killed(cluster: &mut Cluster) {
     for id in 1..=3 {
         cluster.restart(id);
     }
-    let answer = eventually("a write is taken again", || {
+    eventually("a write is taken again", || {
         let answer = common::request(cluster.http(1), "PUT", "/v1/kv/k", &DIRECT, b"again");
         match answer.status {
-            200 | 307 => Some(answer),
+            200 | 307 => Some(()),
             _ => {
                 answer.assert_error(503, "NO_LEADER", "not_applied");
                 None
             }
         }
     });
-    assert!(answer.text().contains("revision") || answer.text().contains("NOT_LEADER"));
     cluster.await_ready();
     cluster.put(2, "k", "again");
 }
@@ -339,8 +338,20 @@ fn serves_nothing(cluster: &Cluster) {
                 }
                 let answer =
                     common::request(cluster.http(id), method, path, headers, body.as_bytes());
-                answer.assert_error(503, "NOT_INITIALIZED", "not_applied");
-                assert!(answer.text().contains("ring"), "{}", answer.text());
+                if headers == DIRECT && id != leader {
+                    answer.assert_error(307, "NOT_LEADER", "not_applied");
+                    continue;
+                }
+                if path == "/v1/batch" && id != leader {
+                    // Passed on, a batch's operations fail one by one.
+                    let result = &answer.json()["results"][0];
+                    assert_eq!(
+                        (&result["status"], &result["error"]["code"]),
+                        (&json!(503), &json!("NO_RING"))
+                    );
+                    continue;
+                }
+                answer.assert_error(503, "NO_RING", "not_applied");
                 assert_eq!(answer.header("retry-after"), Some("1"));
             }
         }

@@ -17,9 +17,8 @@ impl App {
     pub fn metrics(&self) -> NodeMetrics {
         let reader = &self.inner.reader;
         let failed = self.storage_failed();
-        // Before the metrics are looked at: who looks holds up Raft's next report.
+        // Counted before the metrics are looked at: who looks holds up Raft's next report.
         let keys = reader.key_count().ok();
-        let awaits_ring = self.check_ring(&reader.ring_view()) == Err(ApiError::NoRing);
         let metrics = self.inner.raft_metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
         let identity = &self.inner.identity;
@@ -39,7 +38,7 @@ impl App {
             revision: Some(reader.revision()),
             epoch: Some(reader.ring().ring().epoch),
             joint: membership.get_joint_config().len() > 1,
-            awaits_ring,
+            awaits_ring: self.awaits_ring(&reader.ring_view()),
             failed,
         }
     }
@@ -78,7 +77,10 @@ impl App {
             return Err(failure);
         }
         self.caught_up()?;
-        self.check_ring(&self.inner.reader.ring_view()).map_err(|error| error.to_string())
+        match self.awaits_ring(&self.inner.reader.ring_view()) {
+            true => Err(ApiError::NoRing.to_string()),
+            false => Ok(()),
+        }
     }
 
     /// Whether everything that is known to be committed is applied, and the leader has told how much that

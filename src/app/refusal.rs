@@ -34,20 +34,31 @@ impl App {
         }
     }
 
+    /// Whether the cluster was formed for a ring and this node has applied none yet.
+    pub(super) fn awaits_ring(&self, ring: &RingState) -> bool {
+        ring.epoch() == 0 && self.inner.formation.before_ring() == BeforeRing::Waits
+    }
+
     /// A cluster that was formed for a ring serves nothing before it has one. This is not checked at
     /// apply: a node that is initialized, and passes here, has applied a ring or needs none, and a ring
     /// never goes away again. Call [`Self::check_initialized`] first: a blank node does not know yet.
     ///
-    /// A node that was killed knows its ring again once it has applied its log; until it has, it is
-    /// waited for as for a leader.
+    /// Only a leader that has applied all there is knows that there is no ring. Others lag behind,
+    /// perhaps, or were killed and have their log to apply: they say who leads, or that nobody does.
     pub(super) fn check_ring(&self, ring: &RingState) -> Result<(), ApiError> {
-        if ring.epoch() > 0 || self.inner.formation.before_ring() == BeforeRing::Serves {
+        if !self.awaits_ring(ring) {
             return Ok(());
         }
-        Err(match self.caught_up() {
+        let caught_up = self.caught_up();
+        // It may have come in between.
+        if !self.awaits_ring(&self.inner.reader.ring_view()) {
+            return Ok(());
+        }
+        self.check_leader()?;
+        Err(match caught_up {
             Ok(()) => ApiError::NoRing,
             Err(_) => ApiError::NoLeader {
-                message: "this node has yet to apply what its cluster has agreed on",
+                message: "the leader has yet to apply what the cluster has agreed on",
                 outcome: Outcome::NotApplied,
             },
         })

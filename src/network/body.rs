@@ -71,8 +71,8 @@ impl BodyBudget {
         })
     }
 
-    /// As [`Self::hold`], for an answer of which `share` was counted beforehand: that is left as it was when
-    /// the rest has no room.
+    /// As [`Self::hold`], for an answer for which `share` was put by: what it does not need is given back, and
+    /// all is left as it was when what it needs besides has no room.
     ///
     /// # Errors
     /// As [`Self::hold`].
@@ -81,12 +81,17 @@ impl BodyBudget {
         share: &mut Option<Charge>,
         bytes: Bytes,
     ) -> Result<Bytes, ApiError> {
+        if bytes.len() <= ANSWER_FREE_BYTES {
+            *share = None;
+            return Ok(bytes);
+        }
         let Some(counted) = share.as_ref().map(|share| share.bytes) else {
             return self.hold(bytes);
         };
         let more = self.charge(bytes.len().saturating_sub(counted), 0)?;
         let charge = share.take().into_iter().chain(more).reduce(Charge::with);
-        let charge = charge.expect("the share was there");
+        let mut charge = charge.expect("the share was there");
+        charge.lower_to(bytes.len());
         Ok(Bytes::from_owner(Held { bytes, _charge: charge }))
     }
 
@@ -120,6 +125,12 @@ impl Charge {
     fn with(mut self, mut other: Self) -> Self {
         self.bytes += std::mem::take(&mut other.bytes);
         self
+    }
+
+    fn lower_to(&mut self, bytes: usize) {
+        let surplus = self.bytes.saturating_sub(bytes);
+        self.budget.used.fetch_sub(surplus, Ordering::Relaxed);
+        self.bytes -= surplus;
     }
 
     fn add(&mut self, bytes: usize) -> Result<(), ApiError> {

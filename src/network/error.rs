@@ -202,9 +202,8 @@ impl ApiError {
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE"),
             Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
             Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
-            Self::NotInitialized | Self::NoRing => {
-                (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED")
-            }
+            Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
+            Self::NoRing => (StatusCode::SERVICE_UNAVAILABLE, "NO_RING"),
             Self::Overloaded | Self::TooManyClients => {
                 (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED")
             }

@@ -92,9 +92,9 @@ impl LogStore {
     /// write-ahead log file, followed by a newer file, can leave what neither end of the log shows: a hole,
     /// or, where a cut was lost with that tail, entries of an older leader behind those of a newer one.
     pub(super) fn check_end(&self, bytes_max: u64) -> io::Result<()> {
-        let (first, end) = {
+        let (purged, first, end) = {
             let ends = self.lock();
-            (ends.first, ends.last.next_index())
+            (ends.purged, ends.first, ends.last.next_index())
         };
         let family = self.engine.family(CF_LOG)?;
         let mut options = ReadOptions::default();
@@ -118,7 +118,10 @@ impl LogStore {
         if earliest > first {
             return Err(corrupt("the log", format_args!("entry {} is missing", earliest - 1)));
         }
-        Ok(())
+        match (purged, after) {
+            (Some(purged), Some(after)) => check_neighbours(&purged, &after),
+            _ => Ok(()),
+        }
     }
 
     /// The last entry that was purged.

@@ -121,8 +121,7 @@ pub fn name_of(cluster: &ClusterStatus) -> String {
 /// The ring, and which clusters do not live by it yet.
 pub fn ring(ring: &Ring, clusters: &[ClusterStatus]) -> String {
     if ring.epoch == 0 {
-        return "no ring: each cluster owns every key. `admin ring install` gives them one\n"
-            .into();
+        return "no ring. `admin ring install` gives the clusters one\n".into();
     }
     let total: f32 = ring.clusters.iter().map(|cluster| cluster.weight).sum();
     let mut rows = vec![header(&["cluster", "weight", "share", "nodes"])];
@@ -169,7 +168,7 @@ pub fn in_force(ring: &Ring) -> String {
 pub fn migration(scene: &Scene, progress: Option<&Progress>, troubles: &[String]) -> String {
     let mut text = match (scene, progress) {
         (_, Some(progress)) => changing(progress),
-        (Scene::NoRing, _) => "no ring: each cluster owns every key\n".into(),
+        (Scene::NoRing, _) => "no ring\n".into(),
         (Scene::Reverting(ring), _) => {
             format!(
                 "a change was called off; epoch {} is not in force everywhere yet\n",

@@ -5,7 +5,7 @@
 //! that, every request whose turn it is there would find out anew. **Turns**: only so many requests are
 //! in flight at one node; without that, requests that wait for a paused one would pile up until no connection
 //! is left for those that go elsewhere. And only so many are in flight at all nodes together: each takes an
-//! open file, of which the store needs some to go on writing.
+//! open file, of which the store needs some to go on writing. Suspects have half of these at most.
 //!
 //! All of it is a guess that costs a detour at most. The map is bounded although its addresses come
 //! from the ring and the membership only.
@@ -43,7 +43,8 @@ const NODES_MAX: usize = CLUSTERS_MAX * NODES_PER_CLUSTER_MAX;
 pub(super) struct Targets {
     /// For all nodes together.
     turns: Arc<Semaphore>,
-    /// For all suspects together: several nodes that keep requests waiting leave half of all turns to others.
+    /// For all suspects together, from when they are suspects on: several nodes that keep requests waiting
+    /// leave half of all turns to others. Before that it takes sixteen of them to take all there are by default.
     turns_of_suspects: Arc<Semaphore>,
     per_node_max: usize,
     nodes_max: usize,
@@ -207,7 +208,7 @@ mod tests {
 
     /// Several nodes in trouble are as bad as one that is asked for everything.
     #[tokio::test]
-    async fn suspects_have_half_of_all_turns_at_most() {
+    async fn suspects_get_half_of_all_turns_at_most() {
         let targets = Targets::with(4, 2, 9);
         let mut held = Vec::new();
         for address in ["a", "b"] {
@@ -224,7 +225,7 @@ mod tests {
 
     #[test]
     fn one_node_never_has_all_turns_but_always_one() {
-        for (in_flight_max, per_node_max) in [(1, 1), (7, 1), (48, 12), (1024, 128), (100_000, 128)]
+        for (in_flight_max, per_node_max) in [(1, 1), (7, 1), (48, 12), (2048, 128), (100_000, 128)]
         {
             assert_eq!(Targets::new(in_flight_max).per_node_max, per_node_max, "{in_flight_max}");
         }

@@ -50,14 +50,18 @@ async fn entries_of_an_older_leader_behind_newer_ones_are_found() {
     assert!(refused.contains("follows"), "{refused}");
 }
 
+/// What was purged is the neighbour of the first entry: its index and its leader have to fit.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_entry_that_is_missing_at_the_beginning_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
-    append(&store, (0..=9).map(|index| entry(1, index)).collect()).await;
+    append(&store, (0..=9).map(|index| entry(2, index)).collect()).await;
     let mut log = store.log();
-    log.purge(log_id(1, 3)).await.unwrap();
+    log.purge(log_id(2, 3)).await.unwrap();
     store.log.check_end(u64::MAX).unwrap();
+    append(&store, vec![entry(1, 4)]).await;
+    let found = store.log.check_end(u64::MAX).unwrap_err().to_string();
+    assert!(found.contains("follows"), "{found}");
     let mut batch = WriteBatch::default();
     batch.delete_cf(&store.engine.family(CF_LOG).unwrap(), 4u64.to_be_bytes());
     store.engine.write(batch).unwrap();
