@@ -151,16 +151,7 @@ impl Node {
         let store = open_store(&options, files.data).await?;
         let identity = PeerIdentity { cluster: options.cluster.clone(), node_id: options.id };
         let network = PeerNetwork::new(identity.clone(), store.formation(), config);
-        let raft_config = raft_config(&options.cluster, &config.raft)?;
-        let (log, machine) = (store.log(), store.state_machine());
-        let raft = Raft::new(options.id, raft_config, network.clone(), log, machine)
-            .await
-            .map_err(|error| StartError::Raft(error.to_string()))?;
-
-        // Before that, its metrics say that the node belongs to no cluster, and so would the node. A core
-        // that has stopped already says that in its metrics, too.
-        let _ = raft.with_raft_state(|_| ()).await;
-
+        let raft = start_raft(&options, &network, &store).await?;
         let metrics = raft.metrics();
         network.know_members(move || metrics.borrow_watched().membership_config.clone());
 
@@ -303,6 +294,23 @@ fn missing_instruction(
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 fn check_processor() -> Result<(), StartError> {
     Ok(())
+}
+
+/// Returns once consensus has told what the node belongs to.
+async fn start_raft(
+    options: &NodeOptions,
+    network: &PeerNetwork,
+    store: &Store,
+) -> Result<Raft, StartError> {
+    let config = raft_config(&options.cluster, &options.config.raft)?;
+    let (log, machine) = (store.log(), store.state_machine());
+    let raft = Raft::new(options.id, config, network.clone(), log, machine)
+        .await
+        .map_err(|error| StartError::Raft(error.to_string()))?;
+    // Before that, its metrics say that the node belongs to no cluster, and so would the node. A core
+    // that has stopped already says that in its metrics, too.
+    let _ = raft.with_raft_state(|_| ()).await;
+    Ok(raft)
 }
 
 async fn open_store(options: &NodeOptions, open_files_max: i32) -> Result<Store, StartError> {

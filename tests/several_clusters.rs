@@ -291,8 +291,8 @@ fn a_cluster_that_awaits_its_ring_serves_no_key() {
     has_its_ring_after_all_are_killed(&mut cluster);
 }
 
-/// The ring is in the log, and on disk not among the data yet. Until it is applied again the nodes are waited for,
-/// as for a leader: nobody is told that there is no ring.
+/// The ring is in the log, and on disk not among the data yet. Until it is applied again the nodes are
+/// waited for, as for a leader: nobody is told that there is no ring.
 fn has_its_ring_after_all_are_killed(cluster: &mut Cluster) {
     for id in 1..=3 {
         cluster.kill9(id);
