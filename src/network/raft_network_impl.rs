@@ -276,6 +276,8 @@ impl PeerClient {
                 let (subject, verb) = (ErrorSubject::Snapshot(None), ErrorVerb::Read);
                 StorageError::from_io_error(subject, verb, error).into()
             }
+            // openraft takes the newest one then, at once.
+            SendError::Replaced => NetworkError::new(&error).into(),
             // Trying again at once would find the same receiver.
             SendError::Senseless(why) => Unreachable::from_string(why).into(),
         }

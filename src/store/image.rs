@@ -8,7 +8,7 @@
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use openraft::type_config::alias::SnapshotOf;
@@ -63,6 +63,8 @@ enum Sending {
     Since(Instant),
     /// Somebody has read the end.
     Ended,
+    /// Nobody had any of it when a newer one took its place: nobody is to begin with it now.
+    Replaced,
 }
 
 /// An image as others than its holders see it.
@@ -82,7 +84,7 @@ impl NewestImage {
         // One is that of the images themselves.
         let is_held = self.image.strong_count() > 1;
         match *self.sending.lock().unwrap_or_else(PoisonError::into_inner) {
-            Sending::NotBegun => false,
+            Sending::NotBegun | Sending::Replaced => false,
             Sending::Since(last) => is_held || now < last + BETWEEN_ATTEMPTS_MAX,
             // What was sent is being installed.
             Sending::Ended => is_held,
@@ -118,14 +120,54 @@ impl Images {
     }
 
     /// Makes a new image of the present state and makes it the current one. Blocks.
-    pub(super) fn build(&self) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
+    pub(super) fn build(&self) -> io::Result<()> {
         let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
+        self.replace(self.make()?);
+        Ok(())
+    }
+
+    /// The same, unless a follower has begun to get the current one while the new one was made, and newer ones
+    /// are to wait for that: then the current one stays. Returns the current one. Blocks.
+    pub(super) fn build_newer(&self) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
+        let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
+        let image = self.make()?;
+        if let Some(current) = self.to_be_kept() {
+            tracing::info!("the snapshot image before it is being sent, and stays");
+            return Ok(current);
+        }
+        let snapshot = as_snapshot(&image);
+        self.replace(image);
+        Ok(snapshot)
+    }
+
+    /// The current image, if a newer one is not to take its place. If it is, nobody begins with this one any more.
+    fn to_be_kept(&self) -> Option<SnapshotOf<TypeConfig, SnapshotData>> {
+        let state = self.lock_state();
+        let current = state.current.as_ref()?;
+        let is_kept = !state.is_outdated && !current.give_way() && self.shared.puts_off_images();
+        is_kept.then(|| as_snapshot(current))
+    }
+
+    fn replace(&self, image: Arc<SnapshotImage>) {
+        let replaced = {
+            let mut state = self.lock_state();
+            state.is_outdated = false;
+            *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) =
+                NewestImage::new(&image);
+            state.current.replace(image)
+        };
+        // Closing it, and removing its files, takes its time: outside the lock.
+        drop(replaced);
+    }
+
+    /// Needs `building`, or an older image could come after a newer one.
+    fn make(&self) -> io::Result<Arc<SnapshotImage>> {
         let engine = &self.shared.engine;
         engine.check()?;
         // A checkpoint holds what is in files: with this, all that was applied before.
         self.shared.flush()?;
         let made = {
-            let mut state = self.state.lock().expect("no code panics while it holds this lock");
+            let mut state = self.lock_state();
             state.made += 1;
             state.made
         };
@@ -135,31 +177,19 @@ impl Images {
         let dir = ImageDir(path.clone());
         checkpoint.create_checkpoint(&path).map_err(to_io)?;
         let image = Arc::new(SnapshotImage::open(dir)?);
-        let snapshot = as_snapshot(&image);
         tracing::info!(up_to = ?image.head.applied(), "made a snapshot image");
-        // Closing the one before, and removing its files, takes its time: outside the lock.
-        drop(self.replace(image));
-        Ok(snapshot)
-    }
-
-    fn replace(&self, image: Arc<SnapshotImage>) -> Option<Arc<SnapshotImage>> {
-        let mut state = self.state.lock().expect("no code panics while it holds this lock");
-        state.is_outdated = false;
-        *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) =
-            NewestImage::new(&image);
-        state.current.replace(image)
+        Ok(image)
     }
 
     /// The current image is older than what was installed since, and no newer one could be made: the log does
     /// not begin where it ends, so a follower that gets it has to begin again.
     pub(super) fn outdate(&self) {
-        self.state.lock().expect("no code panics while it holds this lock").is_outdated = true;
+        self.lock_state().is_outdated = true;
     }
 
     /// Makes an image if the current one is of no use. Blocks.
     pub(super) fn renew(&self) {
-        let is_outdated =
-            self.state.lock().expect("no code panics while it holds this lock").is_outdated;
+        let is_outdated = self.lock_state().is_outdated;
         if is_outdated && let Err(error) = self.build() {
             tracing::warn!(%error, "cannot make an image of the installed snapshot");
         }
@@ -167,8 +197,11 @@ impl Images {
 
     /// The newest image, if one was made since the start.
     pub(super) fn current(&self) -> Option<SnapshotOf<TypeConfig, SnapshotData>> {
-        let state = self.state.lock().expect("no code panics while it holds this lock");
-        state.current.as_ref().map(as_snapshot)
+        self.lock_state().current.as_ref().map(as_snapshot)
+    }
+
+    fn lock_state(&self) -> MutexGuard<'_, ImagesState> {
+        self.state.lock().expect("no code panics while it holds this lock")
     }
 }
 
@@ -202,6 +235,31 @@ impl SnapshotImage {
         self.id
     }
 
+    /// Says that a follower is about to get it: newer ones wait from now on. False if a newer one has taken its
+    /// place already: who gets this one would have to begin again.
+    pub fn begin_sending(&self) -> bool {
+        let mut sending = self.lock_sending();
+        let may_begin = !matches!(*sending, Sending::Replaced);
+        if may_begin {
+            *sending = Sending::Since(Instant::now());
+        }
+        may_begin
+    }
+
+    /// Whether nobody has any of it; then nobody gets any from now on.
+    fn give_way(&self) -> bool {
+        let mut sending = self.lock_sending();
+        let gives_way = matches!(*sending, Sending::NotBegun | Sending::Replaced);
+        if gives_way {
+            *sending = Sending::Replaced;
+        }
+        gives_way
+    }
+
+    fn lock_sending(&self) -> MutexGuard<'_, Sending> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads the chunk that starts at `cursor` (empty: the first one), of about `bytes_max` bytes and
     /// at least one row. Blocks on the disk.
     ///
@@ -210,7 +268,7 @@ impl SnapshotImage {
     pub fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
         let chunk = self.chunk_at(cursor, bytes_max)?;
         let sending = if chunk.last { Sending::Ended } else { Sending::Since(Instant::now()) };
-        *self.sending.lock().unwrap_or_else(PoisonError::into_inner) = sending;
+        *self.lock_sending() = sending;
         Ok(chunk)
     }
 

@@ -113,9 +113,16 @@ impl StateShared {
 
     /// Whether the newest image is on its way to a follower. Until that has it, the log after it should
     /// stay: or the follower would have to begin again with a newer one as soon as it is there.
-    pub(super) fn is_image_being_sent(&self) -> bool {
+    fn is_image_being_sent(&self) -> bool {
         let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
         image.is_being_sent(Instant::now())
+    }
+
+    /// Whether newer images wait for the newest one, which is on its way to a follower. Not once the log has
+    /// become too long for that.
+    pub(super) fn puts_off_images(&self) -> bool {
+        // Without knowing, an image is the safe choice: it costs a follower time, and no disk.
+        self.is_image_being_sent() && self.log_size().is_ok_and(|log| log.bytes <= log.bytes_max)
     }
 
     pub(super) fn log_size(&self) -> io::Result<LogSize> {

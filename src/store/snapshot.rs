@@ -259,7 +259,7 @@ impl openraft::storage::RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         loop {
             let images = self.images.upgrade();
             let images = images.ok_or_else(|| io::Error::other("the store is closed"))?;
-            let built = super::state_machine::blocking(move || match images.build() {
+            let built = super::state_machine::blocking(move || match images.build_newer() {
                 Ok(snapshot) => Ok(Ok(snapshot)),
                 Err(error) => images.check().map(|()| Err(error)),
             });

@@ -260,14 +260,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     /// when it has the older one that the log does not reach it, and begin again, for ever if sending
     /// takes longer than the time between two images.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
-        if !force && self.shared.is_image_being_sent() {
-            match self.shared.log_size() {
-                Ok(log) if log.bytes <= log.bytes_max => return None,
-                // Without knowing, an image is the safe choice: it costs a follower time, and no disk.
-                _ => {}
-            }
-        }
-        Some(SnapshotBuilder::new(&self.images))
+        let is_put_off = !force && self.shared.puts_off_images();
+        (!is_put_off).then(|| SnapshotBuilder::new(&self.images))
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {

@@ -30,6 +30,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 pub(in crate::network) trait ChunkSource: Send + Sync + 'static {
     fn id(&self) -> u64;
 
+    /// Says that the receiver is about to get it. False if it is not worth to be sent any more.
+    fn begin_sending(&self) -> bool;
+
     /// Blocks.
     fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk>;
 }
@@ -37,6 +40,10 @@ pub(in crate::network) trait ChunkSource: Send + Sync + 'static {
 impl ChunkSource for SnapshotImage {
     fn id(&self) -> u64 {
         SnapshotImage::id(self)
+    }
+
+    fn begin_sending(&self) -> bool {
+        SnapshotImage::begin_sending(self)
     }
 
     fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
@@ -54,6 +61,9 @@ pub(in crate::network) enum SendError {
     /// This node cannot read its own snapshot.
     #[error("reading the snapshot failed: {0}")]
     Read(io::Error),
+    /// There is a newer snapshot, and the receiver had nothing of this one yet.
+    #[error("a newer snapshot has taken its place")]
+    Replaced,
     /// The receiver answered what makes no sense.
     #[error("the peer's answer makes no sense: {0}")]
     Senseless(&'static str),
@@ -103,6 +113,9 @@ impl<C: ChunkSource> Transfer<C> {
             SnapshotStep::Position(position) => position,
             SnapshotStep::HigherVote(vote) => return self.refused(link, vote),
         };
+        if !position.complete && !self.source.begin_sending() {
+            return Err(SendError::Replaced);
+        }
         while !position.complete {
             match self.send_chunk(&connection, settings, &position).await? {
                 SnapshotStep::Position(next) => position = next,

@@ -113,6 +113,38 @@ async fn a_newer_image_waits_for_the_one_under_way() {
     }
 }
 
+/// A follower that begins to get an image while a newer one is made gets it once: the newer one does not take its
+/// place, or the log would be cut to where that ends. If it was there first, nobody begins with the older one.
+#[tokio::test]
+async fn an_image_that_is_begun_while_another_is_made_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&options(dir.path())).unwrap();
+    let mut machine = store.state_machine();
+    apply(&mut machine, vec![put_entry(1, "k", "v")]).await;
+    let first = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    apply(&mut machine, vec![put_entry(2, "k", "v")]).await;
+    let mut under_way = machine.try_create_snapshot_builder(false).await.unwrap();
+    let SnapshotData::Image(image) = &first.snapshot else { panic!("an image is sent") };
+    assert!(image.begin_sending());
+    let built = under_way.build_snapshot().await.unwrap();
+    assert_eq!(built.meta, first.meta);
+    let current = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(current.meta, first.meta);
+    drop((built, current));
+
+    let _staged = transfer(&first.snapshot, &store.stager());
+    drop(first);
+    let second = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    assert_eq!(second.meta.last_log_id, Some(log_id(1, 2)));
+    let SnapshotData::Image(older) = &second.snapshot else { panic!("an image is sent") };
+    apply(&mut machine, vec![put_entry(3, "k", "v")]).await;
+    let third = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    assert_eq!(third.meta.last_log_id, Some(log_id(1, 3)));
+    assert!(!older.begin_sending(), "there is a newer one");
+    let SnapshotData::Image(newer) = &third.snapshot else { panic!("an image is sent") };
+    assert!(newer.begin_sending());
+}
+
 /// A snapshot that cannot be made for a moment does not end the node: it is made later.
 #[tokio::test]
 async fn an_image_is_tried_again() {

@@ -21,11 +21,16 @@ struct Source {
     id: u64,
     chunks: u64,
     chunk_bytes: usize,
+    is_replaced: bool,
 }
 
 impl ChunkSource for Source {
     fn id(&self) -> u64 {
         self.id
+    }
+
+    fn begin_sending(&self) -> bool {
+        !self.is_replaced
     }
 
     fn read_chunk(&self, cursor: &[u8], _: usize) -> io::Result<Chunk> {
@@ -38,7 +43,8 @@ impl ChunkSource for Source {
 
 fn transfer(chunks: u64) -> Transfer<Source> {
     let meta = SnapshotMeta { last_log_id: Some(log_id(9)), last_membership: Default::default() };
-    Transfer { source: Arc::new(Source { id: 77, chunks, chunk_bytes: 0 }), vote: vote(3), meta }
+    let source = Source { id: 77, chunks, chunk_bytes: 0, is_replaced: false };
+    Transfer { source: Arc::new(source), vote: vote(3), meta }
 }
 
 async fn receiver(chunks: u64) -> FakeNode {
@@ -139,12 +145,24 @@ async fn a_refusal_is_not_retried() {
     node.stop().await;
 }
 
+/// A receiver that has nothing of a snapshot yet does not begin with one that is no longer the newest.
+#[tokio::test]
+async fn a_snapshot_that_was_replaced_is_not_begun() {
+    let node = receiver(5).await;
+    let mut transfer = transfer(5);
+    transfer.source = Arc::new(Source { id: 1, chunks: 5, chunk_bytes: 0, is_replaced: true });
+    let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
+    assert!(matches!(sent, Err(SendError::Replaced)), "{sent:?}");
+    assert_eq!(node.fake.staging.lock().unwrap().writes, 0);
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn a_chunk_over_the_frame_limit_is_not_sent() {
     let node = receiver(5).await;
     let mut transfer = transfer(5);
-    transfer.source =
-        Arc::new(Source { id: 1, chunks: 5, chunk_bytes: settings().frame_bytes_max });
+    let chunk_bytes = settings().frame_bytes_max;
+    transfer.source = Arc::new(Source { id: 1, chunks: 5, chunk_bytes, is_replaced: false });
     let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
     assert!(matches!(sent, Err(SendError::Call(CallError::TooLarge { .. }))), "{sent:?}");
     node.stop().await;
