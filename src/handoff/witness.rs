@@ -75,7 +75,13 @@ impl RingState {
             // It may have cancelled, and activated afterwards: then it knows by itself.
             Step::Resume { epoch } if self.is_decided(*epoch) => Witnesses::None,
             Step::Resume { .. } => Witnesses::Any(others(members())),
-            Step::Settle { .. } => Witnesses::All(others(self.settling.clone())),
+            // Not those that left: all that they had is served by members when those are through, and they may
+            // never come back.
+            Step::Settle { .. } => {
+                let mut members = self.settling.clone();
+                members.retain(|cluster| self.ring.ring().cluster(&cluster.id).is_some());
+                Witnesses::All(others(members))
+            }
             // Those that it left, or was to join before, know the ring that there is now.
             Step::Join { .. } if self.epoch() > 0 => Witnesses::Any(others(members())),
             // For good, so that nothing is left for a change that goes on: every source must have cancelled.
@@ -124,8 +130,10 @@ impl RingState {
                 self.incoming(handoff).is_some_and(|incoming| incoming.refused >= *refused)
             }
             Step::Release { handoff, attempt, tally } => {
-                // It finishes only what it activated, and it activated only what was equal.
-                self.is_through(handoff.epoch)
+                // It finishes only what it activated, and it activated only what was equal. Whoever is asked may
+                // be far beyond that change, if the source was left behind. It was not called off: the source
+                // could not be frozen then, because nobody reverts before all sources have cancelled.
+                self.epoch() >= handoff.epoch
                     || self.incoming(handoff).is_some_and(|incoming| {
                         incoming.is_active()
                             && incoming.opened == *attempt

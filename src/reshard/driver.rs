@@ -10,6 +10,11 @@
 //!    the sequencer, freezes first; no other freezes before the pivot is active.
 //! 3. When nothing is left of any handoff, all clusters finish, and the new sequencer settles.
 //!
+//! **Who leaves may be lost.** Once every handoff of a cluster that leaves is active, nothing depends on it: it
+//! serves nothing any more, and nothing but its own release can undo that. When it does not answer for long
+//! ([`Hints::gone`]), the others finish and settle without it. If it comes back, it releases, deletes and finishes
+//! by itself, whatever ring is in force then.
+//!
 //! **Why a pivot.** Going on and calling off are decided in different logs: a cluster may cancel while
 //! elsewhere a handoff is activated, and the change could then neither be finished nor called off. So
 //! both ask the same log first. Calling off begins with `Cancel` at the pivot's cluster, which refuses
@@ -29,7 +34,7 @@ use crate::ring::Ring;
 use crate::types::{ClusterId, Epoch};
 
 use super::rings::reverted;
-use super::scene::{Scene, Stage, Transition, Views, stragglers};
+use super::scene::{Scene, Stage, Transition, Views, left_behind, stragglers};
 
 /// How many changes may be left to copy when a source freezes, at the first attempt: a page or two, which
 /// take some milliseconds to stage ...
@@ -63,14 +68,17 @@ pub struct Hints {
     pub goal: Goal,
     /// Attempts that have been frozen for too long, or that can never be activated.
     pub overdue: BTreeSet<(Handoff, Attempt)>,
+    /// Clusters of which nothing has been heard for long: those that leave are not waited for.
+    pub gone: BTreeSet<ClusterId>,
     /// How many handoffs besides the pivot may send at once, of those that the views show.
     pub at_once_max: usize,
 }
 
 impl Hints {
-    /// Nothing is overdue, and the usual number at once.
+    /// Nothing is overdue, nobody gone, and the usual number at once.
     pub fn new(goal: Goal) -> Self {
-        Self { goal, overdue: BTreeSet::new(), at_once_max: HANDOFFS_AT_ONCE }
+        let (overdue, gone) = (BTreeSet::new(), BTreeSet::new());
+        Self { goal, overdue, gone, at_once_max: HANDOFFS_AT_ONCE }
     }
 }
 
@@ -94,7 +102,7 @@ pub fn next_actions(views: &Views, hints: &Hints) -> Vec<Action> {
         Scene::Quiet { ring, .. } => {
             let back =
                 stragglers(views).into_iter().flat_map(|ring| revert_stragglers(views, &ring));
-            settle(views, &ring).into_iter().chain(back).collect()
+            settle(views, &ring, hints).into_iter().chain(back).chain(leave(views)).collect()
         }
         Scene::Reverting(ring) => revert_stragglers(views, &ring),
         Scene::Changing(transition) => change(views, &transition, hints),
@@ -118,7 +126,7 @@ pub(super) fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
 pub(super) fn is_hot(views: &Views, answers: impl Fn(&ClusterId) -> bool) -> bool {
     let Scene::Changing(transition) = Scene::of(views) else { return false };
     let (_, pivot) = transition.pivot();
-    let committed = is_committed(views, &transition);
+    let committed = is_committed(views, &transition, &Hints::new(Goal::Forward));
     // Who waits for the pivot to come first may wait for long.
     let may_freeze = |pair: &&Pair| committed || Some(*pair) == pivot;
     transition.plan.iter().filter(may_freeze).any(|pair| {
@@ -144,15 +152,36 @@ fn left_to_copy(views: &Views, transition: &Transition, pair: &Pair) -> Option<u
 
 // --- A change as a whole -----------------------------------------------------------------------------
 
-fn settle(views: &Views, ring: &Ring) -> Option<Action> {
+fn settle(views: &Views, ring: &Ring, hints: &Hints) -> Option<Action> {
     let sequencer = ring.sequencer.as_ref()?;
     let view = views.get(sequencer).filter(|view| view.epoch() == ring.epoch)?;
     let lives_by_it = |id: &ClusterId| {
         views.get(id).is_some_and(|v| v.epoch() == ring.epoch && v.change.is_none())
     };
-    let all_there = view.settling.iter().all(|cluster| lives_by_it(&cluster.id));
+    // Its sequencer finished, so all that those had who left is served by members of the ring.
+    let has_left = |id: &ClusterId| ring.cluster(id).is_none() && hints.gone.contains(id);
+    let all_there = view.settling.iter().all(|c| lives_by_it(&c.id) || has_left(&c.id));
     (!view.settling.is_empty() && all_there)
         .then(|| action(sequencer, Step::Settle { epoch: ring.epoch }))
+}
+
+/// Who left and was not waited for gets out of the change that it left by.
+fn leave(views: &Views) -> Vec<Action> {
+    let mut actions = Vec::new();
+    for (id, change) in left_behind(views) {
+        let epoch = change.next.ring().epoch;
+        if change.outgoing.values().all(Outgoing::is_over) {
+            actions.push(action(id, Step::Finish { epoch }));
+        }
+        for (to, outgoing) in &change.outgoing {
+            if let (Sending::Frozen, Some(frozen)) = (outgoing.sending, &outgoing.frozen) {
+                let handoff = Handoff { epoch, from: id.clone(), to: to.clone() };
+                let (attempt, tally) = (outgoing.attempt, frozen.tally);
+                actions.push(action(id, Step::Release { handoff, attempt, tally }));
+            }
+        }
+    }
+    actions
 }
 
 fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
@@ -220,16 +249,17 @@ fn begin(views: &Views, transition: &Transition) -> Vec<Action> {
 
 fn go_on(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
     let (_, pivot) = transition.pivot();
-    let committed = is_committed(views, transition);
+    let committed = is_committed(views, transition, hints);
     let sends = |pair: &&Pair| {
         let outgoing = transition.outgoing(views, pair);
         outgoing.is_some_and(|o| matches!(o.sending, Sending::Sending | Sending::Frozen))
     };
-    let besides = transition.plan.iter().filter(|pair| Some(*pair) != pivot);
-    let mut room = hints.at_once_max.saturating_sub(besides.filter(sends).count());
+    // What is left to do there is for its source, if that comes back.
+    let is_left = |pair: &&Pair| !may_be_left_behind(views, transition, hints, &pair.from);
+    let besides = || transition.plan.iter().filter(|p| Some(*p) != pivot).filter(is_left);
+    let mut room = hints.at_once_max.saturating_sub(besides().filter(sends).count());
     let mut actions = Vec::new();
-    let others = transition.plan.iter().filter(|pair| Some(*pair) != pivot);
-    for pair in pivot.into_iter().chain(others) {
+    for pair in pivot.into_iter().filter(is_left).chain(besides()) {
         let is_pivot = Some(pair) == pivot;
         let Some(next) = next_of_handoff(views, transition, pair, hints) else { continue };
         match &next.step {
@@ -246,13 +276,13 @@ fn go_on(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
         actions.push(next);
     }
     if actions.is_empty() {
-        return finish(views, transition);
+        return finish(views, transition, hints);
     }
     actions
 }
 
 /// Whether the pivot's cluster can no longer cancel, for good.
-fn is_committed(views: &Views, transition: &Transition) -> bool {
+fn is_committed(views: &Views, transition: &Transition, hints: &Hints) -> bool {
     let (cluster, _) = transition.pivot();
     let mut of_cluster =
         transition.plan.iter().filter(|pair| pair.from == cluster || pair.to == cluster);
@@ -264,12 +294,13 @@ fn is_committed(views: &Views, transition: &Transition) -> bool {
             let (from, to) = (transition.outgoing(views, pair), transition.incoming(views, pair));
             let active = to.is_some_and(Incoming::is_active);
             // As a source it stays frozen from the destination's activation to its own release.
-            from.is_some_and(moved) || (active && (pair.to == cluster || from.is_some_and(frozen)))
+            let stays_frozen = || from.is_some_and(frozen) || hints.gone.contains(&pair.from);
+            from.is_some_and(moved) || (active && (pair.to == cluster || stays_frozen()))
         })
 }
 
-/// Every cluster at once, when nothing is left anywhere.
-fn finish(views: &Views, transition: &Transition) -> Vec<Action> {
+/// Every cluster at once, when nothing is left anywhere but with those that leave and are gone.
+fn finish(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
     let is_over = |id: &ClusterId| match transition.stage(views, id) {
         Stage::Finished => true,
         Stage::Under(change) => {
@@ -278,12 +309,36 @@ fn finish(views: &Views, transition: &Transition) -> Vec<Action> {
         }
         _ => false,
     };
+    let is_awaited = |id: &&ClusterId| !may_be_left_behind(views, transition, hints, id);
     let members = transition.members();
-    if !members.iter().all(is_over) {
+    let members: Vec<&ClusterId> = members.iter().filter(is_awaited).collect();
+    if !members.iter().all(|id| is_over(id)) {
         return Vec::new();
     }
     let unfinished = members.iter().filter(|id| !transition.is_finished(views, id));
     unfinished.map(|id| action(id, Step::Finish { epoch: transition.epoch() })).collect()
+}
+
+/// Whether a cluster leaves, has nothing left that another does not serve, and is gone.
+fn may_be_left_behind(
+    views: &Views,
+    transition: &Transition,
+    hints: &Hints,
+    id: &ClusterId,
+) -> bool {
+    hints.gone.contains(id) && transition.has_given_all(views, id)
+}
+
+/// Clusters without which a change is as good as finished: nobody waits for them any more.
+pub(super) fn left_at_the_end(
+    views: &Views,
+    transition: &Transition,
+    hints: &Hints,
+) -> BTreeSet<ClusterId> {
+    let mut members = transition.members();
+    members.retain(|id| !transition.is_finished(views, id));
+    let left = |id: &ClusterId| may_be_left_behind(views, transition, hints, id);
+    if members.iter().all(left) { members } else { BTreeSet::new() }
 }
 
 // --- One handoff -------------------------------------------------------------------------------------

@@ -24,10 +24,12 @@ use crate::client_error::ClientError;
 use crate::handoff::{Attempt, Done, Handoff, Refused, RingState, Step};
 use crate::metrics::Sizes;
 use crate::raft_node::{Courier, RaftNode};
-use crate::ring::RingCluster;
+use crate::ring::{Ring, RingCluster};
 use crate::types::ClusterId;
 
-use super::driver::{Action, Goal, Hints, frozen, is_called_off, is_hot, next_actions};
+use super::driver::{
+    Action, Goal, Hints, frozen, is_called_off, is_hot, left_at_the_end, next_actions,
+};
 use super::progress::Progress;
 use super::scene::{Scene, Views, mentioned};
 
@@ -54,8 +56,9 @@ const PAUSE_FIRST: Duration = Duration::from_millis(50);
 /// The longest pause: a cluster that comes back is noticed within a second.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// How long nothing may be heard of a cluster before a change is called off without it, if it was to join: far
-/// above an election, or one that only stumbles would have to be brought back later.
+/// How long nothing may be heard of a cluster before a change is called off without it, if it was to join, or is
+/// finished without it, if it leaves and others serve all that it had: far above an election, or one that only
+/// stumbles would have to be brought back later.
 const GONE_AFTER: Duration = Duration::from_secs(10);
 
 /// How long one look may take: longer than an election, because the client waits one out.
@@ -124,7 +127,8 @@ impl Clusters for HttpClusters {
 /// Which steps are a driver's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// The leader of a cluster: the handoffs of which its cluster is the source, and nothing else.
+    /// The leader of a cluster: the handoffs of which its cluster is the source, and its own finish, when nobody
+    /// else does that.
     Source(ClusterId),
     /// The same for the sequencer's cluster: also all that is not a handoff's, and, when nobody else
     /// does it, the handoffs of others.
@@ -141,7 +145,9 @@ impl Role {
     /// How long the action may be left to others; `None`: for ever.
     fn patience(&self, action: &Action) -> Option<Duration> {
         let from = action.step.handoff().map(|handoff| &handoff.from);
+        let finishes = matches!(action.step, Step::Finish { .. });
         match (self, from) {
+            (Self::Source(own), None) if finishes && action.at == *own => Some(PATIENCE),
             (Self::Alone, _) | (Self::Sequencer(_), None) => Some(Duration::ZERO),
             (Self::Source(own) | Self::Sequencer(own), Some(from)) if own == from => {
                 Some(Duration::ZERO)
@@ -251,7 +257,8 @@ impl<'a, C: Clusters> Drive<'a, C> {
         self
     }
 
-    /// Goes on until this cluster, too, is out of a change that ended while it was away.
+    /// Goes on until this cluster, too, is out of a change that ended while it was away, or that others finished
+    /// without it.
     #[must_use]
     pub fn until_back(mut self, cluster: ClusterId) -> Self {
         self.awaited = Some(cluster);
@@ -415,6 +422,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
     fn act(&mut self) {
         let now = Instant::now();
         self.time_frozen(now);
+        self.look_for_gone();
         let actions = next_actions(&self.views_without_gone(), &self.hints);
         self.wanted_since.retain(|(wanted, _)| actions.contains(wanted));
         for action in actions {
@@ -431,28 +439,36 @@ impl<'a, C: Clusters> Drive<'a, C> {
         }
     }
 
-    /// What is known, but for what clusters said of themselves that were to join a change which is called off,
-    /// and are gone: nobody waits for them, and their last word would be waited for. Somebody who begins to
-    /// look now sees no more, so it is as safe.
+    /// What is known, but for what clusters said of themselves that are gone and that nobody waits for: those that
+    /// were to join a change which is called off, and those that left by one which all others have finished. Their
+    /// last word would be waited for. Somebody who begins to look now sees no more, so it is as safe.
     fn views_without_gone(&self) -> Cow<'_, Views> {
-        let stays = match Scene::of(&self.views) {
+        let gone = match Scene::of(&self.views) {
             Scene::Changing(transition) if is_called_off(&self.views, &transition, &self.hints) => {
-                transition.old
+                self.gone_joiners(&transition.old)
             }
-            Scene::Reverting(ring) => ring,
-            _ => return Cow::Borrowed(&self.views),
+            Scene::Changing(transition) => left_at_the_end(&self.views, &transition, &self.hints),
+            Scene::Reverting(ring) => self.gone_joiners(&ring),
+            Scene::NoRing | Scene::Quiet { .. } => BTreeSet::new(),
         };
+        if !self.views.keys().any(|id| gone.contains(id)) {
+            return Cow::Borrowed(&self.views);
+        }
+        let there = self.views.iter().filter(|(id, _)| !gone.contains(*id));
+        Cow::Owned(there.map(|(id, view)| (id.clone(), view.clone())).collect())
+    }
+
+    fn gone_joiners(&self, stays: &Ring) -> BTreeSet<ClusterId> {
+        let gone = self.hints.gone.iter();
+        gone.filter(|id| stays.cluster(id).is_none()).cloned().collect()
+    }
+
+    fn look_for_gone(&mut self) {
         let is_silent = |contact: &Contact| {
             contact.troubled_since.is_some_and(|since| since.elapsed() >= self.gone_after)
         };
-        let is_gone = |id: &ClusterId| {
-            stays.cluster(id).is_none() && self.contacts.get(id).is_some_and(is_silent)
-        };
-        if !self.views.keys().any(is_gone) {
-            return Cow::Borrowed(&self.views);
-        }
-        let there = self.views.iter().filter(|(id, _)| !is_gone(id));
-        Cow::Owned(there.map(|(id, view)| (id.clone(), view.clone())).collect())
+        let silent = self.contacts.iter().filter(|(_, contact)| is_silent(contact));
+        self.hints.gone = silent.map(|(id, _)| id.clone()).collect();
     }
 
     /// Who calls a change off begins with that at once; the rest is anybody's.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::handoff::{
-    Change, Handoff, Incoming, Outgoing, Pair, RingState, members_of_both, pairs,
+    Change, Handoff, Incoming, Outgoing, Pair, RingState, Sending, members_of_both, pairs,
 };
 use crate::ring::{Ring, RingCluster};
 use crate::types::{ClusterId, Epoch};
@@ -108,12 +108,32 @@ impl Scene {
 
 /// Rings that ended a change which a cluster is still in, though later rings are in force. No change is followed by
 /// another before all of its members are through with it, but for clusters that were to join when it was
-/// called off: nobody waits for those, and the scene is without them.
+/// called off, and those that left ([`left_behind`]): nobody waits for those when they are gone, and the scene is
+/// without them.
 pub(super) fn stragglers(views: &Views) -> Vec<Ring> {
     let newest = views.values().map(RingState::epoch).max().unwrap_or_default();
-    let is_behind =
-        |view: &&RingState| view.change.is_some() && view.epoch() > 0 && newest > view.epoch() + 2;
-    views.values().filter(is_behind).map(|view| reverted(view.ring.ring())).collect()
+    let is_behind = |(id, view): &(&ClusterId, &RingState)| {
+        view.epoch() > 0
+            && newest > view.epoch() + 2
+            && view.change.as_ref().is_some_and(|change| !has_left(id, change))
+    };
+    views.iter().filter(is_behind).map(|(_, view)| reverted(view.ring.ring())).collect()
+}
+
+/// Clusters that left by a change which others are through with, and have not finished it: nobody waited for them.
+pub(super) fn left_behind(views: &Views) -> impl Iterator<Item = (&ClusterId, &Change)> {
+    let newest = views.values().map(RingState::epoch).max().unwrap_or_default();
+    let changes = views.iter().filter_map(|(id, view)| Some((id, view.change.as_ref()?)));
+    changes.filter(move |(id, change)| change.next.ring().epoch <= newest && has_left(id, change))
+}
+
+/// Whether a cluster leaves by this change, and all that it gives is out of its hands. Such a change cannot be
+/// called off: to cancel, it would have to thaw, and nobody who has taken over lets it.
+fn has_left(id: &ClusterId, change: &Change) -> bool {
+    let gave = |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
+    change.next.ring().cluster(id).is_none()
+        && !change.outgoing.is_empty()
+        && change.outgoing.values().all(gave)
 }
 
 /// Whether what became of the change to `ring` is any of this cluster's business. A cluster that left
@@ -216,6 +236,16 @@ impl Transition {
             Stage::Under(change) => change.incoming.get(&pair.from),
             _ => None,
         }
+    }
+
+    /// Whether a cluster leaves, and others serve all that it had.
+    pub fn has_given_all(&self, views: &Views, id: &ClusterId) -> bool {
+        let is_served = |pair: &Pair| {
+            self.is_finished(views, &pair.to)
+                || self.incoming(views, pair).is_some_and(Incoming::is_active)
+        };
+        self.next.cluster(id).is_none()
+            && self.plan.iter().filter(|pair| pair.from == *id).all(is_served)
     }
 
     /// Whether a cluster is through with the change.

@@ -72,7 +72,8 @@ impl Service {
         };
         let known = mentioned(&views).into_values().filter(is_asked);
         let drive = Drive::new(&*self.clusters, known, role.clone(), Goal::Forward);
-        let mut drive = drive.at_once(self.at_once_max);
+        // Others may have finished without it.
+        let mut drive = drive.at_once(self.at_once_max).until_back(self.cluster.clone());
         tokio::select! {
             ended = drive.run(|_, _| {}) => match ended {
                 Ok(_) => tracing::info!("the change of the ring is finished"),

@@ -259,6 +259,43 @@ fn calling_off_too_late_goes_on() {
     panic!("the change never ends: {:#?}", world.views());
 }
 
+/// The sequencer leaves, gives away all that it has before others have frozen anything, and is lost: they go on,
+/// also with a driver that has never seen it.
+#[test]
+fn others_go_on_without_a_pivot_that_gave_everything_away() {
+    // By the older hash those who stay give each other keys, too.
+    let (mut old, mut next) = kinds().remove(2);
+    (old.hash_version, next.hash_version) = (1, 1);
+    let mut chance = Chance { random: SmallRng::seed_from_u64(9), orderly: true };
+    let mut world = World::new(&old, &next, &mut chance);
+    let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
+    let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
+    world.take(&Action { at: id("a"), step: begin }).unwrap();
+    let mut hints = Hints::new(Goal::Forward);
+    for _ in 0..MOVES_MAX {
+        world.work(&mut chance);
+        let mut views = world.views();
+        let gave = hints.gone.contains(&id("a")) || world.has_given_all(&id("a"));
+        if gave {
+            hints.gone = BTreeSet::from([id("a")]);
+            views.remove(&id("a"));
+        }
+        for action in next_actions(&views, &hints) {
+            let freezes = matches!(action.step, Step::Freeze { .. });
+            let from = action.step.handoff().map(|handoff| handoff.from.clone());
+            if !freezes || gave || from == Some(id("a")) {
+                world.take(&action).unwrap();
+            }
+        }
+        if let Scene::Quiet { ring, settled: Some(true) } = Scene::of(&views) {
+            assert_eq!(ring, next);
+            assert!(gave && world.views()[&id("a")].change.is_some(), "it was never left behind");
+            return;
+        }
+    }
+    panic!("the change never ends: {:#?}", world.views());
+}
+
 /// An attempt that took too long while it was frozen is followed by one that freezes later.
 #[test]
 fn later_attempts_freeze_with_less_left() {

@@ -158,6 +158,15 @@ impl Clusters {
 
     /// Takes the change under way step by step, past the gates, until it is where it should be.
     pub fn drive_until(&self, reached: impl Fn(&Views) -> bool) {
+        self.drive_until_but_for(|_| false, reached);
+    }
+
+    /// The same without the steps that are `withheld`.
+    pub fn drive_until_but_for(
+        &self,
+        withheld: impl Fn(&Step) -> bool,
+        reached: impl Fn(&Views) -> bool,
+    ) {
         let deadline = Instant::now() + CHANGE_PATIENCE;
         loop {
             assert!(Instant::now() < deadline, "the change does not get there: {:?}", self.views());
@@ -165,7 +174,8 @@ impl Clusters {
             if reached(&views) {
                 return;
             }
-            match next_actions(&views, &Hints::new(Goal::Forward)).first() {
+            let actions = next_actions(&views, &Hints::new(Goal::Forward));
+            match actions.iter().find(|action| !withheld(&action.step)) {
                 Some(action) => drop(self.step(&action.at, &action.step)),
                 // Keys are being copied, counted or deleted.
                 None => std::thread::sleep(Duration::from_millis(5)),

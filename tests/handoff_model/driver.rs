@@ -10,7 +10,7 @@
 use distrib_kv_store::handoff::{
     Change, Counted, Handoff, Incoming, Outgoing, Receipt, Sending, Step, pairs,
 };
-use distrib_kv_store::ring::Ring;
+use distrib_kv_store::ring::{Ring, RingCluster};
 use distrib_kv_store::types::{ClusterId, Epoch};
 
 use super::cluster::{Cluster, Entry, Reply};
@@ -235,9 +235,10 @@ pub fn concluded(
     for cluster in clusters {
         let ring = &cluster.ring;
         let Some(change) = &ring.change else {
-            let mut awaited = ring.settling.iter();
             let is_awaiting = !ring.settling.is_empty();
-            if is_awaiting && awaited.all(|member| rests(&member.id, ring.epoch())) {
+            if is_awaiting
+                && awaited(scenario, cluster).all(|member| rests(&member.id, ring.epoch()))
+            {
                 settle(&mut steps, cluster);
             }
             continue;
@@ -255,6 +256,19 @@ pub fn concluded(
     }
     let step = |(to, step)| Shared::new(Sent::Step { to, entry: entry(step) });
     steps.sent.into_iter().map(step).collect()
+}
+
+/// Who must have finished before this sequencer may begin another change.
+fn awaited<'a>(
+    scenario: &Scenario,
+    sequencer: &'a Cluster,
+) -> impl Iterator<Item = &'a RingCluster> {
+    let ring = &sequencer.ring;
+    let leaves_behind = scenario.leaves_behind;
+    let is_awaited = move |member: &&RingCluster| {
+        !leaves_behind || ring.ring.ring().cluster(&member.id).is_some()
+    };
+    ring.settling.iter().filter(is_awaited)
 }
 
 /// All sources; in a change without handoffs all members, because each may finish it by itself.
@@ -330,7 +344,7 @@ fn all_rest(scenario: &Scenario, clusters: &[Shared<Cluster>], cluster: &Cluster
         other.change.is_none() && other.epoch() == ring.epoch()
     };
     let waits = ring.change.is_none() && !ring.settling.is_empty();
-    waits && ring.settling.iter().all(|member| rests(&member.id))
+    waits && awaited(scenario, cluster).all(|member| rests(&member.id))
 }
 
 /// Brings a change forward, or back if somebody has begun to cancel it.

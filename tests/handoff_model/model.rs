@@ -195,7 +195,7 @@ impl Protocol {
             last_write_is_read: last_write_is_read(self, state),
             copy_is_exact: copy_is_exact(self, state),
             nothing_foreign: nothing_foreign(state),
-            one_change: one_change(state),
+            one_change: one_change(&self.scenario, state),
             goes_on: self.goes_on(state),
         })
     }
@@ -449,9 +449,19 @@ fn nothing_foreign(state: &State) -> bool {
     })
 }
 
-/// While a change is under way somewhere, nobody is busy with an older one.
-fn one_change(state: &State) -> bool {
-    let changes = state.clusters.iter().filter_map(|cluster| cluster.ring.change.as_ref());
+/// While a change is under way somewhere, nobody is busy with an older one; but who has left, and gave away all
+/// that it had, may be.
+fn one_change(scenario: &Scenario, state: &State) -> bool {
+    let is_left_behind = |cluster: &&Shared<Cluster>| {
+        scenario.leaves_behind
+            && cluster.ring.change.as_ref().is_some_and(|change| {
+                let mut outgoing = change.outgoing.values();
+                change.next.ring().cluster(&cluster.id).is_none()
+                    && outgoing.all(|o| matches!(o.sending, Sending::Frozen | Sending::Moved))
+            })
+    };
+    let others = state.clusters.iter().filter(|cluster| !is_left_behind(cluster));
+    let changes = others.filter_map(|cluster| cluster.ring.change.as_ref());
     let mut epochs = changes.map(|change| change.next.ring().epoch);
     let Some(first) = epochs.next() else { return true };
     epochs.all(|epoch| epoch == first)

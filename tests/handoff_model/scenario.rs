@@ -31,6 +31,8 @@ pub struct Scenario {
     pub cancels: bool,
     /// Whether the records are counted in two stretches.
     pub counts_twice: bool,
+    /// Whether the next change may begin before a cluster that left has finished.
+    pub leaves_behind: bool,
     pub rules: Rules,
 }
 
@@ -49,6 +51,7 @@ impl Scenario {
             ops: Vec::new(),
             cancels: false,
             counts_twice: false,
+            leaves_behind: false,
             rules: Rules { log_max: 100, mutations: Vec::new() },
         }
     }
@@ -77,6 +80,11 @@ impl Scenario {
 
     pub fn counts_twice(mut self) -> Self {
         self.counts_twice = true;
+        self
+    }
+
+    pub fn leaves_behind(mut self) -> Self {
+        self.leaves_behind = true;
         self
     }
 

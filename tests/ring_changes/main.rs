@@ -6,6 +6,7 @@ mod common;
 
 mod by_hand;
 mod forged;
+mod lost;
 mod once;
 mod random;
 mod refused;

@@ -1,13 +1,14 @@
 //! The loop that looks and proposes, against clusters in memory.
 
 use std::sync::{Mutex, MutexGuard};
+use std::task::Poll;
 use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::world::World;
-use super::{Chance, kinds};
+use super::{Chance, id, kinds};
 use crate::client_error::ClientError;
 use crate::handoff::{Done, RingState, Step, pairs};
 use crate::reshard::{Action, Clusters, Drive, DriveError, Goal, Role, Scene, reverted};
@@ -23,6 +24,8 @@ struct InMemory {
     failing: Mutex<usize>,
     /// A cluster that answers so many looks, and then nothing any more.
     dying: Mutex<Option<(ClusterId, usize)>>,
+    /// A cluster whose last looks are counted from when others serve all that it gives.
+    giving: Mutex<Option<(ClusterId, usize)>>,
 }
 
 impl InMemory {
@@ -37,7 +40,8 @@ impl InMemory {
         let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
         let step = Step::Begin { ring, next: to, plan: pairs(old, next) };
         world.take(&Action { at: old.sequencer.clone().unwrap(), step }).unwrap();
-        Self { inner: Mutex::new((world, chance)), failing: Mutex::new(0), dying: Mutex::new(None) }
+        let inner = Mutex::new((world, chance));
+        Self { inner, failing: Mutex::new(0), dying: Mutex::new(None), giving: Mutex::new(None) }
     }
 
     fn check_alive(&self, cluster: &RingCluster) -> Result<(), ClientError> {
@@ -50,6 +54,16 @@ impl InMemory {
                 Ok(())
             }
             _ => Ok(()),
+        }
+    }
+
+    fn count_down(&self) {
+        let mut giving = self.giving.lock().unwrap();
+        if let Some((id, looks)) = &*giving
+            && self.lock().0.has_given_all(id)
+        {
+            *self.dying.lock().unwrap() = Some((id.clone(), *looks));
+            *giving = None;
         }
     }
 
@@ -77,6 +91,7 @@ impl Clusters for InMemory {
         self.check_alive(cluster)?;
         let action = Action { at: cluster.id.clone(), step: step.clone() };
         let taken = self.lock().0.take(&action);
+        self.count_down();
         taken.map_err(|refused| ClientError::StepRefused(Box::new(refused)))
     }
 }
@@ -151,6 +166,96 @@ async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
         let step = Step::Join { ring: Box::new(later) };
         clusters.lock().0.take(&Action { at: joiner.id.clone(), step }).unwrap();
     }
+}
+
+/// A cluster that leaves and is lost once others serve all that it had holds up neither this change nor the next.
+/// It may come back after that: then it gets out by itself, empty, and can be added again.
+#[tokio::test]
+async fn a_leaver_that_is_lost_is_not_waited_for_and_can_come_back() {
+    // c leaves, and a, the sequencer; by the older hash others give each other keys, too, for which nothing is
+    // frozen yet when the pivot is lost.
+    for (kind, left, hash_version) in [(1, id("c"), 2), (2, id("a"), 2), (2, id("a"), 1)] {
+        for looks in [0, 1, 2, 5] {
+            let (mut old, mut next) = kinds().remove(kind);
+            (old.hash_version, next.hash_version) = (hash_version, hash_version);
+            let clusters = InMemory::new(&old, &next);
+            *clusters.giving.lock().unwrap() = Some((left.clone(), looks));
+            let drive = |known: &Ring| {
+                Drive::new(&clusters, known.clusters.clone(), Role::Alone, Goal::Forward)
+                    .gone_after(Duration::from_millis(100))
+                    .stalled_after(Duration::from_secs(20))
+            };
+            // Whoever drives until then has seen more than who comes later.
+            let mut first = drive(&old);
+            let lost = std::future::poll_fn(|_| match &*clusters.giving.lock().unwrap() {
+                Some(_) => Poll::Pending,
+                None => Poll::Ready(()),
+            });
+            tokio::select! {
+                biased;
+                () = lost => {}
+                ended = first.run(|_, _| {}) => assert!(looks > 0, "{left}: {ended:?}"),
+            }
+            let end = drive(&old).run(|_, _| {}).await.unwrap();
+            assert_eq!(
+                end,
+                Scene::Quiet { ring: next.clone(), settled: Some(true) },
+                "{left} {looks}"
+            );
+
+            let mut later = next.clone();
+            later.epoch += 1;
+            later.clusters[0].weight *= 2.0;
+            {
+                let mut inner = clusters.lock();
+                let (ring, to) = (Box::new(next.clone()), Box::new(later.clone()));
+                let step = Step::Begin { ring, next: to, plan: pairs(&next, &later) };
+                inner.0.take(&Action { at: next.sequencer.clone().unwrap(), step }).unwrap();
+            }
+            let end = drive(&next).run(|_, _| {}).await.unwrap();
+            assert_eq!(
+                end,
+                Scene::Quiet { ring: later.clone(), settled: Some(true) },
+                "{left} {looks}"
+            );
+            let was_in_change = clusters.lock().0.views()[&left].change.is_some();
+
+            *clusters.dying.lock().unwrap() = None;
+            let role = Role::Source(left.clone());
+            let known = old.clusters.iter().filter(|cluster| cluster.id == left).cloned();
+            let end = Drive::new(&clusters, known, role, Goal::Forward)
+                .until_back(left.clone())
+                .stalled_after(Duration::from_secs(20))
+                .run(|_, _| {})
+                .await
+                .unwrap();
+            assert_eq!(
+                end,
+                Scene::Quiet { ring: later.clone(), settled: Some(true) },
+                "{left} {looks}"
+            );
+            assert!(was_in_change || looks > 0, "{left} {looks}: it had finished");
+            let mut inner = clusters.lock();
+            inner.0.check_end(&later);
+            let step = Step::Join { ring: Box::new(later) };
+            inner.0.take(&Action { at: left.clone(), step }).unwrap();
+        }
+    }
+}
+
+/// A cluster that leaves and is lost before others serve what it had is waited for: its keys are with it.
+#[tokio::test]
+async fn a_leaver_that_is_lost_with_its_keys_is_waited_for() {
+    let (old, next) = kinds().remove(1);
+    let clusters = InMemory::new(&old, &next);
+    *clusters.dying.lock().unwrap() = Some((id("c"), 4));
+    let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Forward)
+        .gone_after(Duration::from_millis(100))
+        .stalled_after(Duration::from_secs(2));
+    let ended = drive.run(|_, _| {}).await;
+    let Err(DriveError::Stalled { trouble, .. }) = ended else { panic!("{ended:?}") };
+    assert!(trouble.contains("cluster c: "), "{trouble}");
+    assert!(!clusters.lock().0.has_given_all(&id("c")), "it was lost too late");
 }
 
 /// Who gives up says what was in the way.

@@ -11,7 +11,7 @@ use crate::handoff::{
     Attempt, Counted, Cursor, Done, Facts, Handoff, Incoming, Prepared, Receipt, Refused,
     RingState, Sending, Step, Tally, Witnesses,
 };
-use crate::reshard::{Action, Views};
+use crate::reshard::{Action, Scene, Views};
 use crate::ring::{Ring, RingCluster, RingTable};
 use crate::types::{ClusterId, Revision};
 
@@ -135,6 +135,13 @@ impl World {
         let state = &self.clusters[to].state;
         let incoming = state.change.as_ref().and_then(|change| change.incoming.get(from));
         incoming.is_some_and(Incoming::is_active)
+    }
+
+    /// Whether a cluster leaves, and others serve all that it had.
+    pub(super) fn has_given_all(&self, id: &ClusterId) -> bool {
+        let views = self.views();
+        let Scene::Changing(transition) = Scene::of(&views) else { return false };
+        transition.has_given_all(&views, id)
     }
 
     /// A step is proposed, and applied if those whose word it needs give it.
