@@ -18,7 +18,8 @@
 //! Invariants:
 //! 1. Nothing is acknowledged, neither to a leader nor to a client, before `flush_wal(sync)` covered
 //!    it ([`flusher`]). The first failed write or fsync is final: the store refuses everything after
-//!    it ([`engine`]), because a second fsync may claim what the first one lost.
+//!    it ([`engine`]), because a second fsync may claim what the first one lost. What was on its way when
+//!    the power failed is cut off ([`torn`]).
 //! 2. Data, last applied log id, membership, ring and what is remembered of writes that happen at most
 //!    once ([`machine`]) change together, for readers ([`memtable`]) and on
 //!    disk ([`flush`]); entries are purged only when the state on disk contains them.
@@ -52,6 +53,7 @@ pub mod state_machine;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod torn;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -11,16 +11,16 @@ use std::sync::Arc;
 
 use rocksdb::{
     BlockBasedIndexType, BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor,
-    DBCompressionType, DBRecoveryMode, DBWithThreadMode, DataBlockIndexType, FlushOptions,
-    IngestExternalFileOptions, IteratorMode, LogLevel, MultiThreaded, Options, ReadOptions,
-    SstFileWriter, WriteBatch, WriteOptions,
+    DBCompressionType, DBRecoveryMode, DBWithThreadMode, DataBlockIndexType, ErrorKind,
+    FlushOptions, IngestExternalFileOptions, IteratorMode, LogLevel, MultiThreaded, Options,
+    ReadOptions, SstFileWriter, WriteBatch, WriteOptions,
 };
 use tokio::sync::watch;
 
 use crate::config::StorageConfig;
 use crate::types::{ClusterId, NodeId};
 
-use super::{meta, remove_file_if_there};
+use super::{meta, remove_file_if_there, torn};
 
 pub(super) type Db = DBWithThreadMode<MultiThreaded>;
 pub(super) type Cf<'a> = Arc<BoundColumnFamily<'a>>;
@@ -81,17 +81,22 @@ impl Engine {
         } else {
             vec!["default".to_owned()]
         };
-        let mut families: Vec<_> = names
-            .iter()
-            .map(|name| ColumnFamilyDescriptor::new(name, family_options(name, &cache)))
-            .collect();
-        for name in [CF_LOG, CF_META] {
-            if !names.iter().any(|there| there == name) {
-                let options = family_options(name, &cache);
-                families.push(ColumnFamilyDescriptor::new(name, options));
+        let missing = [CF_LOG, CF_META].into_iter().filter(|name| !names.iter().any(|n| n == name));
+        let all: Vec<&str> = names.iter().map(String::as_str).chain(missing).collect();
+        let open = || {
+            let family =
+                |name: &&str| ColumnFamilyDescriptor::new(*name, family_options(name, &cache));
+            Db::open_cf_descriptors(&options, path, all.iter().map(family))
+        };
+        let db = match open() {
+            Err(error) if error.kind() == ErrorKind::Corruption => {
+                let Some(torn) = torn::cut_torn_end(path)? else { return Err(to_io(error)) };
+                tracing::warn!(?torn, %error, "the last write was not finished when the power failed");
+                open()
             }
-        }
-        let db = Db::open_cf_descriptors(&options, path, families).map_err(to_io)?;
+            opened => opened,
+        };
+        let db = db.map_err(to_io)?;
         let failure = watch::Sender::new(None);
         Ok(Self { db, path: path.into(), cache, failure })
     }

@@ -5,6 +5,7 @@ mod images;
 mod log_end;
 mod memory;
 mod once;
+mod torn_end;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
