@@ -269,7 +269,7 @@ pub enum Step {
         /// The epoch that has come.
         epoch: Epoch,
     },
-    /// All clusters have finished: the sequencer may begin the next change.
+    /// All clusters have finished, but for those that left and are lost: the sequencer may begin the next change.
     Settle {
         /// The epoch in force.
         epoch: Epoch,

@@ -24,7 +24,7 @@ pub struct RingState {
     /// The change under way, if one is.
     pub change: Option<Change>,
     /// At the ring's sequencer: the clusters that must all have finished the change to this ring before
-    /// another may begin. Empty once they have.
+    /// another may begin, but for those that left by it and are lost. Empty once they have.
     pub settling: Vec<RingCluster>,
     /// The next place in the log of changes to moving keys. Never goes back.
     pub position: Position,

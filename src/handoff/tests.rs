@@ -53,6 +53,45 @@ fn the_plan_holds_every_move() {
     }
 }
 
+/// A ring in force by which `a` has left `b` and `c`.
+fn without_a() -> (Handoff, RingState) {
+    let table = RingTable::new(ring(5, &[("b", 1.0), ("c", 1.0)])).unwrap();
+    (Handoff { epoch: 5, from: id("a"), to: id("b") }, RingState::with_ring(table))
+}
+
+/// A source that was left behind asks long after the others have finished, and in the middle of their next change.
+#[test]
+fn a_release_is_confirmed_by_who_is_beyond_the_change() {
+    let (handoff, mut state) = without_a();
+    let release = |epoch| {
+        let handoff = Handoff { epoch, ..handoff.clone() };
+        Step::Release { handoff, attempt: 1, tally: Tally::default() }
+    };
+    let confirmed = |state: &RingState| [4, 5, 6].map(|n| state.confirms(&release(n), &id("b")));
+    assert_eq!(confirmed(&state), [true, true, false]);
+    let next = RingTable::new(ring(6, &[("b", 2.0), ("c", 1.0)])).unwrap();
+    let plan = pairs(state.ring.ring(), next.ring());
+    state.change = Some(Change {
+        incoming: [(id("c"), Incoming::default())].into(),
+        outgoing: Default::default(),
+        next: std::sync::Arc::new(next),
+        plan,
+        course: Course::Open,
+    });
+    assert_eq!(confirmed(&state), [true, true, false]);
+}
+
+/// The sequencer asks members before it settles, and not who left.
+#[test]
+fn who_left_is_not_asked_before_settling() {
+    let (_, mut state) = without_a();
+    state.settling = ring(4, &[("a", 1.0), ("b", 1.0), ("c", 1.0)]).clusters;
+    let Witnesses::All(asked) = state.witnesses(&Step::Settle { epoch: 5 }, &id("b")) else {
+        panic!("all of some")
+    };
+    assert_eq!(asked.into_iter().map(|cluster| cluster.id).collect::<Vec<_>>(), [id("c")]);
+}
+
 #[test]
 fn the_plan_leaves_out_what_cannot_move() {
     let three = ring(1, &[("a", 1.0), ("b", 1.0), ("c", 1.0)]);

@@ -108,8 +108,9 @@ impl RingState {
                 self.beginning(ring, next, plan) == Ok(Beginning::Begun)
             }
             // The sequencer leads the way and is asked by the others; they are asked by it. It does not get
-            // beyond a change that it did not revert before all members have finished it, so who is still
-            // in one then may revert, too.
+            // beyond a change that it did not revert before all members have finished it, but for those that
+            // left, so who is still in one then may revert, too. Who left may not: what it gave is frozen or
+            // moved, so it cannot have cancelled, and reverts nothing.
             Step::Revert { ring } if ring.sequencer.as_ref() == Some(own) => {
                 *self.ring.ring() == **ring || self.epoch() > ring.epoch
             }

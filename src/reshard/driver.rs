@@ -12,8 +12,8 @@
 //!
 //! **Who leaves may be lost.** Once every handoff of a cluster that leaves is active, nothing depends on it: it
 //! serves nothing any more, and nothing but its own release can undo that. When it does not answer for long
-//! ([`Hints::gone`]), the others finish and settle without it. If it comes back, it releases, deletes and finishes
-//! by itself, whatever ring is in force then.
+//! ([`Hints::gone`]), or comes back without its data, the others finish and settle without it. If it comes back
+//! with it, it releases, deletes and finishes by itself, whatever ring is in force or to come then.
 //!
 //! **Why a pivot.** Going on and calling off are decided in different logs: a cluster may cancel while
 //! elsewhere a handoff is activated, and the change could then neither be finished nor called off. So
@@ -102,10 +102,19 @@ pub fn next_actions(views: &Views, hints: &Hints) -> Vec<Action> {
         Scene::Quiet { ring, .. } => {
             let back =
                 stragglers(views).into_iter().flat_map(|ring| revert_stragglers(views, &ring));
-            settle(views, &ring, hints).into_iter().chain(back).chain(leave(views)).collect()
+            let leave = leave(views, ring.epoch);
+            settle(views, &ring, hints).into_iter().chain(back).chain(leave).collect()
         }
-        Scene::Reverting(ring) => revert_stragglers(views, &ring),
-        Scene::Changing(transition) => change(views, &transition, hints),
+        Scene::Reverting(ring) => {
+            let mut actions = revert_stragglers(views, &ring);
+            actions.extend(leave(views, ring.epoch - 2));
+            actions
+        }
+        Scene::Changing(transition) => {
+            let mut actions = change(views, &transition, hints);
+            actions.extend(leave(views, transition.old.epoch));
+            actions
+        }
     }
 }
 
@@ -123,10 +132,10 @@ pub(super) fn frozen(views: &Views) -> Vec<(Handoff, Attempt)> {
 }
 
 /// Whether something is frozen, or nearly, and both sides answer: then milliseconds count.
-pub(super) fn is_hot(views: &Views, answers: impl Fn(&ClusterId) -> bool) -> bool {
+pub(super) fn is_hot(views: &Views, hints: &Hints, answers: impl Fn(&ClusterId) -> bool) -> bool {
     let Scene::Changing(transition) = Scene::of(views) else { return false };
     let (_, pivot) = transition.pivot();
-    let committed = is_committed(views, &transition, &Hints::new(Goal::Forward));
+    let committed = is_committed(views, &transition, hints);
     // Who waits for the pivot to come first may wait for long.
     let may_freeze = |pair: &&Pair| committed || Some(*pair) == pivot;
     transition.plan.iter().filter(may_freeze).any(|pair| {
@@ -159,16 +168,19 @@ fn settle(views: &Views, ring: &Ring, hints: &Hints) -> Option<Action> {
         views.get(id).is_some_and(|v| v.epoch() == ring.epoch && v.change.is_none())
     };
     // Its sequencer finished, so all that those had who left is served by members of the ring.
-    let has_left = |id: &ClusterId| ring.cluster(id).is_none() && hints.gone.contains(id);
-    let all_there = view.settling.iter().all(|c| lives_by_it(&c.id) || has_left(&c.id));
+    let may_be_missing = |id: &ClusterId| {
+        ring.cluster(id).is_none() && is_lost(views, hints, id, ring.epoch.saturating_sub(1))
+    };
+    let all_there = view.settling.iter().all(|c| lives_by_it(&c.id) || may_be_missing(&c.id));
     (!view.settling.is_empty() && all_there)
         .then(|| action(sequencer, Step::Settle { epoch: ring.epoch }))
 }
 
-/// Who left and was not waited for gets out of the change that it left by.
-fn leave(views: &Views) -> Vec<Action> {
+/// Who left and was not waited for gets out of the change that it left by, also while the ring of `epoch`, which
+/// came of that or is a later one, is being changed.
+fn leave(views: &Views, epoch: Epoch) -> Vec<Action> {
     let mut actions = Vec::new();
-    for (id, change) in left_behind(views) {
+    for (id, change) in left_behind(views, epoch) {
         let epoch = change.next.ring().epoch;
         if change.outgoing.values().all(Outgoing::is_over) {
             actions.push(action(id, Step::Finish { epoch }));
@@ -255,11 +267,11 @@ fn go_on(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> {
         outgoing.is_some_and(|o| matches!(o.sending, Sending::Sending | Sending::Frozen))
     };
     // What is left to do there is for its source, if that comes back.
-    let is_left = |pair: &&Pair| !may_be_left_behind(views, transition, hints, &pair.from);
-    let besides = || transition.plan.iter().filter(|p| Some(*p) != pivot).filter(is_left);
+    let is_awaited = |pair: &&Pair| !may_be_left_behind(views, transition, hints, &pair.from);
+    let besides = || transition.plan.iter().filter(|p| Some(*p) != pivot).filter(is_awaited);
     let mut room = hints.at_once_max.saturating_sub(besides().filter(sends).count());
     let mut actions = Vec::new();
-    for pair in pivot.into_iter().filter(is_left).chain(besides()) {
+    for pair in pivot.into_iter().filter(is_awaited).chain(besides()) {
         let is_pivot = Some(pair) == pivot;
         let Some(next) = next_of_handoff(views, transition, pair, hints) else { continue };
         match &next.step {
@@ -294,7 +306,9 @@ fn is_committed(views: &Views, transition: &Transition, hints: &Hints) -> bool {
             let (from, to) = (transition.outgoing(views, pair), transition.incoming(views, pair));
             let active = to.is_some_and(Incoming::is_active);
             // As a source it stays frozen from the destination's activation to its own release.
-            let stays_frozen = || from.is_some_and(frozen) || hints.gone.contains(&pair.from);
+            let stays_frozen = || {
+                from.is_some_and(frozen) || is_lost(views, hints, &pair.from, transition.old.epoch)
+            };
             from.is_some_and(moved) || (active && (pair.to == cluster || stays_frozen()))
         })
 }
@@ -326,7 +340,13 @@ fn may_be_left_behind(
     hints: &Hints,
     id: &ClusterId,
 ) -> bool {
-    hints.gone.contains(id) && transition.has_given_all(views, id)
+    is_lost(views, hints, id, transition.old.epoch) && transition.has_given_all(views, id)
+}
+
+/// Whether a cluster of the ring of `epoch` is gone, or has come back without its data: it does not know that ring.
+fn is_lost(views: &Views, hints: &Hints, id: &ClusterId, epoch: Epoch) -> bool {
+    let is_new = |view: &RingState| view.change.is_none() && view.epoch() < epoch;
+    hints.gone.contains(id) || views.get(id).is_some_and(is_new)
 }
 
 /// Clusters without which a change is as good as finished: nobody waits for them any more.

@@ -425,7 +425,8 @@ async fn join(
     let join = Step::Join { ring: Box::new(ring.clone()) };
     let mut joined = propose(http, added, &join).await;
     if matches!(joined, Err(ChangeError::UnderWay { .. })) {
-        // It was to join in a change that was called off while it was away: it gets out of that first.
+        // It was to join in a change that was called off while it was away, or left by one that ended without it:
+        // it gets out of that first.
         let nodes = added.nodes.iter().map(|node| node.http.clone()).collect();
         let mut addresses = addresses.to_vec();
         addresses.push(nodes);
@@ -433,8 +434,7 @@ async fn join(
         let drive = Drive::new(http, known, Role::Helper, Goal::Forward);
         let mut drive = drive.until_back(added.id.clone()).stalled_after(STALLED_AFTER);
         drive.run(|_, _| {}).await.map_err(|error| {
-            let message =
-                format!("it is still in a change that was called off without it: {error}");
+            let message = format!("it is still in a change that ended without it: {error}");
             ChangeError::Unreachable { cluster: added.id.clone(), message }
         })?;
         joined = propose(http, added, &join).await;

@@ -25,7 +25,7 @@ use crate::handoff::{Attempt, Done, Handoff, Refused, RingState, Step};
 use crate::metrics::Sizes;
 use crate::raft_node::{Courier, RaftNode};
 use crate::ring::{Ring, RingCluster};
-use crate::types::ClusterId;
+use crate::types::{ClusterId, Epoch};
 
 use super::driver::{
     Action, Goal, Hints, frozen, is_called_off, is_hot, left_at_the_end, next_actions,
@@ -401,7 +401,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
     fn interval(&self) -> Duration {
         let leads = !matches!(self.role, Role::Helper | Role::Onlooker);
         let answers = |id: &ClusterId| self.contacts.get(id).is_some_and(|c| c.trouble.is_none());
-        if leads && is_hot(&self.views, answers) { LOOK_HOT } else { LOOK_WARM }
+        if leads && is_hot(&self.views, &self.hints, answers) { LOOK_HOT } else { LOOK_WARM }
     }
 
     fn contact(&mut self, id: &ClusterId) -> &mut Contact {
@@ -495,8 +495,12 @@ impl<'a, C: Clusters> Drive<'a, C> {
     fn propose(&mut self, action: Action) {
         tracing::debug!(cluster = %action.at, step = action.step.name(), "proposing");
         self.under_way.push(action.clone());
-        if let Step::Freeze { handoff, .. } = &action.step {
-            self.freezing.insert(handoff.clone(), Instant::now());
+        match &action.step {
+            Step::Freeze { handoff, .. } => {
+                self.freezing.insert(handoff.clone(), Instant::now());
+            }
+            Step::Settle { epoch } => self.tell_left(&action.at, *epoch),
+            _ => {}
         }
         let clusters = self.clusters;
         let cluster = self.contact(&action.at).cluster.clone();
@@ -504,6 +508,15 @@ impl<'a, C: Clusters> Drive<'a, C> {
             let result = clusters.step(&cluster, &action.step).await;
             Event::Stepped(action, result)
         }));
+    }
+
+    /// Says who is left behind when the sequencer settles.
+    fn tell_left(&self, sequencer: &ClusterId, epoch: Epoch) {
+        let settling = self.views.get(sequencer).map_or(&[][..], |view| &view.settling[..]);
+        for cluster in settling.iter().filter(|cluster| self.hints.gone.contains(&cluster.id)) {
+            let cluster = &cluster.id;
+            tracing::warn!(%cluster, epoch, "it left and is lost; others serve all that it had");
+        }
     }
 
     fn stepped(

@@ -120,15 +120,19 @@ pub(super) fn stragglers(views: &Views) -> Vec<Ring> {
     views.iter().filter(is_behind).map(|(_, view)| reverted(view.ring.ring())).collect()
 }
 
-/// Clusters that left by a change which others are through with, and have not finished it: nobody waited for them.
-pub(super) fn left_behind(views: &Views) -> impl Iterator<Item = (&ClusterId, &Change)> {
-    let newest = views.values().map(RingState::epoch).max().unwrap_or_default();
+/// Clusters that left by the change to the ring of `epoch`, or to one before it, and have not finished that: others
+/// are through with it, and nobody waited for them.
+pub(super) fn left_behind(
+    views: &Views,
+    epoch: Epoch,
+) -> impl Iterator<Item = (&ClusterId, &Change)> {
     let changes = views.iter().filter_map(|(id, view)| Some((id, view.change.as_ref()?)));
-    changes.filter(move |(id, change)| change.next.ring().epoch <= newest && has_left(id, change))
+    changes.filter(move |(id, change)| change.next.ring().epoch <= epoch && has_left(id, change))
 }
 
-/// Whether a cluster leaves by this change, and all that it gives is out of its hands. Such a change cannot be
-/// called off: to cancel, it would have to thaw, and nobody who has taken over lets it.
+/// Whether a cluster leaves by this change, and all that it gives is out of its hands. If others are beyond that
+/// change, they finished it: they could not have called it off, because nobody reverts before every source has
+/// cancelled, and to cancel this one would have to thaw.
 fn has_left(id: &ClusterId, change: &Change) -> bool {
     let gave = |outgoing: &Outgoing| matches!(outgoing.sending, Sending::Frozen | Sending::Moved);
     change.next.ring().cluster(id).is_none()

@@ -2,7 +2,7 @@
 //!
 //! The leader of a cluster that gives keys away, or is the sequencer of the ring or of the next one, runs
 //! the driver ([`super::run`]): for the handoffs of which its cluster is the source, and as a sequencer for
-//! the whole change. So whoever began the change may be killed at any moment. When nothing runs it
+//! the whole change; a source that leaves also finishes when others have gone on without it. So whoever began the change may be killed at any moment. When nothing runs it
 //! costs a look at this node's own state, four times a second.
 //!
 //! A leader that loses its office stops driving within a look; until then two drive, which is allowed.

@@ -16,7 +16,7 @@ use rand::{RngExt, SeedableRng};
 use super::driver::{freeze_lag, frozen};
 use super::testing::{id, ring};
 use super::*;
-use crate::handoff::{Refused, Step, pairs};
+use crate::handoff::{Refused, RingState, Step, pairs};
 use crate::ring::Ring;
 use world::World;
 
@@ -260,9 +260,15 @@ fn calling_off_too_late_goes_on() {
 }
 
 /// The sequencer leaves, gives away all that it has before others have frozen anything, and is lost: they go on,
-/// also with a driver that has never seen it.
+/// also with a driver that has never seen it. So they do when its nodes were formed anew.
 #[test]
 fn others_go_on_without_a_pivot_that_gave_everything_away() {
+    others_go_on(None);
+    others_go_on(Some(RingState::default()));
+}
+
+/// `answer`: what the lost cluster says of itself.
+fn others_go_on(answer: Option<RingState>) {
     // By the older hash those who stay give each other keys, too.
     let (mut old, mut next) = kinds().remove(2);
     (old.hash_version, next.hash_version) = (1, 1);
@@ -271,14 +277,19 @@ fn others_go_on_without_a_pivot_that_gave_everything_away() {
     let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
     let begin = Step::Begin { ring, next: to, plan: pairs(&old, &next) };
     world.take(&Action { at: id("a"), step: begin }).unwrap();
-    let mut hints = Hints::new(Goal::Forward);
+    let (mut hints, mut gave) = (Hints::new(Goal::Forward), false);
     for _ in 0..MOVES_MAX {
         world.work(&mut chance);
         let mut views = world.views();
-        let gave = hints.gone.contains(&id("a")) || world.has_given_all(&id("a"));
+        gave |= world.has_given_all(&id("a"));
         if gave {
-            hints.gone = BTreeSet::from([id("a")]);
-            views.remove(&id("a"));
+            match &answer {
+                Some(answer) => drop(views.insert(id("a"), answer.clone())),
+                None => {
+                    hints.gone.insert(id("a"));
+                    views.remove(&id("a"));
+                }
+            }
         }
         for action in next_actions(&views, &hints) {
             let freezes = matches!(action.step, Step::Freeze { .. });

@@ -127,11 +127,14 @@ impl Images {
     }
 
     /// The same, unless a follower has begun to get the current one while the new one was made, and newer ones
-    /// are to wait for that: then the current one stays. Returns the current one. Blocks.
-    pub(super) fn build_newer(&self) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
+    /// are to wait for that: then the current one stays, but for `force`. Returns the current one. Blocks.
+    pub(super) fn build_newer(
+        &self,
+        force: bool,
+    ) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
         let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
         let image = self.make()?;
-        if let Some(current) = self.to_be_kept() {
+        if !force && let Some(current) = self.to_be_kept() {
             tracing::info!("the snapshot image before it is being sent, and stays");
             return Ok(current);
         }
@@ -152,6 +155,9 @@ impl Images {
         let replaced = {
             let mut state = self.lock_state();
             state.is_outdated = false;
+            if let Some(current) = &state.current {
+                current.give_way();
+            }
             *self.shared.image.lock().unwrap_or_else(PoisonError::into_inner) =
                 NewestImage::new(&image);
             state.current.replace(image)

@@ -239,11 +239,13 @@ pub(super) fn decode_chunk(chunk: &Bytes) -> io::Result<Body> {
 pub struct SnapshotBuilder {
     /// The store may be closed while this waits to try again.
     images: Weak<Images>,
+    /// Whether the image that it makes takes the place of one that is being sent.
+    force: bool,
 }
 
 impl SnapshotBuilder {
-    pub(super) fn new(images: &Arc<Images>) -> Self {
-        Self { images: Arc::downgrade(images) }
+    pub(super) fn new(images: &Arc<Images>, force: bool) -> Self {
+        Self { images: Arc::downgrade(images), force }
     }
 }
 
@@ -259,7 +261,8 @@ impl openraft::storage::RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         loop {
             let images = self.images.upgrade();
             let images = images.ok_or_else(|| io::Error::other("the store is closed"))?;
-            let built = super::state_machine::blocking(move || match images.build_newer() {
+            let force = self.force;
+            let built = super::state_machine::blocking(move || match images.build_newer(force) {
                 Ok(snapshot) => Ok(Ok(snapshot)),
                 Err(error) => images.check().map(|()| Err(error)),
             });

@@ -261,11 +261,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     /// takes longer than the time between two images.
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<Self::SnapshotBuilder> {
         let is_put_off = !force && self.shared.puts_off_images();
-        (!is_put_off).then(|| SnapshotBuilder::new(&self.images))
+        (!is_put_off).then(|| SnapshotBuilder::new(&self.images, force))
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        SnapshotBuilder::new(&self.images)
+        SnapshotBuilder::new(&self.images, true)
     }
 
     async fn install_snapshot(

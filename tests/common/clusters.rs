@@ -108,6 +108,11 @@ impl Clusters {
         &self.gates[place]
     }
 
+    /// From now on no step passes to this cluster.
+    pub fn close_gate(&self, place: usize) {
+        self.gates[place].bar(STEP);
+    }
+
     /// From now on steps pass, too: whoever drives does so.
     pub fn open_gates(&self) {
         self.gates.iter().for_each(Proxy::unbar);

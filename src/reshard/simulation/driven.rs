@@ -18,14 +18,17 @@ use crate::types::ClusterId;
 /// Portions of work that the clusters do between two looks.
 const WORK: usize = 10;
 
+/// Whether it is time for a cluster to die.
+type Moment = fn(&World, &ClusterId) -> bool;
+
 struct InMemory {
     inner: Mutex<(World, Chance)>,
     /// The looks that fail before one does not.
     failing: Mutex<usize>,
     /// A cluster that answers so many looks, and then nothing any more.
     dying: Mutex<Option<(ClusterId, usize)>>,
-    /// A cluster whose last looks are counted from when others serve all that it gives.
-    giving: Mutex<Option<(ClusterId, usize)>>,
+    /// A cluster whose last looks are counted from when this is so.
+    giving: Mutex<Option<(ClusterId, usize, Moment)>>,
 }
 
 impl InMemory {
@@ -59,8 +62,8 @@ impl InMemory {
 
     fn count_down(&self) {
         let mut giving = self.giving.lock().unwrap();
-        if let Some((id, looks)) = &*giving
-            && self.lock().0.has_given_all(id)
+        if let Some((id, looks, has_come)) = &*giving
+            && has_come(&self.lock().0, id)
         {
             *self.dying.lock().unwrap() = Some((id.clone(), *looks));
             *giving = None;
@@ -168,94 +171,124 @@ async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
     }
 }
 
+/// When a cluster comes back that left and was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Back {
+    /// When the change by which it left has ended without it.
+    AfterItsChange,
+    /// In the middle of the next one.
+    DuringTheNext,
+    /// After that.
+    AfterTheNext,
+}
+
 /// A cluster that leaves and is lost once others serve all that it had holds up neither this change nor the next.
-/// It may come back after that: then it gets out by itself, empty, and can be added again.
+/// It may come back at any time after that: then it gets out by itself, empty, and can be added again.
 #[tokio::test]
 async fn a_leaver_that_is_lost_is_not_waited_for_and_can_come_back() {
     // c leaves, and a, the sequencer; by the older hash others give each other keys, too, for which nothing is
     // frozen yet when the pivot is lost.
     for (kind, left, hash_version) in [(1, id("c"), 2), (2, id("a"), 2), (2, id("a"), 1)] {
+        let (mut old, mut next) = kinds().remove(kind);
+        (old.hash_version, next.hash_version) = (hash_version, hash_version);
         for looks in [0, 1, 2, 5] {
-            let (mut old, mut next) = kinds().remove(kind);
-            (old.hash_version, next.hash_version) = (hash_version, hash_version);
-            let clusters = InMemory::new(&old, &next);
-            *clusters.giving.lock().unwrap() = Some((left.clone(), looks));
-            let drive = |known: &Ring| {
-                Drive::new(&clusters, known.clusters.clone(), Role::Alone, Goal::Forward)
-                    .gone_after(Duration::from_millis(100))
-                    .stalled_after(Duration::from_secs(20))
-            };
-            // Whoever drives until then has seen more than who comes later.
-            let mut first = drive(&old);
-            let lost = std::future::poll_fn(|_| match &*clusters.giving.lock().unwrap() {
-                Some(_) => Poll::Pending,
-                None => Poll::Ready(()),
-            });
-            tokio::select! {
-                biased;
-                () = lost => {}
-                ended = first.run(|_, _| {}) => assert!(looks > 0, "{left}: {ended:?}"),
+            for back in [Back::AfterItsChange, Back::DuringTheNext, Back::AfterTheNext] {
+                lost_and_back(&old, &next, &left, looks, back).await;
             }
-            let end = drive(&old).run(|_, _| {}).await.unwrap();
-            assert_eq!(
-                end,
-                Scene::Quiet { ring: next.clone(), settled: Some(true) },
-                "{left} {looks}"
-            );
-
-            let mut later = next.clone();
-            later.epoch += 1;
-            later.clusters[0].weight *= 2.0;
-            {
-                let mut inner = clusters.lock();
-                let (ring, to) = (Box::new(next.clone()), Box::new(later.clone()));
-                let step = Step::Begin { ring, next: to, plan: pairs(&next, &later) };
-                inner.0.take(&Action { at: next.sequencer.clone().unwrap(), step }).unwrap();
-            }
-            let end = drive(&next).run(|_, _| {}).await.unwrap();
-            assert_eq!(
-                end,
-                Scene::Quiet { ring: later.clone(), settled: Some(true) },
-                "{left} {looks}"
-            );
-            let was_in_change = clusters.lock().0.views()[&left].change.is_some();
-
-            *clusters.dying.lock().unwrap() = None;
-            let role = Role::Source(left.clone());
-            let known = old.clusters.iter().filter(|cluster| cluster.id == left).cloned();
-            let end = Drive::new(&clusters, known, role, Goal::Forward)
-                .until_back(left.clone())
-                .stalled_after(Duration::from_secs(20))
-                .run(|_, _| {})
-                .await
-                .unwrap();
-            assert_eq!(
-                end,
-                Scene::Quiet { ring: later.clone(), settled: Some(true) },
-                "{left} {looks}"
-            );
-            assert!(was_in_change || looks > 0, "{left} {looks}: it had finished");
-            let mut inner = clusters.lock();
-            inner.0.check_end(&later);
-            let step = Step::Join { ring: Box::new(later) };
-            inner.0.take(&Action { at: left.clone(), step }).unwrap();
         }
     }
 }
 
-/// A cluster that leaves and is lost before others serve what it had is waited for: its keys are with it.
+async fn lost_and_back(old: &Ring, next: &Ring, left: &ClusterId, looks: usize, back: Back) {
+    let at = format!("{left}, {looks} looks, {back:?}");
+    let clusters = InMemory::new(old, next);
+    *clusters.giving.lock().unwrap() = Some((left.clone(), looks, |world, id| {
+        world.given(id).is_some_and(|(active, all)| active == all)
+    }));
+    let drive = |known: Vec<RingCluster>, role| {
+        Drive::new(&clusters, known, role, Goal::Forward)
+            .gone_after(Duration::from_millis(100))
+            .stalled_after(Duration::from_secs(20))
+    };
+    // Whoever drives until then has seen more than who comes later.
+    let mut first = drive(old.clusters.clone(), Role::Alone);
+    let lost = std::future::poll_fn(|_| match &*clusters.giving.lock().unwrap() {
+        Some(_) => Poll::Pending,
+        None => Poll::Ready(()),
+    });
+    tokio::select! {
+        biased;
+        () = lost => {}
+        ended = first.run(|_, _| {}) => assert!(looks > 0, "{at}: {ended:?}"),
+    }
+    let end = drive(old.clusters.clone(), Role::Alone).run(|_, _| {}).await.unwrap();
+    assert_eq!(end, Scene::Quiet { ring: next.clone(), settled: Some(true) }, "{at}");
+    let is_in_change = || clusters.lock().0.views()[left].change.is_some();
+    assert!(is_in_change() || looks > 0, "{at}: it had finished");
+
+    // As its own leader would drive it.
+    let role = match old.sequencer.as_ref() == Some(left) {
+        true => Role::Sequencer(left.clone()),
+        false => Role::Source(left.clone()),
+    };
+    let known = old.clusters.iter().filter(|cluster| cluster.id == *left).cloned().collect();
+    let mut own = drive(known, role).until_back(left.clone());
+    let revive = || *clusters.dying.lock().unwrap() = None;
+    if back == Back::AfterItsChange {
+        revive();
+        own.run(|_, _| {}).await.unwrap();
+        assert!(!is_in_change(), "{at}");
+    }
+    let mut later = next.clone();
+    later.epoch += 1;
+    later.clusters[0].weight *= 2.0;
+    {
+        let mut inner = clusters.lock();
+        let (ring, to) = (Box::new(next.clone()), Box::new(later.clone()));
+        let step = Step::Begin { ring, next: to, plan: pairs(next, &later) };
+        inner.0.take(&Action { at: next.sequencer.clone().unwrap(), step }).unwrap();
+    }
+    if back == Back::DuringTheNext {
+        revive();
+        let out = std::future::poll_fn(|_| match is_in_change() {
+            true => Poll::Pending,
+            false => Poll::Ready(()),
+        });
+        tokio::select! {
+            biased;
+            () = out => {}
+            ended = own.run(|_, _| {}) => panic!("{at}: the next change waits: {ended:?}"),
+        }
+    }
+    let end = drive(next.clusters.clone(), Role::Alone).run(|_, _| {}).await.unwrap();
+    let quiet = Scene::Quiet { ring: later.clone(), settled: Some(true) };
+    assert_eq!(end, quiet, "{at}");
+    if back == Back::AfterTheNext {
+        revive();
+        assert_eq!(own.run(|_, _| {}).await.unwrap(), quiet, "{at}");
+    }
+    assert!(!is_in_change(), "{at}");
+    let mut inner = clusters.lock();
+    inner.0.check_end(&later);
+    let step = Step::Join { ring: Box::new(later) };
+    inner.0.take(&Action { at: left.clone(), step }).unwrap();
+}
+
+/// A cluster that leaves and is lost before others serve all that it had is waited for: some keys are with it
+/// alone.
 #[tokio::test]
-async fn a_leaver_that_is_lost_with_its_keys_is_waited_for() {
+async fn a_leaver_that_is_lost_with_some_of_its_keys_is_waited_for() {
     let (old, next) = kinds().remove(1);
     let clusters = InMemory::new(&old, &next);
-    *clusters.dying.lock().unwrap() = Some((id("c"), 4));
+    *clusters.giving.lock().unwrap() =
+        Some((id("c"), 0, |world, id| world.given(id) == Some((1, 2))));
     let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Forward)
         .gone_after(Duration::from_millis(100))
         .stalled_after(Duration::from_secs(2));
     let ended = drive.run(|_, _| {}).await;
     let Err(DriveError::Stalled { trouble, .. }) = ended else { panic!("{ended:?}") };
     assert!(trouble.contains("cluster c: "), "{trouble}");
-    assert!(!clusters.lock().0.has_given_all(&id("c")), "it was lost too late");
+    assert_eq!(clusters.lock().0.given(&id("c")), Some((1, 2)));
 }
 
 /// Who gives up says what was in the way.

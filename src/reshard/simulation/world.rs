@@ -144,6 +144,13 @@ impl World {
         transition.has_given_all(&views, id)
     }
 
+    /// How many of the handoffs of a cluster in a change are active, and how many there are.
+    pub(super) fn given(&self, id: &ClusterId) -> Option<(usize, usize)> {
+        let change = self.clusters[id].state.change.as_ref()?;
+        let active = change.outgoing.keys().filter(|to| self.is_active(id, to)).count();
+        Some((active, change.outgoing.len()))
+    }
+
     /// A step is proposed, and applied if those whose word it needs give it.
     pub(super) fn take(&mut self, action: &Action) -> Result<Done, Refused> {
         if let Some(Ok(decision)) =
