@@ -168,7 +168,7 @@ impl App {
             Written::Put { revision } => revision,
             other => unreachable!("a put was answered by {other:?}"),
         });
-        self.record(Operation::Put, started, &result);
+        self.record(Operation::Put, started.elapsed(), &result);
         result
     }
 
@@ -186,7 +186,7 @@ impl App {
             Written::Deleted { revision, deleted } => Deletion { revision, deleted },
             other => unreachable!("a delete was answered by {other:?}"),
         });
-        self.record(Operation::Delete, started, &result);
+        self.record(Operation::Delete, started.elapsed(), &result);
         result
     }
 
@@ -201,13 +201,13 @@ impl App {
         let result = self.read(key, consistency, deadline).await;
         let stale = consistency == Consistency::Stale;
         let operation = if stale { Operation::GetStale } else { Operation::Get };
-        self.record(operation, started, &result);
+        self.record(operation, started.elapsed(), &result);
         result
     }
 
-    fn record<T>(&self, operation: Operation, started: Instant, result: &Result<T, ApiError>) {
+    fn record<T>(&self, operation: Operation, took: Duration, result: &Result<T, ApiError>) {
         let failure = result.as_ref().err().map(|error| error.status_and_code().1);
-        self.inner.telemetry.record(operation, started.elapsed(), failure);
+        self.inner.telemetry.record(operation, took, failure);
     }
 
     async fn write(&self, write: Write, deadline: Instant) -> Result<Written, ApiError> {

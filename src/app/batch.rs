@@ -84,8 +84,9 @@ impl App {
         }
         let results = results.into_iter().map(|r| r.expect("a read, a write or an error"));
         let results: Vec<_> = results.collect();
+        let took = started.elapsed();
         for (operation, result) in operations.iter().zip(&results) {
-            self.record_one(operation, consistency, started, result);
+            self.record_one(operation, consistency, took, result);
         }
         match misdirected(&results) {
             Some(error) => Err(error),
@@ -162,7 +163,7 @@ impl App {
         &self,
         operation: &Operation,
         consistency: Consistency,
-        started: Instant,
+        took: Duration,
         result: &Result<Done, ApiError>,
     ) {
         let operation = match operation {
@@ -173,7 +174,7 @@ impl App {
             }
             Operation::Get { .. } => telemetry::Operation::Get,
         };
-        self.record(operation, started, result);
+        self.record(operation, took, result);
     }
 }
 

@@ -14,6 +14,11 @@ impl Reader {
         Self { left: bytes }
     }
 
+    /// How many bytes there are still.
+    pub(crate) fn left(&self) -> usize {
+        self.left.len()
+    }
+
     pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
         self.want(1)?;
         Ok(self.left.get_u8())

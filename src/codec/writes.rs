@@ -51,10 +51,11 @@ pub(super) fn put_writes(at_ms: u64, writes: &[Write], out: &mut impl BufMut) {
 
 pub(super) fn get_writes(reader: &mut Reader) -> Result<Command, DecodeError> {
     let at_ms = reader.u64()?;
-    // The count is not trusted with an allocation: each round consumes input.
-    let mut writes: Vec<Write> = Vec::new();
+    let count = reader.u32()? as usize;
+    // The count is not trusted with an allocation that is larger than the input: each round consumes some.
+    let mut writes: Vec<Write> = Vec::with_capacity(count.min(reader.left() / size_of::<Write>()));
     let mut last = None;
-    for index in 0..reader.u32()? as usize {
+    for index in 0..count {
         let before = last.and_then(|last: usize| writes[last].once.as_ref());
         let write = get_write(before, reader)?;
         if write.once.is_some() {
