@@ -150,7 +150,7 @@ pub enum OpenError {
 }
 
 /// What an operator does about lost or corrupt data: the other replicas have it.
-const REPLACE_HINT: &str = "To replace the node, remove it from its cluster's membership, start it \
+pub(crate) const REPLACE_HINT: &str = "To replace the node, remove it from its cluster's membership, start it \
      with an empty data directory under a new id, and add it as a learner";
 
 /// What [`Store::open`] needs to know.

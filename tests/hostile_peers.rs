@@ -52,7 +52,10 @@ impl<'a> Watch<'a> {
 }
 
 /// How the answer to a greeting begins that is welcome: magic, version, verdict.
-const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x03\x00";
+const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x04\x00";
+
+/// All nodes that are greeted here are.
+const IS_VOTER: bool = true;
 
 /// What is asked of a node: who it is, and its cluster's formation (an id, and what it serves before a
 /// ring), which peers say in clear text.
@@ -77,9 +80,10 @@ impl Target {
     }
 }
 
-/// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation.
+/// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation, whether the
+/// target is a voter.
 fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8; 9]) -> Vec<u8> {
-    let mut bytes = b"dkv-peer\x00\x03".to_vec();
+    let mut bytes = b"dkv-peer\x00\x04".to_vec();
     bytes.push(purpose);
     for node in [sender, target] {
         bytes.extend(node.to_be_bytes());
@@ -87,6 +91,7 @@ fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8
         bytes.extend(cluster.as_bytes());
     }
     bytes.extend(formation);
+    bytes.push(u8::from(IS_VOTER));
     bytes
 }
 

@@ -375,3 +375,78 @@ fn a_followers_linearizable_read_sees_the_latest_write() {
         }
     }
 }
+
+/// A leader that is removed hands over, and tells who asks that it serves no more.
+#[test]
+fn a_leader_that_is_removed_is_not_ready() {
+    let cluster = Cluster::formed(3, FAST);
+    cluster.await_ready();
+    let leader = cluster.leader();
+    let rest: Vec<u64> = cluster.ids().filter(|id| *id != leader).collect();
+    let body = json!(rest).to_string();
+    expect_ok(&cluster.post(leader, "/cluster/change-membership", &body));
+    let refused = eventually("it is not ready", || {
+        let answer = cluster.get(leader, "/readyz");
+        (answer.status == 503).then_some(answer)
+    });
+    eventually("it says why", || {
+        let text = cluster.get(leader, "/readyz").text();
+        text.contains("removed").then_some(())
+    });
+    refused.assert_error(503, "NOT_READY", "not_applied");
+    let serves = |id: u64| cluster.get(id, "/readyz").status == 200;
+    eventually("the others go on", || rest.iter().all(|id| serves(*id)).then_some(()));
+    cluster.put(rest[0], "k", "v");
+}
+
+/// A voter that comes back without its data does not know what it acknowledged. It is not taken for a majority, votes
+/// for nobody, says why, and can be replaced.
+#[test]
+fn a_voter_that_lost_its_data_is_not_taken_back() {
+    let mut cluster = Cluster::formed(3, FAST);
+    cluster.await_ready();
+    let leader = cluster.leader();
+    let [lost, other] = *cluster.ids().filter(|id| *id != leader).collect::<Vec<_>>() else {
+        panic!("there are three");
+    };
+    cluster.put(leader, "k", "1");
+    cluster.kill9(lost);
+    std::fs::remove_dir_all(cluster.data_dir(lost)).unwrap();
+    cluster.restart(lost);
+    eventually("it says so", || cluster.log(lost).contains("its directory is empty").then_some(()));
+    cluster.put(leader, "k", "2");
+
+    // Two of three nodes run, and one of them must not count. Nor may it make the other one a leader.
+    for (dead, alive) in [(other, leader), (leader, other)] {
+        cluster.kill9(dead);
+        let address = cluster.http(alive).to_owned();
+        let put = || {
+            let timeout = Duration::from_secs(2);
+            try_request(&address, "PUT", "/v1/kv/k", &[], b"3", timeout)
+        };
+        for _ in 0..2 {
+            let answer = put();
+            assert!(answer.as_ref().map_or(true, |a| a.status != 200), "{answer:?}");
+        }
+        assert_eq!(cluster.metrics(lost).unwrap()["state"], "uninitialized");
+        cluster.restart(dead);
+        eventually("two of three serve", || put().is_ok_and(|a| a.status == 200).then_some(()));
+    }
+
+    // Out of the membership, and in again like a new one.
+    let leads = |id: &u64| cluster.metrics(*id).is_some_and(|m| m["state"] == "leader");
+    let leader = eventually("one of the two leads", || [leader, other].into_iter().find(leads));
+    let voters: Vec<u64> = cluster.ids().filter(|id| *id != lost).collect();
+    eventually("it is removed", || {
+        let answer = cluster.post(leader, "/cluster/change-membership", &json!(voters).to_string());
+        (answer.status == 200).then_some(())
+    });
+    cluster.add_learner(leader, lost);
+    eventually("it is a voter again", || {
+        let answer = cluster.post(leader, "/cluster/change-membership", "[1,2,3]");
+        (answer.status == 200).then_some(())
+    });
+    cluster.await_caught_up();
+    let read = cluster.get(lost, "/v1/kv/k?consistency=stale");
+    assert_eq!((read.status, read.text().as_str()), (200, "3"));
+}

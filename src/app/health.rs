@@ -69,18 +69,26 @@ impl App {
         })
     }
 
-    /// Why the node is not ready; ready means: initialised, a leader is known that has committed,
-    /// everything that is known to be committed is applied, and a ring has come if the cluster waits for
-    /// its first one.
+    /// Why the node is not ready; ready means: initialised and a member still, a leader is known that has
+    /// committed, everything that is known to be committed is applied, and a ring has come if the cluster waits
+    /// for its first one.
     pub fn readiness(&self) -> Result<(), String> {
         if let Some(failure) = self.storage_failed() {
             return Err(failure);
         }
         self.caught_up()?;
+        if !self.is_member() {
+            return Err("the node was removed from its cluster".into());
+        }
         match self.awaits_ring(&self.inner.reader.ring_view()) {
             true => Err(ApiError::NoRing.to_string()),
             false => Ok(()),
         }
+    }
+
+    fn is_member(&self) -> bool {
+        let metrics = self.inner.raft_metrics.borrow_watched();
+        metrics.membership_config.membership().get_node(&metrics.id).is_some()
     }
 
     /// Whether everything that is known to be committed is applied, and the leader has told how much that
@@ -96,8 +104,8 @@ impl App {
         let committed = metrics.cluster_committed.max(metrics.local_committed);
         // Every leader begins with an entry of its own. Until that is committed, nobody knows what
         // else was: a restarted node may have forgotten to apply what it acknowledged.
-        if committed.is_none_or(|id| id.leader_id.term != metrics.current_term) {
-            return Err("the leader has not committed anything in its term".into());
+        if committed.is_none_or(|id| id.leader_id != metrics.vote.leader_id) {
+            return Err("the leader has not committed anything of its own".into());
         }
         if metrics.last_applied < committed {
             return Err(format!(

@@ -26,6 +26,7 @@ mod visitors;
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use openraft::Raft;
@@ -48,6 +49,7 @@ use super::peer::settings::PeerSettings;
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::read_gate::ReadGate;
+use crate::store::REPLACE_HINT;
 use crate::store::Store;
 use crate::store::formation::{Formation, Joined};
 use crate::store::snapshot::SnapshotData;
@@ -119,6 +121,7 @@ impl PeerServer {
             tracker: tracker.clone(),
             quiet: Quiet::default(),
             members_quiet: Quiet::default(),
+            told_lost: AtomicBool::new(false),
         });
         tracker.spawn(acceptor.run(listener));
         Self { tracker }
@@ -148,6 +151,8 @@ struct Acceptor {
     quiet: Quiet,
     /// Apart, so that strangers cannot hide what happens to members.
     members_quiet: Quiet,
+    /// Whether it was said that this node has lost its data.
+    told_lost: AtomicBool,
 }
 
 impl Acceptor {
@@ -248,6 +253,13 @@ impl Acceptor {
 
     /// A place for a node that says it is of this node's cluster.
     async fn enter_peer(&self, hello: &Hello) -> Result<Result<Place<'_>, Refusal>, GreetingError> {
+        if hello.is_voter && self.formation.founding().is_none() {
+            if !self.told_lost.swap(true, Ordering::Relaxed) {
+                let sender = &hello.sender;
+                tracing::error!(%sender, "this node is a voter, and its directory is empty. {REPLACE_HINT}");
+            }
+            return Ok(Err(Refusal::Lost { node: self.identity.node_id }));
+        }
         if !self.belongs_together(hello).await? {
             return Ok(Err(Refusal::Formation));
         }

@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use rocksdb::{
     BlockBasedIndexType, BlockBasedOptions, BoundColumnFamily, Cache, ColumnFamilyDescriptor,
-    DBCompressionType, DBRecoveryMode, DBWithThreadMode, DataBlockIndexType, ErrorKind,
-    FlushOptions, IngestExternalFileOptions, IteratorMode, LogLevel, MultiThreaded, Options,
-    ReadOptions, SstFileWriter, WriteBatch, WriteOptions,
+    DBCompressionType, DBRecoveryMode, DBWithThreadMode, DataBlockIndexType, FlushOptions,
+    IngestExternalFileOptions, IteratorMode, LogLevel, MultiThreaded, Options, ReadOptions,
+    SstFileWriter, WriteBatch, WriteOptions,
 };
 use tokio::sync::watch;
 
@@ -83,20 +83,14 @@ impl Engine {
         };
         let missing = [CF_LOG, CF_META].into_iter().filter(|name| !names.iter().any(|n| n == name));
         let all: Vec<&str> = names.iter().map(String::as_str).chain(missing).collect();
-        let open = || {
-            let family =
-                |name: &&str| ColumnFamilyDescriptor::new(*name, family_options(name, &cache));
-            Db::open_cf_descriptors(&options, path, all.iter().map(family))
-        };
-        let db = match open() {
-            Err(error) if error.kind() == ErrorKind::Corruption => {
-                let Some(torn) = torn::cut_torn_end(path)? else { return Err(to_io(error)) };
-                tracing::warn!(?torn, %error, "the last write was not finished when the power failed");
-                open()
-            }
-            opened => opened,
-        };
-        let db = db.map_err(to_io)?;
+        if path.exists()
+            && let Some(torn) = torn::cut_torn_end(path)?
+        {
+            tracing::warn!(?torn, "the last write was not finished when the power failed");
+        }
+        let families =
+            all.iter().map(|name| ColumnFamilyDescriptor::new(*name, family_options(name, &cache)));
+        let db = Db::open_cf_descriptors(&options, path, families).map_err(to_io)?;
         let failure = watch::Sender::new(None);
         Ok(Self { db, path: path.into(), cache, failure })
     }

@@ -2,14 +2,16 @@
 //!
 //! A group of records that was on its way to the disk when the power failed may be there in part. A file that is
 //! too short is nothing new to RocksDB. But a file system may have noted the file's new length before all of its
-//! pages were written: those that are missing read as zeros, and RocksDB takes the record with the hole for a
-//! broken one, as if a bit had flipped in what was fsynced long ago, and refuses to open.
+//! pages were written: those that are missing read as zeros. RocksDB takes a record with such a hole for a broken
+//! one, as if a bit had flipped in what was fsynced long ago, and refuses to open. Where the hole begins with a
+//! record, it passes over the rest of the block, and goes on with what comes after it if that fits.
 //!
-//! The two can be told apart: the disk writes whole sectors, and a bit that flips makes no sector of zeros. So
-//! where the first record that is not whole has a sector of zeros in it, the file is cut before that record. Nobody
-//! was told that it was on disk: records of a group that was fsynced have no holes. Everything else stays an
-//! error. (etcd tells a torn write from a broken one in the same way.) What a disk that loses whole sectors
-//! takes away besides is noticed by the marker, if it is older than a second.
+//! The two can be told apart: the disk writes whole sectors, and a bit that flips makes neither a sector nor a
+//! header of zeros. So where the first record that is not whole has a sector of zeros in it, or none of its header,
+//! and anything follows, the file is cut before that record. Nobody was told that it was on disk: records of a
+//! group that was fsynced have no holes. Everything else stays an error. (etcd tells a torn write from a broken
+//! one in the same way.) What a disk that loses whole sectors takes away besides is noticed by the marker, if it
+//! is older than a second.
 //!
 //! The format is that of `db/log_format.h`: blocks of 32 KiB, in each a row of fragments with a header of checksum,
 //! length and kind, none of which crosses the end of its block; what is too short for a header is zeros.
@@ -39,7 +41,8 @@ pub(super) struct Torn {
 }
 
 /// Cuts the newest write-ahead log file of a database before a record that is there in part; `None`, and nothing
-/// has changed, if there is none. Blocks on the disk, and reads the whole file.
+/// has changed, if there is none. Blocks on the disk, and reads the whole file, which the database is about to do
+/// as well; it is no larger than all of them may be together ([`WAL_BYTES_MAX`](super::engine::WAL_BYTES_MAX)).
 ///
 /// The database must be closed.
 pub(super) fn cut_torn_end(db: &Path) -> io::Result<Option<Torn>> {
@@ -87,8 +90,10 @@ fn torn_at(bytes: &[u8]) -> Option<usize> {
         let whole = at..at + HEADER + length;
         let kind = Kind::of(header[6]);
         if kind.is_none() || HEADER + length > room {
+            let is_missing = header.iter().all(|byte| *byte == 0);
             let is_end = begun.is_none() && bytes[at..].iter().all(|byte| *byte == 0);
-            return (!is_end && has_hole(bytes, at..at + HEADER)).then_some(record);
+            let is_torn = is_missing || has_hole(bytes, at..at + HEADER);
+            return (!is_end && is_torn).then_some(record);
         }
         let fragment = bytes.get(whole.clone())?;
         let stored = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);

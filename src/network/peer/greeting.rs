@@ -6,13 +6,18 @@
 //! one name be mixed, so it also says to which forming of the cluster it belongs
 //! ([`crate::store::formation`]).
 //!
+//! A blank node adopts the formation of whoever calls it, unless that says that it is a voter: then it has lost
+//! its data, and does not know any more for whom it voted and what it acknowledged. Taken back as if nothing had
+//! happened, it could make a leader that lacks acknowledged writes. Voters are never blank otherwise: nobody
+//! becomes one before it has caught up as a learner.
+//!
 //! Nodes of different clusters talk for one purpose only, [`Purpose::Handoff`]: the target's cluster
 //! gives keys to the sender's. That it does is the acceptor's to know, from the change of the ring
 //! that it takes part in; who is not a destination of it is refused. Formations say nothing between
 //! clusters, and are not compared.
 //!
 //! ```text
-//! hello  = magic:8, version:u16, purpose:u8, sender:node, target:node, formation:u64, ring:u8
+//! hello  = magic:8, version:u16, purpose:u8, sender:node, target:node, formation:u64, ring:u8, voter:u8
 //! answer = magic:8, version:u16, verdict:u8, own:node
 //! node   = id:u64, cluster:text8
 //! text8  = length:u8, bytes
@@ -34,8 +39,8 @@ const MAGIC: [u8; 8] = *b"dkv-peer";
 
 /// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
 /// no clients, a hello did not name the target's cluster, and there were no handoffs. In 2, a hello did
-/// not say what the cluster serves before it has a ring.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 3;
+/// not say what the cluster serves before it has a ring. In 3, it did not say whether the target is a voter.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 4;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;
@@ -44,6 +49,7 @@ const OTHER_NODE: u8 = 3;
 const FULL: u8 = 4;
 const OTHER_FORMATION: u8 = 5;
 const NO_HANDOFF: u8 = 6;
+const LOST: u8 = 7;
 
 /// What the connector says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +60,8 @@ pub(in crate::network) struct Hello {
     pub(in crate::network) target: PeerIdentity,
     /// To which forming of its cluster the sender belongs. A node that belongs to none calls nobody.
     pub(in crate::network) formation: Option<Founding>,
+    /// Whether the target is a voter of the cluster, as far as the sender knows.
+    pub(in crate::network) is_voter: bool,
 }
 
 /// Why a node does not talk to another. Each names what the other side said about itself.
@@ -74,6 +82,12 @@ pub(in crate::network) enum Refusal {
     /// Both clusters have the same name, and are two.
     #[error("it belongs to another cluster of the same name: the two were initialized apart")]
     Formation,
+    /// The acceptor is a voter and blank.
+    #[error(
+        "node {node} is a voter of the cluster and has lost its data, and with it what it promised; it has to be \
+         replaced"
+    )]
+    Lost { node: NodeId },
     /// As far as the acceptor knows, which may lag behind, its cluster gives no keys to the sender's.
     #[error("cluster {from} gives no keys to cluster {to} at the moment")]
     NoHandoff { from: ClusterId, to: ClusterId },
@@ -111,6 +125,7 @@ where
     put_node(&hello.target, &mut out);
     out.extend(hello.formation.map_or(0, |founding| founding.id.get()).to_be_bytes());
     out.push(hello.formation.map_or(BeforeRing::Serves, |founding| founding.before_ring).number());
+    out.push(u8::from(hello.is_voter));
     stream.write_all(&out).await?;
     read_answer(stream, hello).await
 }
@@ -136,6 +151,7 @@ where
         OTHER_NODE => Refusal::Node { meant: target.node_id, found },
         FULL => Refusal::Full,
         OTHER_FORMATION => Refusal::Formation,
+        LOST => Refusal::Lost { node: found },
         NO_HANDOFF => Refusal::NoHandoff { from: cluster, to: sender.cluster.clone() },
         _ => return Err(GreetingError::Malformed("unknown verdict")),
     };
@@ -165,7 +181,11 @@ where
     let before_ring = BeforeRing::from_number(stream.read_u8().await?)
         .ok_or(GreetingError::Malformed("unknown number before the ring"))?;
     let formation = id.map(|id| Founding { id, before_ring });
-    let hello = Hello { purpose, sender, target, formation };
+    let is_voter = match stream.read_u8().await? {
+        voter @ (0 | 1) => voter == 1,
+        _ => return Err(GreetingError::Malformed("it is a voter or not")),
+    };
+    let hello = Hello { purpose, sender, target, formation, is_voter };
     let Some(refusal) = refusal_of(&hello, own) else { return Ok(hello) };
     answer(stream, own, Some(&refusal)).await?;
     Err(GreetingError::Refused(refusal))
@@ -211,6 +231,7 @@ where
         Some(Refusal::Node { .. }) => OTHER_NODE,
         Some(Refusal::Full) => FULL,
         Some(Refusal::Formation) => OTHER_FORMATION,
+        Some(Refusal::Lost { .. }) => LOST,
         Some(Refusal::NoHandoff { .. }) => NO_HANDOFF,
     });
     put_node(own, &mut out);
@@ -266,7 +287,8 @@ mod tests {
     fn hello(purpose: Purpose, sender: PeerIdentity) -> Hello {
         let target = identity("c1", 1);
         let founding = |id| Founding { id, before_ring: BeforeRing::Waits };
-        Hello { purpose, sender, target, formation: NonZeroU64::new(5).map(founding) }
+        let formation = NonZeroU64::new(5).map(founding);
+        Hello { purpose, sender, target, formation, is_voter: true }
     }
 
     async fn greet(hello: Hello, own: PeerIdentity) -> (Option<Hello>, Result<(), GreetingError>) {

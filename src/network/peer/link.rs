@@ -213,6 +213,7 @@ impl Link {
             sender: self.context.identity.clone(),
             target: self.target.clone(),
             formation: self.context.formation.founding(),
+            is_voter: self.context.thrift.has_voter(self.target.node_id),
         };
         greeting::connect(&mut stream, &hello).await?;
         Ok(stream)

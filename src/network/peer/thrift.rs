@@ -114,6 +114,12 @@ impl Thrift {
         let _ = self.members.set(members);
     }
 
+    /// Whether a node is a voter. Until the membership is known, nobody is.
+    pub(in crate::network) fn has_voter(&self, id: NodeId) -> bool {
+        let Some(members) = self.members.get() else { return false };
+        members().membership().voter_ids().any(|voter| voter == id)
+    }
+
     /// A place for the session of appends to `id`.
     pub(in crate::network) fn seat(self: &Arc<Self>, id: NodeId) -> Seat {
         Seat { thrift: Arc::clone(self), id, signals: Arc::default() }

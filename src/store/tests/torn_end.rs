@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use super::*;
 
 const PAGE: usize = 4096;
+const SECTOR: usize = 512;
 
 /// Entries that were on disk when the last write began.
 const DURABLE: u64 = 10;
@@ -95,13 +96,23 @@ impl PowerCut {
 async fn a_write_that_was_not_finished_is_cut_off() {
     let cut = PowerCut::new().await;
     let (mut partly, pages) = (0, cut.bytes.len().div_ceil(PAGE));
-    for first in cut.begin.div_ceil(PAGE)..pages {
-        for missing in [1, 2, 9, pages] {
+    // Of the first one as much as was there before stays; or the rest of a sector is missing, and nothing more.
+    assert!(!cut.begin.is_multiple_of(SECTOR));
+    let mut missing = Vec::new();
+    missing.push(cut.begin..cut.begin.next_multiple_of(SECTOR));
+    for first in cut.begin / PAGE..pages {
+        let page = |n: usize| (n * PAGE).clamp(cut.begin, cut.bytes.len());
+        missing.extend([1, 2, 9, pages].map(|count| page(first)..page(first + count)));
+    }
+    for missing in missing {
+        for longer in [false, true] {
             let mut bytes = cut.bytes.clone();
-            let end = bytes.len().min((first + missing) * PAGE);
-            bytes[first * PAGE..end].fill(0);
+            bytes[missing.clone()].fill(0);
+            if longer {
+                bytes.resize(bytes.len() + PAGE, 0);
+            }
             let last = cut.opened(&bytes).await.unwrap();
-            assert!((DURABLE..DURABLE + LAST).contains(&last), "{missing} from {first}: {last}");
+            assert!((DURABLE..DURABLE + LAST).contains(&last), "{missing:?}: {last}");
             partly += u32::from(last > DURABLE);
         }
     }

@@ -31,7 +31,7 @@ fn request(from: &str, to: &str) -> PageRequest {
 }
 
 fn hello_of(sender: PeerIdentity, target: PeerIdentity) -> Hello {
-    Hello { purpose: Purpose::Handoff, sender, target, formation: None }
+    Hello { purpose: Purpose::Handoff, sender, target, formation: None, is_voter: false }
 }
 
 async fn greet(node: &FakeNode, hello: &Hello) -> Result<TcpStream, GreetingError> {

@@ -35,7 +35,8 @@ pub(super) const FORMATION: u64 = 5;
 
 pub(super) fn hello(purpose: Purpose, sender: NodeId) -> Hello {
     let formation = Formation::of(FORMATION).founding();
-    Hello { purpose, sender: identity(sender), target: identity(1), formation }
+    let (sender, target) = (identity(sender), identity(1));
+    Hello { purpose, sender, target, formation, is_voter: true }
 }
 
 /// A node of a cluster that the fakes' cluster, c1, may give keys to: c2 is one.
