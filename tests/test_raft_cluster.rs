@@ -391,7 +391,7 @@ fn a_leader_that_is_removed_is_not_ready() {
     });
     eventually("it says why", || {
         let text = cluster.get(leader, "/readyz").text();
-        text.contains("removed").then_some(())
+        text.contains("not a member").then_some(())
     });
     refused.assert_error(503, "NOT_READY", "not_applied");
     let serves = |id: u64| cluster.get(id, "/readyz").status == 200;
@@ -413,8 +413,14 @@ fn a_voter_that_lost_its_data_is_not_taken_back() {
     cluster.kill9(lost);
     std::fs::remove_dir_all(cluster.data_dir(lost)).unwrap();
     cluster.restart(lost);
-    eventually("it says so", || cluster.log(lost).contains("its directory is empty").then_some(()));
+    eventually("it says so", || {
+        cluster.log(lost).contains("is a voter, and has no data").then_some(())
+    });
     cluster.put(leader, "k", "2");
+    let ready = cluster.get(lost, "/readyz");
+    ready.assert_error(503, "NOT_READY", "not_applied");
+    assert!(ready.text().contains("lost its data"), "{}", ready.text());
+    cluster.post(lost, "/cluster/init", "{}").assert_error(409, "CONFLICT", "not_applied");
 
     // Two of three nodes run, and one of them must not count. Nor may it make the other one a leader.
     for (dead, alive) in [(other, leader), (leader, other)] {

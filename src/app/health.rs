@@ -78,7 +78,7 @@ impl App {
         }
         self.caught_up()?;
         if !self.is_member() {
-            return Err("the node was removed from its cluster".into());
+            return Err("the node is not a member of its cluster".into());
         }
         match self.awaits_ring(&self.inner.reader.ring_view()) {
             true => Err(ApiError::NoRing.to_string()),
@@ -96,7 +96,10 @@ impl App {
     pub(super) fn caught_up(&self) -> Result<(), String> {
         let metrics = self.inner.raft_metrics.borrow_watched();
         if state_of(&metrics) == NodeState::Uninitialized {
-            return Err("the cluster is not initialized".into());
+            let is_lost = self.inner.formation.is_lost();
+            let why =
+                if is_lost { super::membership::LOST } else { "the cluster is not initialized" };
+            return Err(why.into());
         }
         if metrics.current_leader.is_none() {
             return Err("no leader is known".into());

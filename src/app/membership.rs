@@ -23,6 +23,10 @@ const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
 /// How long forming a cluster waits for its first leader.
 const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
 
+/// Of a voter that came back without its data: formed, it would be a second cluster of that name.
+pub(super) const LOST: &str =
+    "the node is a voter of a cluster that runs, and has lost its data: it has to be replaced";
+
 type ChangeResult =
     Result<ClientWriteResponse<TypeConfig>, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>;
 
@@ -36,6 +40,9 @@ impl App {
     }
 
     async fn form(&self, before_ring: BeforeRing) -> Result<(), ApiError> {
+        if self.inner.formation.is_lost() {
+            return Err(ApiError::Conflict(LOST.into()));
+        }
         self.begin_formation(Founding::draw(before_ring)).await?;
         let identity = &self.inner.identity;
         let members = BTreeMap::from([(identity.node_id, identity.addrs.clone())]);

@@ -26,7 +26,6 @@ mod visitors;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use openraft::Raft;
@@ -121,7 +120,7 @@ impl PeerServer {
             tracker: tracker.clone(),
             quiet: Quiet::default(),
             members_quiet: Quiet::default(),
-            told_lost: AtomicBool::new(false),
+            lost_quiet: Quiet::default(),
         });
         tracker.spawn(acceptor.run(listener));
         Self { tracker }
@@ -151,8 +150,8 @@ struct Acceptor {
     quiet: Quiet,
     /// Apart, so that strangers cannot hide what happens to members.
     members_quiet: Quiet,
-    /// Whether it was said that this node has lost its data.
-    told_lost: AtomicBool,
+    /// For saying that this node has lost its data.
+    lost_quiet: Quiet,
 }
 
 impl Acceptor {
@@ -253,10 +252,11 @@ impl Acceptor {
 
     /// A place for a node that says it is of this node's cluster.
     async fn enter_peer(&self, hello: &Hello) -> Result<Result<Place<'_>, Refusal>, GreetingError> {
-        if hello.is_voter && self.formation.founding().is_none() {
-            if !self.told_lost.swap(true, Ordering::Relaxed) {
+        if hello.is_voter && self.is_blank() {
+            self.formation.note_lost();
+            if self.lost_quiet.admit().is_some() {
                 let sender = &hello.sender;
-                tracing::error!(%sender, "this node is a voter, and its directory is empty. {REPLACE_HINT}");
+                tracing::error!(%sender, "this node is a voter, and has no data. {REPLACE_HINT}");
             }
             return Ok(Err(Refusal::Lost { node: self.identity.node_id }));
         }
@@ -277,6 +277,11 @@ impl Acceptor {
         }
         let closer = Closer::under(&self.shutdown);
         Ok(Place::Visitor(self.visitors.enter(hello.sender.clone(), closer)))
+    }
+
+    /// Whether this node has no log: it may have adopted a formation from a peer that knows nothing of its vote yet.
+    fn is_blank(&self) -> bool {
+        self.formation.founding().is_none() || self.handler.members().is_empty()
     }
 
     /// Compares the formations. A blank node adopts the peer's, on disk, before a message can reach Raft.

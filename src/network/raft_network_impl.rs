@@ -106,7 +106,7 @@ impl PeerNetwork {
     }
 
     /// Tells where this node's membership is looked up. Until then, every follower is sent entries at once,
-    /// also one that no majority needs.
+    /// also one that no majority needs, and nobody is called as a voter.
     pub fn know_members(
         &self,
         members: impl Fn() -> Arc<StoredMembership> + Send + Sync + 'static,

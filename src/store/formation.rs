@@ -4,7 +4,8 @@
 //! that begin alike: index 0, term 1. Raft takes it for granted that this cannot be. Brought together,
 //! such logs match by index and term where their contents differ, and the replicas diverge without a
 //! sign. So **who forms a cluster draws a random id**, every greeting between peers carries it, and nodes
-//! of two formings refuse each other. A blank node takes over the id of the first peer that it hears.
+//! of two formings refuse each other. A blank node takes over the id of the first peer that it hears, unless that
+//! says that the node is a voter: then it has lost its data, and is to be replaced.
 //!
 //! A cluster without a ring owns every key. One that is formed to become part of a ring must not act on
 //! that: what it acknowledged before it joined would be known to nobody by the ring. So **who forms a
@@ -18,6 +19,7 @@
 use std::io;
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::marker::Marker;
 
@@ -66,6 +68,7 @@ impl Founding {
 #[derive(Clone)]
 pub struct Formation {
     marker: Arc<Marker>,
+    lost: Arc<AtomicBool>,
 }
 
 /// What became of a founding that was offered to a node.
@@ -81,7 +84,7 @@ pub enum Joined {
 
 impl Formation {
     pub(super) fn new(marker: Arc<Marker>) -> Self {
-        Self { marker }
+        Self { marker, lost: Arc::default() }
     }
 
     /// One that belongs to `id` and lies nowhere: the directory is gone already.
@@ -91,7 +94,7 @@ impl Formation {
         let marker = Marker::open(&dir.path().join("marker"), 1, &"c1".parse().unwrap()).unwrap();
         let id = NonZeroU64::new(id).unwrap();
         marker.join_formation(Founding { id, before_ring: BeforeRing::Serves }).unwrap();
-        Self { marker: Arc::new(marker) }
+        Self::new(Arc::new(marker))
     }
 
     /// What the node belongs to; `None` in one that was neither formed nor heard a peer yet.
@@ -104,12 +107,26 @@ impl Formation {
         self.marker.before_ring()
     }
 
+    /// A peer has called this node, which is blank, as a voter.
+    pub(crate) fn note_lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the node is a voter of a cluster and has lost its data, as far as it was told since it started.
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     /// Offers a founding. Blocks for an fsync if it is adopted.
     ///
     /// # Errors
     ///
     /// The marker could not be written. Then the node belongs to none still.
     pub fn join(&self, founding: Founding) -> io::Result<Joined> {
-        self.marker.join_formation(founding)
+        let joined = self.marker.join_formation(founding)?;
+        if joined == Joined::Adopted {
+            self.lost.store(false, Ordering::Relaxed);
+        }
+        Ok(joined)
     }
 }

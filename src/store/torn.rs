@@ -11,14 +11,18 @@
 //! and anything follows, the file is cut before that record. Nobody was told that it was on disk: records of a
 //! group that was fsynced have no holes. Everything else stays an error. (etcd tells a torn write from a broken
 //! one in the same way.) What a disk that loses whole sectors takes away besides is noticed by the marker, if it
-//! is older than a second.
+//! is older than a second; and so is a bit that flips in a record which has a sector of zeros of its own, in a value.
+//! What is cut off is kept beside the file.
+//!
+//! Only the newest file is looked at. RocksDB writes an older one to the disk before the newer one, so that has
+//! no hole.
 //!
 //! The format is that of `db/log_format.h`: blocks of 32 KiB, in each a row of fragments with a header of checksum,
 //! length and kind, none of which crosses the end of its block; what is too short for a header is zeros.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -49,6 +53,16 @@ pub(super) fn cut_torn_end(db: &Path) -> io::Result<Option<Torn>> {
     let Some(path) = newest_file(db)? else { return Ok(None) };
     let bytes = fs::read(&path)?;
     let Some(end) = torn_at(&bytes) else { return Ok(None) };
+    let kept = path.with_extension("torn");
+    let keep = || {
+        File::create(&kept).and_then(|mut file| {
+            file.write_all(&bytes[end..])?;
+            file.sync_all()
+        })
+    };
+    if let Err(error) = keep() {
+        tracing::warn!(path = %kept.display(), %error, "what is cut off the log cannot be kept");
+    }
     let file = File::options().write(true).open(&path)?;
     file.set_len(end as u64)?;
     file.sync_all()?;
@@ -123,7 +137,8 @@ impl Kind {
     /// `None` for what no header of these files says: their numbers are not used again.
     fn of(byte: u8) -> Option<Self> {
         match byte {
-            // Compression, sizes of timestamps, the file before.
+            // Compression, sizes of timestamps, the file before: each at the beginning of a file. (Elsewhere there
+            // could be more zeros before them than are too short for a header; what makes such is switched off.)
             1 | 9 | 10 | 130 => Some(Self::Alone),
             2 => Some(Self::First),
             3 => Some(Self::Middle),
@@ -133,8 +148,13 @@ impl Kind {
     }
 }
 
-/// Whether one of the sectors that these bytes lie in is zeros.
+/// Whether one of the sectors that these bytes lie in is zeros, or as much of the first as is theirs: what lies
+/// before them was on disk already.
 fn has_hole(bytes: &[u8], range: Range<usize>) -> bool {
+    let first = range.start..range.start.next_multiple_of(SECTOR).min(bytes.len());
+    if !first.is_empty() && bytes[first].iter().all(|byte| *byte == 0) {
+        return true;
+    }
     let sectors = range.start / SECTOR..range.end.div_ceil(SECTOR);
     let mut sectors =
         sectors.filter_map(|n| bytes.get(n * SECTOR..bytes.len().min((n + 1) * SECTOR)));

@@ -9,7 +9,8 @@
 //! A blank node adopts the formation of whoever calls it, unless that says that it is a voter: then it has lost
 //! its data, and does not know any more for whom it voted and what it acknowledged. Taken back as if nothing had
 //! happened, it could make a leader that lacks acknowledged writes. Voters are never blank otherwise: nobody
-//! becomes one before it has caught up as a learner.
+//! becomes one before it has caught up as a learner. (A caller that does not know yet that the node became a voter
+//! cannot say so; nor does it help against a learner that loses its data.)
 //!
 //! Nodes of different clusters talk for one purpose only, [`Purpose::Handoff`]: the target's cluster
 //! gives keys to the sender's. That it does is the acceptor's to know, from the change of the ring

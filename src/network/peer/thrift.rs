@@ -25,6 +25,8 @@
 //! After a leader is lost, a spare lacks the entries of its last pause, so it may lose the election that it
 //! begins, and the other one's, which begins soon after it, decides.
 //!
+//! What knows the membership here also tells greetings who is a voter ([`super::greeting`]).
+//!
 //! The state is an order of followers, the first of which are not spares. It belongs to one node's
 //! network; a node that does not lead has an empty one.
 
