@@ -47,6 +47,17 @@ impl InMemory {
         Self { inner, failing: Mutex::new(0), dying: Mutex::new(None), giving: Mutex::new(None) }
     }
 
+    /// Begins a change of this ring's weights at its sequencer.
+    fn begin_another(&self, ring: &Ring) -> Ring {
+        let mut later = ring.clone();
+        later.epoch += 1;
+        later.clusters[0].weight *= 2.0;
+        let (old, next) = (Box::new(ring.clone()), Box::new(later.clone()));
+        let step = Step::Begin { ring: old, next, plan: pairs(ring, &later) };
+        self.lock().0.take(&Action { at: ring.sequencer.clone().unwrap(), step }).unwrap();
+        later
+    }
+
     fn check_alive(&self, cluster: &RingCluster) -> Result<(), ClientError> {
         match &mut *self.dying.lock().unwrap() {
             Some((id, 0)) if *id == cluster.id => {
@@ -140,15 +151,7 @@ async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
         let off = reverted(&old);
         assert_eq!(end, Scene::Quiet { ring: off.clone(), settled: Some(true) }, "{looks} looks");
 
-        let mut later = off.clone();
-        later.epoch += 1;
-        later.clusters[0].weight *= 2.0;
-        {
-            let mut inner = clusters.lock();
-            let (ring, to) = (Box::new(off.clone()), Box::new(later.clone()));
-            let step = Step::Begin { ring, next: to, plan: pairs(&off, &later) };
-            inner.0.take(&Action { at: old.sequencer.clone().unwrap(), step }).unwrap();
-        }
+        let later = clusters.begin_another(&off);
         let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Forward)
             .gone_after(Duration::from_millis(100))
             .stalled_after(Duration::from_secs(20));
@@ -199,6 +202,11 @@ async fn a_leaver_that_is_lost_is_not_waited_for_and_can_come_back() {
     }
 }
 
+/// Is over when `holds` does, each time that whoever it is selected with has had a turn.
+fn once(holds: impl Fn() -> bool) -> impl Future<Output = ()> {
+    std::future::poll_fn(move |_| if holds() { Poll::Ready(()) } else { Poll::Pending })
+}
+
 async fn lost_and_back(old: &Ring, next: &Ring, left: &ClusterId, looks: usize, back: Back) {
     let at = format!("{left}, {looks} looks, {back:?}");
     let clusters = InMemory::new(old, next);
@@ -212,13 +220,9 @@ async fn lost_and_back(old: &Ring, next: &Ring, left: &ClusterId, looks: usize, 
     };
     // Whoever drives until then has seen more than who comes later.
     let mut first = drive(old.clusters.clone(), Role::Alone);
-    let lost = std::future::poll_fn(|_| match &*clusters.giving.lock().unwrap() {
-        Some(_) => Poll::Pending,
-        None => Poll::Ready(()),
-    });
     tokio::select! {
         biased;
-        () = lost => {}
+        () = once(|| clusters.giving.lock().unwrap().is_none()) => {}
         ended = first.run(|_, _| {}) => assert!(looks > 0, "{at}: {ended:?}"),
     }
     let end = drive(old.clusters.clone(), Role::Alone).run(|_, _| {}).await.unwrap();
@@ -239,24 +243,12 @@ async fn lost_and_back(old: &Ring, next: &Ring, left: &ClusterId, looks: usize, 
         own.run(|_, _| {}).await.unwrap();
         assert!(!is_in_change(), "{at}");
     }
-    let mut later = next.clone();
-    later.epoch += 1;
-    later.clusters[0].weight *= 2.0;
-    {
-        let mut inner = clusters.lock();
-        let (ring, to) = (Box::new(next.clone()), Box::new(later.clone()));
-        let step = Step::Begin { ring, next: to, plan: pairs(next, &later) };
-        inner.0.take(&Action { at: next.sequencer.clone().unwrap(), step }).unwrap();
-    }
+    let later = clusters.begin_another(next);
     if back == Back::DuringTheNext {
         revive();
-        let out = std::future::poll_fn(|_| match is_in_change() {
-            true => Poll::Pending,
-            false => Poll::Ready(()),
-        });
         tokio::select! {
             biased;
-            () = out => {}
+            () = once(|| !is_in_change()) => {}
             ended = own.run(|_, _| {}) => panic!("{at}: the next change waits: {ended:?}"),
         }
     }
