@@ -94,7 +94,7 @@ pub enum ManagerError {
     },
     /// A member of a formed cluster has no data any more.
     #[error(
-        "{path} is missing, but its node is a member of a cluster that was formed: a node that lost its data must not vote again. Put the directory back, or start over with another `data_dir`; nothing was changed"
+        "{path} is missing or empty, but its node is a member of a cluster that was formed: a node that lost its data must not vote again. Put the directory back (is its volume mounted?), or start over with another `data_dir`; nothing was changed"
     )]
     NodeDirMissing {
         /// The directory.
