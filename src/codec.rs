@@ -3,6 +3,7 @@
 //! Written by hand and not with serde, for three reasons: what is on a disk must stay readable by
 //! later versions, so the layout is part of the contract and drawn here; a decoder of foreign bytes
 //! must not trust a length; and a value must not be copied on its way from the socket to the store.
+//! What an entry writes is encoded once for all who store or send it ([`crate::writes`]).
 //!
 //! ```text
 //! record     = version:u8 (2), body          each record that stands alone starts with its version
@@ -10,7 +11,7 @@
 //! vote       = term:u64, node:u64, committed:u8 (0|1)
 //! entry      = log id, tag:u8, payload
 //!   tag 0 blank        nothing
-//!   tag 1 writes       as [`writes`] draws them
+//!   tag 1 writes       as [`crate::writes`] draws them, to the end
 //!   tag 2 ring         the ring's JSON, to the end
 //!   tag 3 membership   membership
 //!   tag 4 step         the step's JSON, to the end
@@ -32,21 +33,20 @@
 mod reader;
 #[cfg(test)]
 mod tests;
-mod writes;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{BufMut, Bytes};
 use openraft::EntryPayload;
 
-pub(crate) use reader::Reader;
-pub(crate) use writes::{get_client_name, put_client_name};
-use writes::{get_writes, put_writes, writes_len};
+pub(crate) use reader::{Reader, SliceReader};
 
 use crate::handoff::{Clean, Import};
+use crate::once::ClientName;
 use crate::types::{
     Command, Entry, LeaderId, LogId, Membership, NodeAddrs, NodeId, StoredMembership, Vote,
 };
+use crate::writes::Writes;
 
 /// The version that every record starts with. In 1, writes had no time and no clients.
 const VERSION: u8 = 2;
@@ -101,9 +101,9 @@ const HEAD_BYTES: usize = 1 + 24 + 1;
 
 /// Appends an entry's record to `out`.
 pub fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
-    if let EntryPayload::Normal(Command::Write { writes, .. }) = &entry.payload {
+    if let EntryPayload::Normal(Command::Write(writes)) = &entry.payload {
         // At once, instead of growing to it and copying what is there each time.
-        out.reserve(HEAD_BYTES + writes_len(writes));
+        out.reserve(HEAD_BYTES + writes.encoded().len());
     }
     out.put_u8(VERSION);
     put_log_id(&entry.log_id, out);
@@ -117,8 +117,7 @@ pub fn encode_entry(entry: &Entry, out: &mut Vec<u8>) {
     }
 }
 
-/// Decodes an entry's record. Keys and values are slices of `bytes`: they keep all of it alive, so
-/// whoever stores them for long copies them.
+/// Decodes an entry's record. Keys and values stay where they are in `bytes`, and keep all of it alive.
 pub fn decode_entry(bytes: Bytes) -> Result<Entry, DecodeError> {
     decode_record(bytes, |reader| {
         let log_id = get_log_id(reader)?;
@@ -198,6 +197,18 @@ pub(crate) fn put_option<T, B: BufMut>(
     if let Some(thing) = thing {
         put(thing, out);
     }
+}
+
+/// Appends a name's length, one byte, and the name.
+pub(crate) fn put_client_name(name: &str, out: &mut impl BufMut) {
+    out.put_u8(u8::try_from(name.len()).expect("a client's name has 64 bytes at most"));
+    out.put_slice(name.as_bytes());
+}
+
+pub(crate) fn get_client_name(reader: &mut Reader) -> Result<ClientName, DecodeError> {
+    let bytes = reader.short_bytes()?;
+    let name = std::str::from_utf8(&bytes).ok().and_then(|text| text.parse().ok());
+    name.ok_or(DecodeError::Invalid { what: "name of a client" })
 }
 
 pub(crate) fn put_log_id(log_id: &LogId, out: &mut impl BufMut) {
@@ -287,9 +298,9 @@ fn check_ascending(last: Option<&NodeId>, next: NodeId) -> Result<(), DecodeErro
 
 fn put_command(command: &Command, out: &mut impl BufMut) {
     match command {
-        Command::Write { at_ms, writes } => {
+        Command::Write(writes) => {
             out.put_u8(TAG_WRITES);
-            put_writes(*at_ms, writes, out);
+            out.put_slice(writes.encoded());
         }
         Command::InstallRing(ring) => {
             out.put_u8(TAG_RING);
@@ -315,7 +326,7 @@ fn put_command(command: &Command, out: &mut impl BufMut) {
 
 fn get_command(tag: u8, reader: &mut Reader) -> Result<Command, DecodeError> {
     match tag {
-        TAG_WRITES => get_writes(reader),
+        TAG_WRITES => Ok(Command::Write(Writes::decode(reader.rest())?)),
         TAG_RING => match serde_json::from_slice(&reader.rest()) {
             Ok(ring) => Ok(Command::InstallRing(Box::new(ring))),
             Err(_) => Err(DecodeError::Invalid { what: "ring" }),

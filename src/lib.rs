@@ -37,3 +37,4 @@ pub mod ring;
 pub mod store;
 pub mod telemetry;
 pub mod types;
+pub mod writes;

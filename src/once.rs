@@ -33,16 +33,25 @@ impl ClientName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether a text can be a name.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn check(text: &str) -> Result<(), InvalidClientName> {
+        let allowed = |b: u8| b.is_ascii_graphic() && b != b'/';
+        if text.is_empty() || text.len() > CLIENT_NAME_BYTES_MAX || !text.bytes().all(allowed) {
+            return Err(InvalidClientName);
+        }
+        Ok(())
+    }
 }
 
 impl FromStr for ClientName {
     type Err = InvalidClientName;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let allowed = |b: u8| b.is_ascii_graphic() && b != b'/';
-        if text.is_empty() || text.len() > CLIENT_NAME_BYTES_MAX || !text.bytes().all(allowed) {
-            return Err(InvalidClientName);
-        }
+        Self::check(text)?;
         Ok(Self(text.into()))
     }
 }
@@ -106,12 +115,7 @@ impl Once {
     /// The floor is above the sequence, or the sequence above [`SEQ_MAX`].
     pub fn new(client: ClientFloor, seq: u64) -> Result<Self, InvalidSeq> {
         let ClientFloor { client, floor } = client;
-        if floor > seq {
-            return Err(InvalidSeq::BelowFloor { seq, floor });
-        }
-        if seq > SEQ_MAX {
-            return Err(InvalidSeq::TooLarge);
-        }
+        check_seq(seq, floor)?;
         Ok(Self { client, seq, floor })
     }
 
@@ -129,11 +133,82 @@ impl Once {
     pub fn floor(&self) -> u64 {
         self.floor
     }
+}
+
+fn check_seq(seq: u64, floor: u64) -> Result<(), InvalidSeq> {
+    if floor > seq {
+        return Err(InvalidSeq::BelowFloor { seq, floor });
+    }
+    if seq > SEQ_MAX {
+        return Err(InvalidSeq::TooLarge);
+    }
+    Ok(())
+}
+
+/// A [`Once`] whose client's name stands elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnceRef<'a> {
+    client: &'a str,
+    seq: u64,
+    floor: u64,
+}
+
+/// A client's name, a sequence and a floor with which there is no [`OnceRef`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidOnce {
+    /// The name is none.
+    #[error(transparent)]
+    Client(#[from] InvalidClientName),
+    /// The sequence does not go with the floor, or is too large.
+    #[error(transparent)]
+    Seq(#[from] InvalidSeq),
+}
+
+impl<'a> OnceRef<'a> {
+    /// Write number `seq` of this client with this floor.
+    ///
+    /// # Errors
+    /// `client` is no name, the floor is above the sequence, or the sequence above [`SEQ_MAX`].
+    pub fn new(client: &'a str, floor: u64, seq: u64) -> Result<Self, InvalidOnce> {
+        ClientName::check(client)?;
+        check_seq(seq, floor)?;
+        Ok(Self { client, seq, floor })
+    }
+
+    /// Another write of the same client with the same floor.
+    ///
+    /// # Errors
+    /// The floor is above the sequence, or the sequence above [`SEQ_MAX`].
+    pub fn with_seq(self, seq: u64) -> Result<Self, InvalidSeq> {
+        check_seq(seq, self.floor)?;
+        Ok(Self { seq, ..self })
+    }
+
+    /// The name of the client that asks.
+    pub fn client(&self) -> &'a str {
+        self.client
+    }
+
+    /// Which of the client's writes it is.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// The client has the answers of all its writes with a lower sequence.
+    pub fn floor(&self) -> u64 {
+        self.floor
+    }
 
     /// Whether both were sent by the same client with the same floor.
     pub fn same_client_floor(&self, other: &Self) -> bool {
-        self.floor == other.floor
-            && (Arc::ptr_eq(&self.client.0, &other.client.0) || self.client == other.client)
+        self.floor == other.floor && self.client == other.client
+    }
+}
+
+impl<'a> From<&'a Once> for OnceRef<'a> {
+    fn from(once: &'a Once) -> Self {
+        let Once { client, seq, floor } = once;
+        Self { client: client.as_str(), seq: *seq, floor: *floor }
     }
 }
 
@@ -158,5 +233,10 @@ mod tests {
         assert_eq!(Once::new(at(8), 7), Err(InvalidSeq::BelowFloor { seq: 7, floor: 8 }));
         assert_eq!(Once::new(at(0), u64::MAX), Err(InvalidSeq::TooLarge));
         assert!(Once::new(at(SEQ_MAX), SEQ_MAX).is_ok());
+        let seventh = OnceRef::new("c", 7, 7).unwrap();
+        assert!(seventh.with_seq(8).is_ok() && seventh.with_seq(SEQ_MAX).is_ok());
+        assert_eq!(seventh.with_seq(6), Err(InvalidSeq::BelowFloor { seq: 6, floor: 7 }));
+        assert_eq!(seventh.with_seq(u64::MAX), Err(InvalidSeq::TooLarge));
+        assert!(OnceRef::new("c", 8, 7).is_err() && OnceRef::new("a b", 0, 7).is_err());
     }
 }

@@ -29,6 +29,7 @@ use crate::log_clock::LogClock;
 use crate::node::Raft;
 use crate::store::StateReader;
 use crate::types::{Applied, Command, TypeConfig, Write, Written};
+use crate::writes::Writes;
 
 /// Entries on their way at once. More would make entries smaller, and each of them costs the same;
 /// with one alone, a write that comes while another's fsync runs would wait for all of it.
@@ -258,7 +259,7 @@ fn next_entry(waiting: &mut VecDeque<Request>) -> Option<Proposal> {
 async fn propose(raft: &Raft, at_ms: u64, entry: Proposal) -> impl Future<Output = ()> + use<> {
     let Proposal { writes, callers } = entry;
     let (responder, outcome) = ProgressResponder::complete_only();
-    let command = Command::Write { at_ms, writes: writes.into() };
+    let command = Command::Write(Writes::new(at_ms, &writes));
     let handed_over = raft.client_write_ff(command, Some(responder)).await;
     async move {
         let outcome = match handed_over {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::handoff::{Clean, Done, Import, Refused, Step};
 use crate::once::Once;
 use crate::ring::Ring;
+use crate::writes::Writes;
 
 /// A member of one Raft group. Unique inside its cluster only: every cluster counts from 1.
 pub type NodeId = u64;
@@ -172,14 +173,6 @@ impl Write {
         Self { once, ..self }
     }
 
-    /// Lets go of the request that it was decoded from, which may be much larger.
-    pub fn detach(&mut self) {
-        self.key = Bytes::copy_from_slice(&self.key);
-        if let Action::Put(value) = &mut self.action {
-            *value = Bytes::copy_from_slice(value);
-        }
-    }
-
     /// The bytes of its key and value.
     pub fn bytes(&self) -> usize {
         match &self.action {
@@ -194,13 +187,7 @@ impl Write {
 pub enum Command {
     /// Changes of keys, in this order and each for itself: one may be refused and the next take place.
     /// What many clients ask for at the same moment travels together.
-    Write {
-        /// When the entry was made, by its maker's clock: milliseconds since the Unix epoch. The only
-        /// clock that applying sees.
-        at_ms: u64,
-        /// The changes. Shared, because an entry is read again for each follower and to apply it.
-        writes: Arc<[Write]>,
-    },
+    Write(Writes),
     /// Take the first ring (epoch 0 to 1), or confirm the one that is already there.
     InstallRing(Box<Ring>),
     /// One step of a change of the ring.
@@ -215,9 +202,8 @@ impl fmt::Display for Command {
     /// Shows sizes, never keys or values: log lines are not a place for users' data.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Write { writes, .. } => {
-                let bytes: usize = writes.iter().map(Write::bytes).sum();
-                write!(f, "write({} keys, {bytes} B)", writes.len())
+            Self::Write(writes) => {
+                write!(f, "write({} keys, {} B)", writes.len(), writes.bytes())
             }
             Self::InstallRing(ring) => write!(f, "install-ring(epoch {})", ring.epoch),
             Self::Step(step) => write!(f, "step({})", step.name()),
@@ -364,8 +350,8 @@ mod tests {
     #[test]
     fn a_command_shows_no_user_data() {
         let (key, value) = ("secret-key".into(), "secret-value".into());
-        let writes = [Write::put(key, value, Condition::Always)].into();
-        let command = Command::Write { at_ms: 1, writes };
+        let writes = [Write::put(key, value, Condition::Always)];
+        let command = Command::Write(Writes::new(1, &writes));
         assert!(!command.to_string().contains("secret"));
     }
 }

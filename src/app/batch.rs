@@ -11,14 +11,9 @@ use crate::once::ClientFloor;
 /// what a request costs, and their bytes are bounded by the budget of bodies.
 const OPERATIONS_PER_PLACE: usize = 16;
 
-/// Writes that are less than this part of their request are copied out of it: they stay in memory for as long as
-/// they are among the newest of the log, and as slices would keep all of the request.
-const REQUEST_PART_MIN: usize = 4;
-
 impl App {
     /// Carries operations out: the writes in their order, then the reads. One result for each;
-    /// reads whose values would make the answer too long say so. `request_bytes` is how much memory they keep
-    /// together, as slices of their request.
+    /// reads whose values would make the answer too long say so.
     ///
     /// An error stands for all of them and says that nothing took effect: they should have gone to
     /// another node, or to this one later.
@@ -26,7 +21,6 @@ impl App {
         &self,
         client: Option<&ClientFloor>,
         operations: &[&Operation],
-        request_bytes: usize,
         consistency: Consistency,
         deadline: Instant,
     ) -> Result<Vec<OperationResult>, ApiError> {
@@ -60,10 +54,6 @@ impl App {
                 }
                 here
             });
-        }
-        let kept: usize = writes.iter().map(|(_, write)| write.bytes()).sum();
-        if kept < request_bytes / REQUEST_PART_MIN {
-            writes.iter_mut().for_each(|(_, write)| write.detach());
         }
         let (written, confirmed) = tokio::join!(
             self.write_many(operations, writes, deadline),

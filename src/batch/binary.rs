@@ -65,7 +65,7 @@ where
         None => out.put_u8(VERSION),
         Some(ClientFloor { client, floor }) => {
             out.put_u8(VERSION_CLIENT);
-            put_client_name(client, &mut out);
+            put_client_name(client.as_str(), &mut out);
             out.put_u64(*floor);
         }
     }

@@ -14,11 +14,6 @@ impl Reader {
         Self { left: bytes }
     }
 
-    /// How many bytes there are still.
-    pub(crate) fn left(&self) -> usize {
-        self.left.len()
-    }
-
     pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
         self.want(1)?;
         Ok(self.left.get_u8())
@@ -100,5 +95,66 @@ impl Reader {
             return Err(DecodeError::Truncated { wanted, left });
         }
         Ok(())
+    }
+}
+
+/// The same for what is not to be taken out of the bytes that it stands in.
+pub(crate) struct SliceReader<'a> {
+    left: &'a [u8],
+}
+
+impl<'a> SliceReader<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { left: bytes }
+    }
+
+    pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
+        self.array().map(u8::from_be_bytes)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, DecodeError> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, DecodeError> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    /// A length and that many bytes.
+    pub(crate) fn bytes(&mut self) -> Result<&'a [u8], DecodeError> {
+        let length = self.u32()?;
+        self.take(length)
+    }
+
+    /// The same with a length of one byte.
+    pub(crate) fn short_bytes(&mut self) -> Result<&'a [u8], DecodeError> {
+        let length = self.u8()?;
+        self.take(u32::from(length))
+    }
+
+    /// Checks that nothing is left.
+    pub(crate) fn end(&self) -> Result<(), DecodeError> {
+        match self.left.len() {
+            0 => Ok(()),
+            left => Err(DecodeError::Trailing(left)),
+        }
+    }
+
+    fn take(&mut self, wanted: u32) -> Result<&'a [u8], DecodeError> {
+        let (taken, left) =
+            self.left.split_at_checked(wanted as usize).ok_or_else(|| self.short(wanted.into()))?;
+        self.left = left;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
+        let (taken, left) = self.left.split_first_chunk().ok_or_else(|| self.short(N as u64))?;
+        self.left = left;
+        Ok(*taken)
+    }
+
+    #[cold]
+    fn short(&self, wanted: u64) -> DecodeError {
+        DecodeError::Truncated { wanted, left: self.left.len() }
     }
 }

@@ -7,6 +7,7 @@ use super::*;
 use crate::once::{ClientFloor, Once};
 use crate::ring::{Ring, RingCluster, RingNode};
 use crate::types::{Action, Condition, Write};
+use crate::writes::{ActionRef, WriteRef};
 
 fn any_log_id() -> impl Strategy<Value = LogId> {
     (any::<u64>(), any::<u64>(), any::<u64>())
@@ -71,7 +72,7 @@ fn any_write() -> impl Strategy<Value = Write> {
 
 fn any_writes() -> impl Strategy<Value = Command> {
     (any::<u64>(), vec(any_write(), 0..6))
-        .prop_map(|(at_ms, writes)| Command::Write { at_ms, writes: writes.into() })
+        .prop_map(|(at_ms, writes)| Command::Write(Writes::new(at_ms, &writes)))
 }
 
 fn any_entry() -> impl Strategy<Value = Entry> {
@@ -96,12 +97,22 @@ fn encoded(entry: &Entry) -> Bytes {
 }
 
 proptest! {
+    /// Encoded once and read in place, they are the writes that they were made of.
+    #[test]
+    fn writes_come_back(at_ms in any::<u64>(), writes in vec(any_write(), 0..6)) {
+        let encoded = Writes::new(at_ms, &writes);
+        let decoded = Writes::decode(Bytes::copy_from_slice(encoded.encoded())).unwrap();
+        prop_assert_eq!(&decoded, &encoded);
+        prop_assert_eq!(decoded.at_ms(), at_ms);
+        prop_assert_eq!(decoded.len(), writes.len());
+        prop_assert_eq!(decoded.bytes(), writes.iter().map(Write::bytes).sum::<usize>());
+        let found: Vec<_> = decoded.iter().collect();
+        prop_assert_eq!(found, writes.iter().map(WriteRef::from).collect::<Vec<_>>());
+    }
+
     #[test]
     fn entries_come_back(entry in any_entry()) {
         let bytes = encoded(&entry);
-        if let EntryPayload::Normal(Command::Write { writes, .. }) = &entry.payload {
-            prop_assert!(bytes.len() <= HEAD_BYTES + writes_len(writes));
-        }
         prop_assert_eq!(decode_entry(bytes).unwrap(), entry);
     }
 
@@ -160,16 +171,17 @@ proptest! {
 #[test]
 fn a_value_is_not_copied() {
     let value = Bytes::from(vec![7; 1000]);
-    let writes = [Write::put("k".into(), value, Condition::Always)].into();
-    let command = Command::Write { at_ms: 1, writes };
+    let writes = [Write::put("k".into(), value, Condition::Always)];
+    let command = Command::Write(Writes::new(1, &writes));
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     let range = bytes.as_ptr_range();
-    let EntryPayload::Normal(Command::Write { writes, .. }) = decode_entry(bytes).unwrap().payload
-    else {
+    let EntryPayload::Normal(Command::Write(writes)) = decode_entry(bytes).unwrap().payload else {
         panic!("writes came back as something else");
     };
-    let Action::Put(value) = &writes[0].action else { panic!("a put came back as {writes:?}") };
+    let Some(ActionRef::Put(value)) = writes.iter().next().map(|write| write.action) else {
+        panic!("a put came back as {writes:?}");
+    };
     assert!(range.contains(&value.as_ptr()));
 }
 
@@ -189,7 +201,7 @@ fn the_layout_of_version_2_stays() {
         delete().once(once("me", 3, 6)),
         delete().once(once("me", 5, 7)),
     ];
-    let command = Command::Write { at_ms: 8, writes: writes.into() };
+    let command = Command::Write(Writes::new(8, &writes));
     let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 };
     let bytes = encoded(&Entry { log_id, payload: EntryPayload::Normal(command) });
     #[rustfmt::skip]
@@ -244,10 +256,10 @@ fn a_later_version_is_named() {
 fn a_length_beyond_the_input_is_an_error() {
     let mut bytes = encoded(&Entry {
         log_id: LogId { leader_id: LeaderId { term: 1, node_id: 2 }, index: 3 },
-        payload: EntryPayload::Normal(Command::Write {
-            at_ms: 1,
-            writes: [Write::delete("k".into(), Condition::Always)].into(),
-        }),
+        payload: EntryPayload::Normal(Command::Write(Writes::new(
+            1,
+            &[Write::delete("k".into(), Condition::Always)],
+        ))),
     })
     .to_vec();
     let length_at = bytes.len() - 5;

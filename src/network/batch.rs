@@ -49,12 +49,10 @@ pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
         json::decode_request(&body.bytes, &limits)
     };
     let batch = decoded.map_err(ApiError::from)?;
-    // What JSON is decoded to is not a slice of it.
-    let request_bytes = if binary { body.bytes.len() } else { 0 };
     // Before anything is done: what was done has to be told.
     let told_bytes = batch.operations.len() * RESULT_BYTES_MAX;
     let mut share = state.answers.charge(told_bytes, ANSWER_FREE_BYTES)?;
-    let results = carry_out(state, call, consistency, &batch, request_bytes).await?;
+    let results = carry_out(state, call, consistency, &batch).await?;
     let content_type = if binary { BINARY } else { JSON };
     let body = encode(&state.answers, &mut share, results, binary);
     Ok(([(header::CONTENT_TYPE, content_type)], body).into_response())
@@ -144,7 +142,6 @@ async fn carry_out(
     call: &Call,
     consistency: Consistency,
     batch: &Batch,
-    request_bytes: usize,
 ) -> Result<Vec<OperationResult>, Refusal> {
     let Batch { client, operations } = batch;
     let limits = limits(state);
@@ -163,7 +160,7 @@ async fn carry_out(
         Routing::Direct => None,
     };
     let call = passed_on.as_ref().unwrap_or(call);
-    let request = Request { call, consistency, client: client.as_ref(), request_bytes };
+    let request = Request { call, consistency, client: client.as_ref() };
     let sound = (0..operations.len()).filter(|index| results[*index].is_none()).collect();
     // As long as the others are waited for.
     let _charges = serve_all(state, &request, operations, sound, &mut results).await?;
@@ -214,7 +211,6 @@ struct Request<'a> {
     call: &'a Call,
     consistency: Consistency,
     client: Option<&'a ClientFloor>,
-    request_bytes: usize,
 }
 
 /// Serves these operations where they belong, and puts down what each came to. Returns what the values among that
@@ -300,14 +296,14 @@ async fn serve_part(
     request: &Request<'_>,
     operations: Vec<&Operation>,
 ) -> Result<Vec<OperationResult>, Refusal> {
-    let Request { call, consistency, client, request_bytes } = *request;
+    let Request { call, consistency, client } = *request;
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
     let body = match call.routing {
         Routing::PassOn => batch::encode_request(client, operations.iter().copied()),
         Routing::Direct => Bytes::new(),
     };
-    let here = || state.app.batch(client, &operations, request_bytes, consistency, call.deadline);
+    let here = || state.app.batch(client, &operations, consistency, call.deadline);
     match state.forwarder.serve(call, &body, effect, here).await? {
         Served::Here(results) => Ok(results),
         Served::Elsewhere(response) => Ok(relayed(&operations, response).await),

@@ -45,9 +45,11 @@ mod moving;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
 
-use crate::once::{ClientName, Once};
-use crate::types::{Action, Write, Written};
+use crate::once::{ClientName, OnceRef};
+use crate::types::Written;
+use crate::writes::{ActionRef, WriteRef};
 
 use answers::Answers;
 pub(super) use encoding::Decoder;
@@ -104,10 +106,10 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(write: &Write) -> Self {
+    fn of(write: &WriteRef<'_>) -> Self {
         match write.action {
-            Action::Put(_) => Self::Put,
-            Action::Delete => Self::Delete,
+            ActionRef::Put(_) => Self::Put,
+            ActionRef::Delete => Self::Delete,
         }
     }
 }
@@ -158,6 +160,14 @@ struct Client {
     /// The log time of its last write.
     last_ms: u64,
     answers: Answers,
+}
+
+/// A client with its name as it is shared by all who keep it.
+fn entry<'a>(
+    clients: &'a mut BTreeMap<ClientName, Client>,
+    name: &str,
+) -> Option<(&'a ClientName, &'a mut Client)> {
+    clients.range_mut::<str, _>((Bound::Included(name), Bound::Included(name))).next()
 }
 
 /// Where an answer stands in log order.
@@ -214,7 +224,12 @@ impl Dedupe {
 
     /// What to do with a write that its key's owner is about to carry out. Takes over the floor that
     /// it tells.
-    pub(super) fn check(&mut self, once: &Once, write: &Write, falls: Falls<'_>) -> Verdict {
+    pub(super) fn check(
+        &mut self,
+        once: &OnceRef<'_>,
+        write: &WriteRef<'_>,
+        falls: Falls<'_>,
+    ) -> Verdict {
         let floor = self.clients.get(once.client()).map(|client| client.floor);
         if floor.is_none() && !self.admit(once.client()) {
             return Verdict::Answered(Written::TooManyClients);
@@ -241,14 +256,14 @@ impl Dedupe {
     /// its condition failed.
     pub(super) fn record(
         &mut self,
-        once: &Once,
-        write: &Write,
+        once: &OnceRef<'_>,
+        write: &WriteRef<'_>,
         written: &Written,
         falls: Falls<'_>,
     ) {
         let position = self.next_position;
         self.next_position += 1;
-        let (key, kind, at_ms) = (write.key.as_ref().into(), Kind::of(write), self.log_time_ms);
+        let (key, kind, at_ms) = (write.key.into(), Kind::of(write), self.log_time_ms);
         let answer = Answer { key, kind, written: written.clone(), at_ms, position };
         self.insert(once.client(), once.seq(), answer);
         self.forget_surplus(falls);
@@ -267,8 +282,9 @@ impl Dedupe {
         self.clients.values().flat_map(|client| client.answers.iter().map(|(_, a)| &*a.key))
     }
 
-    fn insert(&mut self, name: &ClientName, seq: u64, answer: Answer) {
-        let client = self.clients.get_mut(name).expect("answers are for clients that were checked");
+    fn insert(&mut self, name: &str, seq: u64, answer: Answer) {
+        let (name, client) =
+            entry(&mut self.clients, name).expect("answers are for clients that were checked");
         self.key_bytes += answer.key.len();
         self.live += 1;
         let Answer { position, at_ms, .. } = answer;
@@ -278,7 +294,7 @@ impl Dedupe {
     }
 
     /// Makes room for a new client and takes it in; false when there is none.
-    fn admit(&mut self, name: &ClientName) -> bool {
+    fn admit(&mut self, name: &str) -> bool {
         // Handovers bring clients beyond the bound: two go for each that comes, until they are gone.
         if self.is_full() {
             if !self.forget_idle_client() {
@@ -288,6 +304,7 @@ impl Dedupe {
                 self.forget_idle_client();
             }
         }
+        let name: ClientName = name.parse().expect("a write names its client by a name");
         self.add(name, self.log_time_ms);
         true
     }
@@ -297,9 +314,9 @@ impl Dedupe {
     }
 
     /// A new client that wrote last then.
-    fn add(&mut self, name: &ClientName, last_ms: u64) {
+    fn add(&mut self, name: ClientName, last_ms: u64) {
         self.clients.insert(name.clone(), Client { last_ms, ..Client::default() });
-        self.idle.insert((last_ms, name.clone()));
+        self.idle.insert((last_ms, name));
     }
 
     /// Forgets the client that has not written for the longest time, if it is long enough.
@@ -330,7 +347,7 @@ impl Dedupe {
     /// nothing, if it has fallen.
     fn forget(&mut self, placed: &Placed, falls: Falls<'_>) {
         if self.is_live(placed) {
-            self.raise_floor(&placed.client, placed.seq + 1, falls);
+            self.raise_floor(placed.client.as_str(), placed.seq + 1, falls);
         }
     }
 
@@ -350,8 +367,9 @@ impl Dedupe {
         }
     }
 
-    fn raise_floor(&mut self, name: &ClientName, floor: u64, falls: Falls<'_>) {
-        let client = self.clients.get_mut(name).expect("floors are those of known clients");
+    fn raise_floor(&mut self, name: &str, floor: u64, falls: Falls<'_>) {
+        let (name, client) =
+            entry(&mut self.clients, name).expect("floors are those of known clients");
         if floor <= client.floor {
             return;
         }

@@ -19,7 +19,8 @@ use crate::handoff::LOG_CHANGES_MAX;
 use crate::handoff::{
     Clean, Done, Facts, Handoff, Import, Prepared, Receipt, Refused, Sending, Step, Tag, Tally,
 };
-use crate::types::{ClusterId, Revision, Write, Written};
+use crate::types::{ClusterId, Revision, Written};
+use crate::writes::WriteRef;
 
 use super::dedupe::{answer_hash, answered_key, place};
 use super::engine::to_io;
@@ -34,8 +35,8 @@ const COUNTED_ROWS_MAX: usize = 20_000;
 
 impl<'a> Round<'a> {
     /// A write to a key that is being copied to another cluster.
-    pub(super) fn write_moving(&mut self, write: &'a Write) -> io::Result<Written> {
-        let key = &write.key;
+    pub(super) fn write_moving(&mut self, write: &WriteRef<'a>) -> io::Result<Written> {
+        let key = write.key;
         let before = self.live_row(key)?;
         let (written, recorded) = self.write_once(write)?;
         let after = self.live_row(key)?;

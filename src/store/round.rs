@@ -20,9 +20,9 @@ use rocksdb::{Direction, IteratorMode};
 use crate::handoff::{Ownership, Position, RingState, Sending};
 use crate::ring::{Ring, RingTable};
 use crate::types::{
-    Action, Applied, ClusterId, Command, Condition, Entry, Revision, RingRefusal, StoredMembership,
-    Write, Written,
+    Applied, ClusterId, Command, Condition, Entry, Revision, RingRefusal, StoredMembership, Written,
 };
+use crate::writes::{ActionRef, WriteRef};
 
 use super::dedupe::{Fall, Verdict};
 use super::engine::to_io;
@@ -71,11 +71,11 @@ impl<'a> Round<'a> {
                 self.membership = Some(stored);
                 Applied::Nothing
             }
-            EntryPayload::Normal(Command::Write { at_ms, writes }) => {
+            EntryPayload::Normal(Command::Write(writes)) => {
                 let Machine { dedupe, ring, .. } = &mut *self.machine;
                 self.updates.reserve(writes.len());
-                dedupe.advance(*at_ms, &falls(ring, &self.shared.cluster));
-                let written = writes.iter().map(|write| self.write(write));
+                dedupe.advance(writes.at_ms(), &falls(ring, &self.shared.cluster));
+                let written = writes.iter().map(|write| self.write(&write));
                 Applied::Written(written.collect::<io::Result<_>>()?)
             }
             EntryPayload::Normal(Command::InstallRing(ring)) => {
@@ -96,21 +96,21 @@ impl<'a> Round<'a> {
         Ok(answer)
     }
 
-    fn write(&mut self, write: &'a Write) -> io::Result<Written> {
+    fn write(&mut self, write: &WriteRef<'a>) -> io::Result<Written> {
         let ring = &mut self.machine.ring;
-        match ring.ownership(&self.shared.cluster, &write.key) {
+        match ring.ownership(&self.shared.cluster, write.key) {
             Ownership::Here => {}
             Ownership::Frozen(_) => return Ok(Written::Frozen),
             Ownership::Elsewhere(_) => return Ok(Written::WrongCluster { epoch: ring.epoch() }),
         }
-        if ring.is_logging() && ring.sending(&self.shared.cluster, &write.key).is_some() {
+        if ring.is_logging() && ring.sending(&self.shared.cluster, write.key).is_some() {
             return self.write_moving(write);
         }
         Ok(self.write_once(write)?.0)
     }
 
     /// Carries a write out, unless it was before. Also says whether its answer was recorded now.
-    pub(super) fn write_once(&mut self, write: &'a Write) -> io::Result<(Written, bool)> {
+    pub(super) fn write_once(&mut self, write: &WriteRef<'a>) -> io::Result<(Written, bool)> {
         let Some(once) = &write.once else { return Ok((self.carry_out(write)?, false)) };
         let Machine { dedupe, ring, .. } = &mut *self.machine;
         let verdict = dedupe.check(once, write, &falls(ring, &self.shared.cluster));
@@ -125,28 +125,28 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn carry_out(&mut self, write: &'a Write) -> io::Result<Written> {
-        let Write { key, action, condition, .. } = write;
-        if *condition != Condition::Always {
+    fn carry_out(&mut self, write: &WriteRef<'a>) -> io::Result<Written> {
+        let WriteRef { key, action, condition, .. } = *write;
+        if condition != Condition::Always {
             let current = self.current(key)?;
             let holds = match condition {
                 Condition::Always => true,
                 Condition::Absent => current.is_none(),
-                Condition::Revision(wanted) => current == Some(*wanted),
+                Condition::Revision(wanted) => current == Some(wanted),
             };
             if !holds {
                 return Ok(Written::ConditionFailed { current });
             }
         }
         match action {
-            Action::Put(value) => {
+            ActionRef::Put(value) => {
                 self.progress.revision += 1;
                 let revision = self.progress.revision;
                 self.replaces_dead_row(key)?;
                 self.updates.insert(key, Update::put(revision, value));
                 Ok(Written::Put { revision })
             }
-            Action::Delete => {
+            ActionRef::Delete => {
                 let deleted = self.current(key)?.is_some();
                 if deleted {
                     self.progress.revision += 1;
@@ -158,8 +158,8 @@ impl<'a> Round<'a> {
     }
 
     /// The revision of a key's record as of this point of the round.
-    fn current(&self, key: &Bytes) -> io::Result<Option<Revision>> {
-        if let Some(Update::Put { revision, .. }) = self.updates.get(&key[..]) {
+    fn current(&self, key: &[u8]) -> io::Result<Option<Revision>> {
+        if let Some(Update::Put { revision, .. }) = self.updates.get(key) {
             return Ok(Some(*revision));
         }
         let row = self.live_row(key)?;

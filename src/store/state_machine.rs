@@ -18,7 +18,7 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use rocksdb::WriteBatch;
 
-use crate::types::{Command, LogId, SnapshotMeta, StoredMembership, TypeConfig, Write};
+use crate::types::{Command, LogId, SnapshotMeta, StoredMembership, TypeConfig};
 
 use super::StoreOptions;
 use super::engine::{CF_DATA_PREFIX, CF_META, Db, Engine, to_io};
@@ -208,9 +208,9 @@ async fn gather(
     {
         changes += 1;
         match &entry.payload {
-            EntryPayload::Normal(Command::Write { writes, .. }) => {
+            EntryPayload::Normal(Command::Write(writes)) => {
                 changes += writes.len();
-                bytes += writes.iter().map(Write::bytes).sum::<usize>();
+                bytes += writes.bytes();
             }
             EntryPayload::Normal(Command::Import(import)) => {
                 changes += import.page.records.len();

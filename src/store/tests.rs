@@ -23,6 +23,7 @@ use super::*;
 use crate::config::Config;
 use crate::ring::{Ring, RingCluster, RingNode};
 use crate::types::*;
+use crate::writes::{WriteRef, Writes};
 
 fn options(dir: &Path) -> StoreOptions {
     let config = Config::default();
@@ -50,7 +51,7 @@ fn put_entry(index: u64, key: &str, value: &str) -> Entry {
 }
 
 fn write_entry(index: u64, write: Write) -> Entry {
-    command_entry(index, Command::Write { at_ms: index, writes: [write].into() })
+    command_entry(index, Command::Write(Writes::new(index, &[write])))
 }
 
 fn command_entry(index: u64, command: Command) -> Entry {

@@ -36,6 +36,7 @@ use crate::store::{Store, StoreOptions};
 use crate::types::{
     Command, Condition, LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote, Write,
 };
+use crate::writes::Writes;
 
 struct TestNode {
     id: NodeId,
@@ -127,8 +128,8 @@ async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
 
 fn put(n: u64, bytes: usize) -> Command {
     let value = Bytes::from(vec![n as u8; bytes]);
-    let writes = [Write::put(n.to_string().into(), value, Condition::Always)].into();
-    Command::Write { at_ms: 0, writes }
+    let writes = [Write::put(n.to_string().into(), value, Condition::Always)];
+    Command::Write(Writes::new(0, &writes))
 }
 
 /// All but the leader, once they follow it.

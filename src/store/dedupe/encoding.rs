@@ -58,7 +58,7 @@ impl Dedupe {
         for (name, client) in &self.clients {
             chunks.item(|out| {
                 out.put_u8(ITEM_CLIENT);
-                put_client_name(name, out);
+                put_client_name(name.as_str(), out);
                 out.put_u64(client.floor);
                 out.put_u64(client.last_ms);
             });

@@ -27,7 +27,7 @@ pub(in crate::store) struct Fallen {
 
 impl Fallen {
     pub(super) fn of(name: &ClientName, seq: u64, answer: &Answer) -> Self {
-        let place = place(name, seq);
+        let place = place(name.as_str(), seq);
         let hash = hash(&place, &travelling(answer));
         Self { key: Bytes::copy_from_slice(&answer.key), place, hash }
     }
@@ -71,7 +71,7 @@ impl Dedupe {
         let mut tally = Tally::default();
         for (name, client) in &self.clients {
             for (seq, answer) in client.answers.iter().filter(|(_, answer)| moves(&answer.key)) {
-                tally.add_answer(hash(&place(name, seq), &travelling(answer)));
+                tally.add_answer(hash(&place(name.as_str(), seq), &travelling(answer)));
             }
         }
         tally
@@ -127,7 +127,7 @@ impl Dedupe {
                 _ => 0,
             };
             for (seq, answer) in client.answers.from(first) {
-                let place = place(name, seq);
+                let place = place(name.as_str(), seq);
                 looks += 1;
                 if moves(&answer.key) {
                     let stored = travelling(answer);
@@ -172,7 +172,7 @@ impl Dedupe {
         for (name, floor) in &frozen.floors {
             let Ok(name) = name.parse::<ClientName>() else { continue };
             self.take_in(&name);
-            self.raise_floor(&name, *floor, falls);
+            self.raise_floor(name.as_str(), *floor, falls);
         }
         for (name, floor) in &frozen.idle_floors {
             let Ok(name) = name.parse::<ClientName>() else { continue };
@@ -180,9 +180,9 @@ impl Dedupe {
                 if self.is_full() {
                     continue;
                 }
-                self.add(&name, self.log_time_ms.saturating_sub(CLIENT_IDLE_MIN_MS));
+                self.add(name.clone(), self.log_time_ms.saturating_sub(CLIENT_IDLE_MIN_MS));
             }
-            self.raise_floor(&name, *floor, falls);
+            self.raise_floor(name.as_str(), *floor, falls);
         }
         for (place, stored) in answers {
             let Some((name, seq)) = parse_place(&place) else { continue };
@@ -194,7 +194,7 @@ impl Dedupe {
             }
             let (at_ms, position) = (self.log_time_ms, self.next_position);
             self.next_position += 1;
-            self.insert(&name, seq, Answer { key, kind, written, at_ms, position });
+            self.insert(name.as_str(), seq, Answer { key, kind, written, at_ms, position });
         }
         self.forget_surplus(falls);
         self.tidy();
@@ -206,7 +206,7 @@ impl Dedupe {
             client.last_ms = now;
             return;
         }
-        self.add(name, now);
+        self.add(name.clone(), now);
     }
 }
 
@@ -229,9 +229,9 @@ pub(in crate::store) fn key_of(stored: &Bytes) -> Option<Box<[u8]>> {
 }
 
 /// Where the answer to a client's write lies.
-pub(in crate::store) fn place(name: &ClientName, seq: u64) -> Bytes {
-    let mut place = Vec::with_capacity(name.as_str().len() + 9);
-    place.put_slice(name.as_str().as_bytes());
+pub(in crate::store) fn place(name: &str, seq: u64) -> Bytes {
+    let mut place = Vec::with_capacity(name.len() + 9);
+    place.put_slice(name.as_bytes());
     place.put_u8(0);
     place.put_u64(seq);
     place.into()

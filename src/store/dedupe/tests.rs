@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use super::encoding::CHUNK_BYTES;
 use super::*;
 use crate::handoff::{Frozen, Tally};
-use crate::once::ClientFloor;
-use crate::types::Condition;
+use crate::once::{ClientFloor, Once};
+use crate::types::{Action, Condition, Write};
 
 fn once(client: &str, seq: u64, floor: u64) -> Once {
     Once::new(ClientFloor { client: client.parse().unwrap(), floor }, seq).unwrap()
@@ -33,10 +33,11 @@ fn gone(_: &[u8]) -> Fall {
 
 /// Carries a write out if it is new, and answers it.
 fn run(table: &mut Dedupe, once: &Once, write: &Write, answer: Written) -> Written {
-    match table.check(once, write, &gone) {
+    let (once, write) = (OnceRef::from(once), WriteRef::from(write));
+    match table.check(&once, &write, &gone) {
         Verdict::Answered(written) => written,
         Verdict::New => {
-            table.record(once, write, &answer, &gone);
+            table.record(&once, &write, &answer, &gone);
             answer
         }
     }
@@ -239,14 +240,15 @@ fn what_falls_on_its_way_is_told_or_pinned() {
     for (seq, key) in [(1, "told"), (2, "pinned"), (3, "gone"), (4, "told")] {
         run(&mut table, &once("a", seq, 0), &put(key), wrote(seq));
     }
-    let place = |seq| place(&"a".parse().unwrap(), seq);
+    let place = |seq| place("a", seq);
     let hash = answer_hash(&place(1), &table.at(&place(1)).unwrap());
     let falls = |key: &[u8]| match key {
         b"told" => Fall::Told,
         b"pinned" => Fall::Pinned,
         _ => Fall::Gone,
     };
-    let verdict = table.check(&once("a", 5, 4), &put("gone"), &falls);
+    let (told_floor, write) = (once("a", 5, 4), put("gone"));
+    let verdict = table.check(&(&told_floor).into(), &(&write).into(), &falls);
     assert_eq!(verdict, Verdict::New);
     assert_eq!(table.take_fallen(), [Fallen { key: "told".into(), place: place(1), hash }]);
     assert_eq!(table.take_fallen(), []);

@@ -70,7 +70,7 @@ impl Site {
     }
 
     fn write(&mut self, write: Write) -> Written {
-        match self.run(Command::Write { at_ms: self.index, writes: [write].into() }) {
+        match self.run(Command::Write(Writes::new(self.index, &[write]))) {
             Applied::Written(mut written) => written.remove(0),
             other => panic!("{other:?}"),
         }
@@ -406,8 +406,8 @@ fn a_new_leader_counts_on_from_memory() {
     for part in 0..MANY / 1000 {
         let keys = (part * 1000..(part + 1) * 1000).map(|n| format!("key{n:06}"));
         let put = |key: String| Write::put(key.into(), Bytes::new(), Condition::Always);
-        let writes = keys.map(put).collect();
-        both(&mut leader, &mut follower, Command::Write { at_ms: 1, writes });
+        let writes: Vec<_> = keys.map(put).collect();
+        both(&mut leader, &mut follower, Command::Write(Writes::new(1, &writes)));
     }
     let plan = pairs(&old, &new);
     let begin = Step::Begin { ring: Box::new(old), next: Box::new(new), plan };
@@ -456,8 +456,8 @@ fn what_is_staged_meanwhile_is_not_counted() {
     both(&mut leader, &mut follower, Command::InstallRing(Box::new(old.clone())));
     let own = keys().filter(|key| owners(key)[0] == "c1").take(100);
     let put = |key: String| Write::put(key.into(), Bytes::new(), Condition::Always);
-    let writes = own.map(put).collect();
-    both(&mut leader, &mut follower, Command::Write { at_ms: 1, writes });
+    let writes: Vec<_> = own.map(put).collect();
+    both(&mut leader, &mut follower, Command::Write(Writes::new(1, &writes)));
     both_step(&mut leader, &mut follower, Step::Settle { epoch: 1 }).unwrap();
     let plan = pairs(&old, &new);
     let begin = Step::Begin { ring: Box::new(old), next: Box::new(new), plan };

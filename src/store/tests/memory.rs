@@ -56,7 +56,7 @@ async fn later_writes_of_an_entry_see_earlier_ones() {
             put("c", Condition::Revision(before + 1)),
             put("d", Condition::Revision(before + 1)),
         ];
-        let entry = command_entry(index, Command::Write { at_ms: index, writes: writes.into() });
+        let entry = command_entry(index, Command::Write(Writes::new(index, &writes)));
         apply(&mut machine, vec![entry]).await;
         assert_eq!(store.reader().revision(), before + 2, "two of four took place");
         assert_eq!(value(&store, &format!("k{index}")), Some("c".repeat(bytes)));

@@ -19,7 +19,8 @@ fn put_once(key: &str, seq: u64) -> Write {
 fn remembered(store: &Store, write: &Write) -> Option<Written> {
     let reader = store.reader();
     let mut machine = reader.shared.machine();
-    match machine.dedupe.check(write.once.as_ref().unwrap(), write, &|_| Fall::Gone) {
+    let write = WriteRef::from(write);
+    match machine.dedupe.check(&write.once.unwrap(), &write, &|_| Fall::Gone) {
         Verdict::New => None,
         Verdict::Answered(written) => Some(written),
     }
@@ -111,8 +112,8 @@ fn many(first: u64, floor: u64) -> Entry {
         let write = Write::put(format!("key-{seq}").into(), "v".into(), Condition::Always);
         write.once(once("many", seq, floor))
     };
-    let writes = (first..first + 1000).map(write).collect();
-    command_entry(first, Command::Write { at_ms: first, writes })
+    let writes: Vec<_> = (first..first + 1000).map(write).collect();
+    command_entry(first, Command::Write(Writes::new(first, &writes)))
 }
 
 /// A follower that the log no longer reaches gets what is remembered with the data, and forgets what
@@ -198,7 +199,7 @@ async fn half_a_round_never_reaches_the_disk() {
     store.engine.write(batch).unwrap();
     let lost = put_once("k", 1);
     let writes = [lost.clone(), Write::put("bad".into(), "v".into(), Condition::Revision(1))];
-    let entry = command_entry(1, Command::Write { at_ms: 1, writes: writes.into() });
+    let entry = command_entry(1, Command::Write(Writes::new(1, &writes)));
     assert!(machine.apply(stream::iter([Ok((entry, None))])).await.is_err());
     drop(machine);
     assert!(store.close().is_err());
@@ -226,7 +227,7 @@ async fn ownership_comes_before_what_is_remembered() {
     let install = || Command::InstallRing(Box::new(two_clusters()));
     apply(&mut machine, vec![command_entry(2, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 0, "a repeat would be carried out elsewhere");
-    let later = Command::Write { at_ms: 60 * 60 * 1000, writes: [].into() };
+    let later = Command::Write(Writes::new(60 * 60 * 1000, &[]));
     apply(&mut machine, vec![command_entry(3, later), command_entry(4, install())]).await;
     assert_eq!(store.reader().ring().ring().epoch, 1);
     let refused = put_once(&foreign, 2);

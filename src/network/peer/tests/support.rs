@@ -29,6 +29,7 @@ use crate::network::raft::PeerServer;
 use crate::store::formation::Formation;
 use crate::store::snapshot::StagingPosition;
 use crate::types::{ClusterId, Command, Condition, Entry, LeaderId, LogId, NodeId, Vote, Write};
+use crate::writes::Writes;
 
 /// What all nodes of these tests belong to.
 pub(super) const FORMATION: u64 = 5;
@@ -61,7 +62,7 @@ pub(super) fn append(first: u64, count: u64, value_bytes: usize) -> AppendReques
     let entry = |index| {
         let value = Bytes::from(vec![7; value_bytes]);
         let put = Write::put("k".into(), value, Condition::Always);
-        let command = Command::Write { at_ms: 0, writes: [put].into() };
+        let command = Command::Write(Writes::new(0, &[put]));
         Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
     };
     AppendRequest {

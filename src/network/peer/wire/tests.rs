@@ -13,6 +13,7 @@ use crate::store::snapshot::StagingPosition;
 use crate::types::{
     Command, Condition, Entry, LeaderId, SnapshotMeta, StoredMembership, Vote, Write,
 };
+use crate::writes::Writes;
 
 fn any_leader() -> impl Strategy<Value = LeaderId> {
     (0u64..4, 0u64..4).prop_map(|(term, node_id)| LeaderId { term, node_id })
@@ -36,7 +37,7 @@ fn any_append() -> impl Strategy<Value = AppendRequest> {
             let entry = |(index, value): (u64, Vec<u8>)| {
                 let value = Bytes::from(value);
                 let put = Write::put("k".into(), value, Condition::Always);
-                let command = Command::Write { at_ms: 0, writes: [put].into() };
+                let command = Command::Write(Writes::new(0, &[put]));
                 Entry { log_id: log_id(index), payload: EntryPayload::Normal(command) }
             };
             AppendRequest {
