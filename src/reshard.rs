@@ -9,6 +9,7 @@
 //! scene      what the clusters say -> where the change stands                pure
 //! driver     where it stands -> the next steps                               pure
 //! progress   where it stands -> what people want to know                     pure
+//! clusters   how they are asked                                              over HTTP
 //! run        looks, decides, proposes, again and again                       over HTTP
 //! service    in every node: a source's or a sequencer's leader runs the driver
 //! request    what `admin` does: checks, begins a change, watches it
@@ -23,6 +24,7 @@
 //! What a driver does not do is copy, count or delete keys: each cluster's leader does that by itself,
 //! and the driver waits for it.
 
+mod clusters;
 mod driver;
 mod plan;
 mod progress;
@@ -36,6 +38,7 @@ mod simulation;
 #[cfg(test)]
 mod testing;
 
+pub use clusters::{Clusters, HttpClusters};
 pub use driver::{Action, Goal, Hints, next_actions};
 pub use plan::{Basis, Holdings, Plan, PlannedHandoff, estimate};
 pub use progress::{HandoffProgress, Phase, Progress};
@@ -43,5 +46,5 @@ pub use request::{
     Change, ChangeError, Outlook, Survey, abort, begin, follow, holdings, outlook, survey,
 };
 pub use rings::{Request, RequestError, next_ring, reverted};
-pub use run::{Clusters, Drive, DriveError, HttpClusters, Role};
+pub use run::{Drive, DriveError, Role};
 pub use scene::{Scene, Stage, Transition, Views};

@@ -22,11 +22,12 @@ use crate::network::error::Outcome;
 use crate::ring::{Ring, RingCluster, RingError, RingNode};
 use crate::types::{ClusterId, Epoch};
 
+use super::clusters::{Clusters, HttpClusters};
 use super::driver::{Goal, is_decided};
 use super::plan::{Holdings, Plan};
 use super::progress::Progress;
 use super::rings::{Request, RequestError, check_weight, next_ring};
-use super::run::{Clusters, Drive, DriveError, HttpClusters, Role};
+use super::run::{Drive, DriveError, Role};
 use super::scene::{Scene, Views};
 
 use survey::SURVEY_TIMEOUT;

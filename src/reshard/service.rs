@@ -21,8 +21,9 @@ use crate::ring::RingCluster;
 use crate::store::StateReader;
 use crate::types::ClusterId;
 
+use super::clusters::HttpClusters;
 use super::driver::Goal;
-use super::run::{Drive, HttpClusters, Role};
+use super::run::{Drive, Role};
 use super::scene::{Views, mentioned};
 
 /// Between two looks at this node's own state: what a killed driver adds to the length of a change.

@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 
 use crate::metrics::Sizes;
 use crate::raft_node::RaftNode;
-use crate::reshard::run::{Clusters, HttpClusters};
+use crate::reshard::clusters::{Clusters, HttpClusters};
 use crate::reshard::scene::{Views, mentioned};
 use crate::ring::RingCluster;
 use crate::types::ClusterId;
