@@ -94,7 +94,7 @@ pub enum ManagerError {
     },
     /// A member of a formed cluster has no data any more.
     #[error(
-        "{path} is missing or empty, but its node is a member of a cluster that was formed: a node that lost its data must not vote again. Put the directory back (is its volume mounted?), or start over with another `data_dir`; nothing was changed"
+        "{path} is missing, but its node is a member of a cluster that was formed: a node that lost its data must not vote again. Put the directory back, or start over with another `data_dir`; nothing was changed"
     )]
     NodeDirMissing {
         /// The directory.
@@ -118,6 +118,16 @@ pub enum ManagerError {
         /// The cluster.
         cluster: ClusterId,
         /// The member.
+        node: NodeId,
+    },
+    /// A voter has no data any more.
+    #[error(
+        "node {node} of {cluster} votes there, and has lost its data: it must not vote again. Put its directory back (is its volume mounted?). Or replace it: start the cluster's nodes by `raft-kv`, remove this one with POST /cluster/change-membership, stop them, and start all again"
+    )]
+    LostData {
+        /// The cluster.
+        cluster: ClusterId,
+        /// The node.
         node: NodeId,
     },
     /// Something did not happen in time.

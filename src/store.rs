@@ -292,7 +292,7 @@ fn io_error(path: &Path, source: io::Error) -> OpenError {
 }
 
 /// Whether the directory is absent, empty, or was only just begun: the marker is not there yet.
-pub(crate) fn is_fresh(dir: &Path) -> Result<bool, OpenError> {
+fn is_fresh(dir: &Path) -> Result<bool, OpenError> {
     match std::fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(error) => Err(io_error(dir, error)),

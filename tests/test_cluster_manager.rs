@@ -8,6 +8,7 @@ use std::path::Path;
 use distrib_kv_store::cluster_manager::{ClusterManager, ManagerError, read_nodes_file, status_of};
 use distrib_kv_store::config::Config;
 use distrib_kv_store::kvclient::KVClient;
+use distrib_kv_store::raft_node::RaftNode;
 
 /// Small memory bounds: every node of a test has its own RocksDB.
 fn config(dir: &Path, clusters: u32, nodes: u32) -> Config {
@@ -104,5 +105,38 @@ async fn a_start_that_was_called_off_is_completed_by_the_next() {
     assert!(matches!(stopped, Err(ManagerError::Interrupted)));
     let manager = ClusterManager::start_on_free_ports(config).await.unwrap();
     assert_eq!(manager.ring().epoch, 1);
+    manager.shutdown().await.unwrap();
+}
+
+/// A voter whose directory is empty, as when a volume is not mounted, is named and not waited for; one that was taken
+/// out of the membership before is taken in again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_voter_that_lost_its_data_ends_the_start_and_one_that_was_removed_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), 1, 3);
+    let start = || ClusterManager::start_on_free_ports(config.clone());
+    let manager = start().await.unwrap();
+    let nodes = manager.nodes()[0].clone();
+    KVClient::new(&config.nodes_file).await.unwrap().write("k", "v").await.unwrap();
+    manager.shutdown().await.unwrap();
+
+    let (data, kept) = (dir.path().join("data/c1-n3"), dir.path().join("kept"));
+    std::fs::rename(&data, &kept).unwrap();
+    std::fs::create_dir(&data).unwrap();
+    let refused = start().await.err().unwrap();
+    assert!(matches!(refused, ManagerError::LostData { node: 3, .. }), "{refused}");
+
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::rename(&kept, &data).unwrap();
+    let manager = start().await.unwrap();
+    RaftNode::new(nodes.clone()).change_membership(&[1, 2]).await.unwrap();
+    manager.shutdown().await.unwrap();
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::create_dir(&data).unwrap();
+    let manager = start().await.unwrap();
+    let status = status_of(&manager.nodes()).await;
+    assert!(status[0].nodes.iter().all(|n| n.metrics.as_ref().unwrap().voters == [1, 2, 3]));
+    let third = RaftNode::new(vec![nodes[2].clone()]);
+    assert_eq!(third.read("k").await.unwrap().unwrap(), "v");
     manager.shutdown().await.unwrap();
 }

@@ -46,6 +46,8 @@ enum Step {
     Done,
     /// The cluster has a member that the layout does not know.
     Stranger(NodeId),
+    /// This node has nothing, and the cluster counts on it.
+    LostData(NodeId),
 }
 
 impl fmt::Display for Step {
@@ -58,6 +60,7 @@ impl fmt::Display for Step {
             Self::Wait(what) => f.write_str(what),
             Self::Done => f.write_str("nothing"),
             Self::Stranger(id) => write!(f, "member {id} to be one of the layout"),
+            Self::LostData(id) => write!(f, "node {id} to have what it had"),
         }
     }
 }
@@ -90,12 +93,24 @@ fn next_step(ids: &[NodeId], seen: &[Option<NodeMetrics>], membership: Membershi
     if let Some(id) = ids.iter().find(|id| !members(leader).any(|member| member == **id)) {
         return Step::AddLearner(*id);
     }
+    // Before the membership was confirmed once, a voter may not have heard of it yet.
+    if membership == Membership::Confirmed
+        && let Some(lost) = lost_voter(seen, leader)
+    {
+        return Step::LostData(lost);
+    }
     let all_vote = ids.iter().all(|id| leader.voters.contains(id));
     if all_vote && membership == Membership::Confirmed {
         Step::Done
     } else {
         Step::ChangeMembership
     }
+}
+
+/// A node that says it is blank, where the leader knows it as a voter.
+fn lost_voter(seen: &[Option<NodeMetrics>], leader: &NodeMetrics) -> Option<NodeId> {
+    let blank = seen.iter().flatten().filter(|node| node.state == NodeState::Uninitialized);
+    blank.map(|node| node.id).find(|id| leader.voters.contains(id))
 }
 
 fn members(node: &NodeMetrics) -> impl Iterator<Item = NodeId> {
@@ -128,6 +143,9 @@ pub(super) async fn form(
             Step::Stranger(node) => {
                 return Err(ManagerError::Stranger { cluster: cluster.id.clone(), node });
             }
+            Step::LostData(node) => {
+                return Err(ManagerError::LostData { cluster: cluster.id.clone(), node });
+            }
             Step::Wait(_) => silent,
             _ => perform(&step, cluster, &ids).await.err(),
         };
@@ -156,7 +174,7 @@ async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result
             raft.add_learner(node.id, &node.http, &node.rpc).await
         }
         Step::ChangeMembership => raft.change_membership(ids).await,
-        Step::Wait(_) | Step::Done | Step::Stranger(_) => return Ok(()),
+        Step::Wait(_) | Step::Done | Step::Stranger(_) | Step::LostData(_) => return Ok(()),
     };
     done.map_err(|error| error.to_string())
 }
@@ -234,6 +252,17 @@ mod tests {
         assert_eq!(next_step(&IDS, &electing, Confirmed), Step::Wait("a leader"));
         let led = [followers(1), node(2, NodeState::Leader, &IDS, &[]), None];
         assert_eq!(next_step(&IDS, &led, Confirmed), Step::Done);
+    }
+
+    /// One that was removed, and comes back with nothing, is taken in again.
+    #[test]
+    fn a_voter_that_is_blank_has_lost_its_data() {
+        let seen = [node(1, NodeState::Leader, &IDS, &[]), None, fresh(3)];
+        assert_eq!(next_step(&IDS, &seen, Confirmed), Step::LostData(3));
+        assert_eq!(next_step(&IDS, &seen, Unconfirmed), Step::ChangeMembership);
+        assert_eq!(next_step(&IDS, &led_by_1(&[1, 2], &[]), Confirmed), Step::LostData(2));
+        let seen = [node(1, NodeState::Leader, &[1, 2], &[]), None, fresh(3)];
+        assert_eq!(next_step(&IDS, &seen, Confirmed), Step::AddLearner(3));
     }
 
     #[test]

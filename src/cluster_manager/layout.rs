@@ -6,7 +6,7 @@
 //! formed, and every later start compares. A difference is refused before a node is started, with
 //! nothing changed.
 //!
-//! A directory that is missing or empty although the clusters were formed is refused too: a member that lost
+//! A directory that is missing although the clusters were formed is refused too: a member that lost
 //! its vote and its log must not take part again under its old id, or two leaders of one term become
 //! possible and acknowledged writes are lost.
 
@@ -20,7 +20,6 @@ use super::files;
 use super::forming::Membership;
 use crate::config::{Config, PORTS_PER_CLUSTER};
 use crate::ring::RingNode;
-use crate::store::is_fresh;
 use crate::types::ClusterId;
 
 /// The name of the layout's file in the data directory.
@@ -112,9 +111,7 @@ impl Layout {
         }
         for (cluster, node) in recorded.nodes() {
             let path = node_dir(data_dir, &cluster.id, node);
-            // A first start that was cut off leaves empty directories, later only a loss does. What cannot be
-            // read fails at the node's own start, which says why.
-            if !path.is_dir() || (recorded.formed && is_fresh(&path).unwrap_or(false)) {
+            if !path.is_dir() {
                 return Err(ManagerError::NodeDirMissing { path });
             }
         }
@@ -293,24 +290,6 @@ mod tests {
         std::fs::remove_dir(dir.path().join("c1-n2")).unwrap();
         let refused =
             Layout::wanted(&config(1, 3), Ports::Configured).settle(dir.path(), Ports::Configured);
-        let Err(ManagerError::NodeDirMissing { path }) = refused else { panic!("{refused:?}") };
-        assert!(path.ends_with("c1-n2"));
-    }
-
-    /// As when the volume that belongs there is not mounted.
-    #[test]
-    fn an_empty_directory_is_one_that_lost_its_data_once_the_clusters_were_formed() {
-        let dir = tempfile::tempdir().unwrap();
-        let settle = || {
-            Layout::wanted(&config(1, 3), Ports::Configured).settle(dir.path(), Ports::Configured)
-        };
-        let layout = formed(dir.path(), &config(1, 3));
-        assert_eq!(settle().unwrap(), layout);
-        for node in ["c1-n1", "c1-n3"] {
-            std::fs::write(dir.path().join(node).join("marker"), "").unwrap();
-        }
-        layout.formed().record(dir.path()).unwrap();
-        let refused = settle();
         let Err(ManagerError::NodeDirMissing { path }) = refused else { panic!("{refused:?}") };
         assert!(path.ends_with("c1-n2"));
     }
