@@ -2,8 +2,8 @@
 //!
 //! Written by hand and not with serde, for three reasons: what is on a disk must stay readable by
 //! later versions, so the layout is part of the contract and drawn here; a decoder of foreign bytes
-//! must not trust a length; and a value must not be copied on its way from the socket to the store.
-//! What an entry writes is encoded once for all who store or send it ([`crate::writes`]).
+//! must not trust a length; and decoding must not copy a value. What an entry writes is encoded once for all who
+//! store or send it ([`crate::writes`]).
 //!
 //! ```text
 //! record     = version:u8 (2), body          each record that stands alone starts with its version

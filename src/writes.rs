@@ -243,7 +243,7 @@ fn invalid(error: InvalidOnce) -> DecodeError {
 }
 
 /// How long [`Writes::new`] makes them.
-fn encoded_bytes(writes: &[Write]) -> usize {
+pub(crate) fn encoded_bytes(writes: &[Write]) -> usize {
     let mut last: Option<OnceRef<'_>> = None;
     let mut total = HEAD_BYTES;
     for write in writes.iter().map(WriteRef::from) {

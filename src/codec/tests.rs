@@ -7,7 +7,7 @@ use super::*;
 use crate::once::{ClientFloor, Once};
 use crate::ring::{Ring, RingCluster, RingNode};
 use crate::types::{Action, Condition, Write};
-use crate::writes::{ActionRef, WriteRef};
+use crate::writes::{ActionRef, WriteRef, encoded_bytes};
 
 fn any_log_id() -> impl Strategy<Value = LogId> {
     (any::<u64>(), any::<u64>(), any::<u64>())
@@ -96,13 +96,63 @@ fn encoded(entry: &Entry) -> Bytes {
     Bytes::from(out)
 }
 
+/// What was read, encoded anew: decoding keeps the bytes, so that they are their own encoding says nothing.
+fn afresh(writes: &Writes) -> Writes {
+    let owned = |write: WriteRef| {
+        let action = match write.action {
+            ActionRef::Put(value) => Action::Put(Bytes::copy_from_slice(value)),
+            ActionRef::Delete => Action::Delete,
+        };
+        let once = write.once.map(|once| {
+            let client =
+                ClientFloor { client: once.client().parse().unwrap(), floor: once.floor() };
+            Once::new(client, once.seq()).unwrap()
+        });
+        let key = Bytes::copy_from_slice(write.key);
+        Write { key, action, condition: write.condition, once }
+    };
+    let read: Vec<Write> = writes.iter().map(owned).collect();
+    assert_eq!(read.len(), writes.len());
+    assert_eq!(read.iter().map(Write::bytes).sum::<usize>(), writes.bytes());
+    Writes::new(writes.at_ms(), &read)
+}
+
+/// Bytes that are often what they should be where a write begins.
+fn nearly_writes() -> impl Strategy<Value = Vec<u8>> {
+    let byte = prop_oneof![
+        4 => Just(0u8),
+        2 => prop::sample::select(vec![1u8, 2, 0x11, 0x12, 0x21, 0x22]),
+        1 => any::<u8>(),
+    ];
+    (0u8..4, vec(byte, 0..80)).prop_map(|(count, rest)| {
+        let head = [0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, count];
+        head.into_iter().chain(rest).collect()
+    })
+}
+
 proptest! {
+    /// Whatever decodes can be read to its end, and is the only encoding of what was read.
+    #[test]
+    fn foreign_writes_never_panic(
+        bytes in nearly_writes(), writes in vec(any_write(), 0..4), at in any::<usize>(), flip in 1u8..,
+    ) {
+        let mut flipped = Writes::new(1, &writes).encoded().to_vec();
+        let at = at % flipped.len();
+        flipped[at] ^= flip;
+        for bytes in [bytes, flipped] {
+            if let Ok(decoded) = Writes::decode(Bytes::from(bytes)) {
+                prop_assert_eq!(afresh(&decoded), decoded);
+            }
+        }
+    }
+
     /// Encoded once and read in place, they are the writes that they were made of.
     #[test]
     fn writes_come_back(at_ms in any::<u64>(), writes in vec(any_write(), 0..6)) {
         let encoded = Writes::new(at_ms, &writes);
         let decoded = Writes::decode(Bytes::copy_from_slice(encoded.encoded())).unwrap();
         prop_assert_eq!(&decoded, &encoded);
+        prop_assert_eq!(encoded_bytes(&writes), encoded.encoded().len());
         prop_assert_eq!(decoded.at_ms(), at_ms);
         prop_assert_eq!(decoded.len(), writes.len());
         prop_assert_eq!(decoded.bytes(), writes.iter().map(Write::bytes).sum::<usize>());
@@ -150,6 +200,13 @@ proptest! {
         if let Ok(other) = decode_entry(Bytes::from(bytes.clone()))
             && !matches!(other.payload, EntryPayload::Normal(Command::InstallRing(_)))
         {
+            let other = match other.payload {
+                EntryPayload::Normal(Command::Write(writes)) => {
+                    let payload = EntryPayload::Normal(Command::Write(afresh(&writes)));
+                    Entry { payload, ..other }
+                }
+                _ => other,
+            };
             prop_assert_eq!(encoded(&other), bytes);
         }
     }

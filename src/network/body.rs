@@ -165,7 +165,7 @@ impl Drop for Charge {
 #[derive(Debug)]
 pub struct ReadBody {
     /// The bytes, in an allocation of just their size: hyper's pieces are slices of its much larger
-    /// buffer, which a ten-byte value in the log's cache would keep alive.
+    /// buffer, which a body of ten bytes would keep alive, uncounted, until the request is answered.
     pub bytes: Bytes,
     _charge: Charge,
 }

@@ -163,7 +163,7 @@ struct Client {
 }
 
 /// A client with its name as it is shared by all who keep it.
-fn entry<'a>(
+fn known_client<'a>(
     clients: &'a mut BTreeMap<ClientName, Client>,
     name: &str,
 ) -> Option<(&'a ClientName, &'a mut Client)> {
@@ -283,8 +283,8 @@ impl Dedupe {
     }
 
     fn insert(&mut self, name: &str, seq: u64, answer: Answer) {
-        let (name, client) =
-            entry(&mut self.clients, name).expect("answers are for clients that were checked");
+        let (name, client) = known_client(&mut self.clients, name)
+            .expect("answers are for clients that were checked");
         self.key_bytes += answer.key.len();
         self.live += 1;
         let Answer { position, at_ms, .. } = answer;
@@ -369,7 +369,7 @@ impl Dedupe {
 
     fn raise_floor(&mut self, name: &str, floor: u64, falls: Falls<'_>) {
         let (name, client) =
-            entry(&mut self.clients, name).expect("floors are those of known clients");
+            known_client(&mut self.clients, name).expect("floors are those of known clients");
         if floor <= client.floor {
             return;
         }
