@@ -120,9 +120,18 @@ async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
     for id in 1..=3 {
         nodes.push(TestNode::start(dir, id, election_timeout.clone()).await);
     }
-    let members: BTreeMap<_, _> = nodes.iter().map(|n| (n.id, n.addrs.clone())).collect();
-    nodes[0].store.formation().join(Founding::draw(BeforeRing::Serves)).unwrap();
-    nodes[0].raft.initialize(members).await.unwrap();
+    let first = &nodes[0];
+    first.store.formation().join(Founding::draw(BeforeRing::Serves)).unwrap();
+    first.raft.initialize(BTreeMap::from([(first.id, first.addrs.clone())])).await.unwrap();
+    let leads = first.raft.wait(Some(Duration::from_secs(20)));
+    leads.current_leader(first.id, "it is alone").await.unwrap();
+    // Its membership is committed then, and may be changed.
+    write(first, 0).await;
+    for node in &nodes[1..] {
+        first.raft.add_learner(node.id, node.addrs.clone(), true).await.unwrap();
+    }
+    let voters: BTreeSet<_> = nodes.iter().map(|node| node.id).collect();
+    first.raft.change_membership(voters, false).await.unwrap();
     nodes
 }
 
@@ -258,6 +267,30 @@ async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
     for node in nodes {
         node.stop().await;
     }
+}
+
+/// Nobody asks a node for its vote that never followed anyone, unless it did and has lost that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_node_without_data_votes_for_nobody_and_confirms_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let blank = TestNode::start(dir.path(), 2, NEVER).await;
+    let candidate = LeaderId { term: 3, node_id: 1 };
+    let vote = Vote { leader_id: candidate, committed: false };
+    let last = LogId { leader_id: LeaderId { term: 2, node_id: 1 }, index: 9 };
+    let request = VoteRequest::new(vote, Some(last));
+    assert!(blank.handler.pre_vote(request.clone()).await.is_err());
+    assert!(blank.handler.vote(request.clone()).await.is_err());
+    assert!(!blank.handler.confirm(candidate));
+    assert!(blank.store.promise().is_none());
+
+    // It follows a leader: from then on it knows what it promised.
+    let leader = Vote { leader_id: LeaderId { term: 2, node_id: 1 }, committed: true };
+    let heartbeat =
+        AppendRequest { vote: leader, prev_log_id: None, entries: Vec::new(), leader_commit: None };
+    blank.handler.heartbeat(heartbeat).await.unwrap();
+    assert!(blank.handler.confirm(leader.leader_id));
+    assert!(blank.handler.vote(request).await.is_ok());
+    blank.stop().await;
 }
 
 /// What no peer sends must neither end Raft, nor spoil its terms for ever.

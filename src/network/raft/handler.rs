@@ -99,6 +99,14 @@ where
         (own > *sender).then_some(own)
     }
 
+    /// Refuses to take part in an election before anything was promised ([`Promise`]): what was, may be lost.
+    fn check_kept(&self) -> Result<(), Failure> {
+        match self.promise.is_none() {
+            true => Err(Failure::refused("a node without data votes for nobody")),
+            false => Ok(()),
+        }
+    }
+
     /// Refuses a vote that no election leads to.
     fn check_vote(&self, vote: &Vote) -> Result<(), Failure> {
         if is_plausible(vote, self.id, self.promise.term()) {
@@ -195,11 +203,13 @@ where
     }
 
     async fn vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.check_kept()?;
         self.check_vote(&request.vote)?;
         self.raft.vote(request).await.map_err(stopped)
     }
 
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
+        self.check_kept()?;
         self.check_vote(&request.vote)?;
         let mut reply = self.raft.pre_vote(request).await.map_err(stopped)?;
         reply.vote_granted &= !self.lapse.was_mistaken(Instant::now());
