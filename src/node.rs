@@ -384,6 +384,9 @@ fn raft_config(
         enable_pre_vote: Some(true),
         // A restarted leader must be elected again: it cannot know what happened meanwhile.
         enable_leader_restore: Some(false),
+        // A voter never comes back without what it had (network/raft.rs). A learner may, and counts for nothing:
+        // it is sent all of it again. Without this its leader would ask it for what it has lost, in circles.
+        allow_log_reversion: Some(true),
         // A leader that lost its majority falls silent long enough for others to take over.
         quorum_loss_probe_interval: Some(2 * config.election_timeout_max_ms),
         // Between attempts at a peer that cannot be reached: a node that comes back is found within

@@ -456,3 +456,26 @@ fn a_voter_that_lost_its_data_is_not_taken_back() {
     let read = cluster.get(lost, "/v1/kv/k?consistency=stale");
     assert_eq!((read.status, read.text().as_str()), (200, "3"));
 }
+
+/// A learner counts for no majority: one that comes back without its data is sent all of it again.
+#[test]
+fn a_learner_that_lost_its_data_is_brought_up_again() {
+    let mut cluster = Cluster::start(2, FAST);
+    expect_ok(&cluster.post(1, "/cluster/init", "{}"));
+    cluster.add_learner(1, 2);
+    for n in 0..20 {
+        cluster.put(1, &format!("k{n}"), "1");
+    }
+    cluster.await_caught_up();
+    for round in ["2", "3"] {
+        cluster.kill9(2);
+        std::fs::remove_dir_all(cluster.data_dir(2)).unwrap();
+        cluster.restart(2);
+        cluster.put(1, "k", round);
+        cluster.await_caught_up();
+        for (key, value) in [("k0", "1"), ("k19", "1"), ("k", round)] {
+            let read = cluster.get(2, &format!("/v1/kv/{key}?consistency=stale"));
+            assert_eq!((read.status, read.text().as_str()), (200, value));
+        }
+    }
+}
