@@ -347,6 +347,7 @@ impl RaftNode {
         match reason {
             Reason::Refused(_) | Reason::NoTurn(_) | Reason::Silent(_) => self.suspect(address),
             Reason::Declined(error) if cannot_serve(error) => self.suspect(address),
+            Reason::Declined(error) if may_lead(error) => {}
             Reason::Declined(_) => self.change_view(|view| view.not_led_by(address)),
         }
         self.shared.view.load().after(address, Instant::now()).map(str::to_owned)
@@ -372,6 +373,13 @@ impl RaftNode {
 fn cannot_serve(error: &ClientError) -> bool {
     matches!(error, ClientError::Server { code, .. }
         if matches!(code.as_str(), "STORAGE" | "NOT_INITIALIZED" | "STOPPING"))
+}
+
+/// Whether a node that leads would say this, too: then it is for other calls to find out who does. This one goes
+/// on to another node all the same, which knows if this one was deposed and has not heard of it.
+fn may_lead(error: &ClientError) -> bool {
+    matches!(error, ClientError::Server { code, .. }
+        if matches!(code.as_str(), "FROZEN" | "OVERLOADED"))
 }
 
 /// Earlier requests to the node took all turns since then.

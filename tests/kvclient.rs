@@ -304,6 +304,24 @@ async fn blank_nodes_and_strangers_are_reported_when_the_ring_is_the_newest() {
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
 }
 
+/// Nodes that were all restarted just now have applied nothing yet, and so know no ring.
+#[tokio::test]
+async fn a_ring_that_is_not_applied_again_yet_is_waited_for() {
+    let (a, b) = (bind(), bind());
+    let told = ring_of(1, &a, &b);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let serve = |fake: Bound| {
+        let (asked, told) = (asked.clone(), told.clone());
+        fake.serve(move |seen| match seen.path.as_str() {
+            RING if asked.fetch_add(1, Ordering::SeqCst) < 6 => ring_reply(&Ring::none()),
+            RING => ring_reply(&told),
+            _ => written(6),
+        })
+    };
+    let (a, b) = (serve(a), serve(b));
+    assert_eq!(client_of(&[&a, &b]).await.unwrap().ring(), told);
+}
+
 /// A call that is still trying to reach a cluster when another call learns that it has left the ring goes
 /// by the newer ring then. It waited for one newer still, and failed at its deadline.
 #[tokio::test]

@@ -12,7 +12,7 @@ use distrib_kv_store::types::{Condition, Consistency};
 use serde_json::json;
 
 mod fake_node;
-use fake_node::{FakeNode, Reply, absent, error, not_leader, refusing, start, written};
+use fake_node::{FakeNode, Reply, absent, bind, error, not_leader, refusing, start, written};
 
 const KV: &str = "/v1/kv/";
 
@@ -207,6 +207,44 @@ async fn pauses_of_the_cluster_are_waited_out_with_growing_pauses() {
         assert_eq!(node.seen(KV).len(), 6, "{code}");
         // Halves of 20, 40, 80, 160 and 320 ms.
         assert!(begun.elapsed() >= Duration::from_millis(310), "{code}: {:?}", begun.elapsed());
+    }
+}
+
+/// A key that is frozen, or a place that is not free, says nothing about who leads: other calls go on to the
+/// leader, while this one asks another node, too.
+#[tokio::test]
+async fn a_refusal_for_a_moment_does_not_cost_others_the_leader() {
+    for code in ["FROZEN", "OVERLOADED"] {
+        let (leader, follower) = (bind(), bind());
+        let leads = leader.address.clone();
+        let follower = follower.serve(move |_| not_leader(&leads));
+        let busy = AtomicUsize::new(0);
+        let leader = leader.serve(move |seen| match seen.path.ends_with("busy") {
+            true if busy.fetch_add(1, Ordering::SeqCst) < 3 => error(503, code, "not_applied"),
+            _ => written(9),
+        });
+        let client = client_of(&[&leader, &follower]);
+        assert_eq!(client.write("k", "v").await.unwrap(), 9);
+        let asked = follower.seen(KV).len();
+        let refused = tokio::spawn({
+            let client = client.clone();
+            async move { client.write("busy", "v").await }
+        });
+        for refusals in 1..=3 {
+            while leader.seen("/v1/kv/busy").len() < refusals {
+                tokio::task::yield_now().await;
+            }
+            // The refusal arrives meanwhile, and the call pauses for longer. As many as there are nodes, because
+            // without a leader they are asked by turns.
+            for _ in 0..4 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                assert_eq!(client.write("k", "v").await.unwrap(), 9);
+            }
+        }
+        assert_eq!(refused.await.unwrap().unwrap(), 9, "{code}");
+        let seen = follower.seen(KV);
+        assert_eq!(seen.len(), asked + 3, "{code}: once after each refusal");
+        assert!(seen[asked..].iter().all(|seen| seen.path.ends_with("busy")), "{code}");
     }
 }
 

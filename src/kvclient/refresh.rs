@@ -57,6 +57,13 @@ const CHANGING_TTL: Duration = Duration::from_secs(5);
 /// The shortest time a ring is used before it is confirmed, whatever the ring says.
 const TTL_MIN: Duration = Duration::from_secs(1);
 
+/// How long several clusters may know no ring before there is none. Nodes that were all restarted just now have
+/// none to tell before they have applied what is in their logs again.
+const FIRST_RING_WAIT: Duration = Duration::from_secs(3);
+
+/// The pause between two looks for the first ring.
+const FIRST_RING_PAUSE: Duration = Duration::from_millis(100);
+
 type Flight = Shared<BoxFuture<'static, ()>>;
 
 /// The ring in hand and what it takes to get a newer one. Dropping it ends what runs in the
@@ -317,8 +324,26 @@ impl Core {
     }
 }
 
-/// The routes to begin with: those of the first ring that any node has.
+/// The routes to begin with. Several clusters without a ring are asked again for a while.
 async fn first_routes(
+    seeds: &Endpoints,
+    courier: &Courier,
+    budget: Budget,
+) -> Result<Routes, ClientError> {
+    let give_up = Instant::now() + FIRST_RING_WAIT.min(budget.left());
+    loop {
+        let found = routes_told(seeds, courier, budget).await;
+        let again = matches!(found, Err(ClientError::NoRing { .. }))
+            && Instant::now() + FIRST_RING_PAUSE < give_up;
+        if !again {
+            return found;
+        }
+        tokio::time::sleep(FIRST_RING_PAUSE).await;
+    }
+}
+
+/// The routes of the first ring that any node has.
+async fn routes_told(
     seeds: &Endpoints,
     courier: &Courier,
     budget: Budget,
