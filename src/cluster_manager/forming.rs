@@ -90,14 +90,14 @@ fn next_step(ids: &[NodeId], seen: &[Option<NodeMetrics>], membership: Membershi
     let Some(leader) = leader_of(seen) else {
         return Step::Wait("a leader");
     };
-    if let Some(id) = ids.iter().find(|id| !members(leader).any(|member| member == **id)) {
-        return Step::AddLearner(*id);
-    }
     // Before the membership was confirmed once, a voter may not have heard of it yet.
     if membership == Membership::Confirmed
         && let Some(lost) = lost_voter(seen, leader)
     {
         return Step::LostData(lost);
+    }
+    if let Some(id) = ids.iter().find(|id| !members(leader).any(|member| member == **id)) {
+        return Step::AddLearner(*id);
     }
     let all_vote = ids.iter().all(|id| leader.voters.contains(id));
     if all_vote && membership == Membership::Confirmed {
@@ -228,7 +228,9 @@ mod tests {
         for (seen, expected) in story {
             assert_eq!(next_step(&IDS, &seen, Unconfirmed), expected, "{seen:?}");
         }
-        assert_eq!(next_step(&IDS, &led_by_1(&[1, 2, 3], &[]), Confirmed), Step::Done);
+        let follower = |id| node(id, NodeState::Follower, &IDS, &[]);
+        let seen = [node(1, NodeState::Leader, &IDS, &[]), follower(2), follower(3)];
+        assert_eq!(next_step(&IDS, &seen, Confirmed), Step::Done);
     }
 
     #[test]
