@@ -158,7 +158,7 @@ async fn store_key(state: &ApiState, call: &Call) -> Result<Served<Revision>, Re
     let body = call.read_body(state, BodyLimit { what: "value", bytes_max }).await?;
     let put =
         || state.app.put(key.clone(), body.bytes.clone(), condition, once.clone(), call.deadline);
-    state.forwarder.serve(call, &body.bytes, Effect::Write, put).await
+    state.forwarder.serve(call, || body.bytes.clone(), Effect::Write, put).await
 }
 
 pub(super) fn stored(revision: Revision) -> Response {
@@ -181,7 +181,7 @@ async fn delete_key(state: &ApiState, call: &Call) -> Answer {
     let condition = call.condition()?;
     let once = call.once()?;
     let delete = || state.app.delete(key.clone(), condition, once.clone(), call.deadline);
-    let served = state.forwarder.serve(call, &Bytes::new(), Effect::Write, delete).await?;
+    let served = state.forwarder.serve(call, Bytes::new, Effect::Write, delete).await?;
     served.respond(|done| {
         Ok(Json(json!({"revision": done.revision, "deleted": done.deleted})).into_response())
     })
@@ -196,7 +196,7 @@ async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>
     let consistency = call.consistency()?;
     call.no_terms()?;
     let read = || state.app.get(&key, consistency, call.deadline);
-    match state.forwarder.serve(call, &Bytes::new(), Effect::Read, read).await? {
+    match state.forwarder.serve(call, Bytes::new, Effect::Read, read).await? {
         Served::Here(Some(Record { revision, value })) => {
             let value = state.answers.hold(value)?;
             Ok(Served::Here(Some(Record { revision, value })))
@@ -303,7 +303,7 @@ async fn original_write(State(state): State<ApiState>, call: Call) -> Answer {
     let (key, value) = (Bytes::from(set.key), Bytes::from(set.value));
     let always = Condition::Always;
     let put = || state.app.put(key.clone(), value.clone(), always, None, call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, put).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, put).await?;
     served.respond(|revision| {
         Ok((StatusCode::CREATED, Json(json!({"revision": revision}))).into_response())
     })
@@ -329,7 +329,7 @@ async fn read_as_json(
     let (key, body) = call.read_json::<String>(&state).await?;
     check_key(&state, key.as_bytes())?;
     let read = || state.app.get(key.as_bytes(), consistency, call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Read, read).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Read, read).await?;
     let response = served.respond(|record| {
         let Some(record) = record else { return Ok(Json(json!(null)).into_response()) };
         let text = std::str::from_utf8(&record.value).map_err(|_| {

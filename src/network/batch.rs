@@ -299,12 +299,10 @@ async fn serve_part(
     let Request { call, consistency, client } = *request;
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
-    let body = match call.routing {
-        Routing::PassOn => batch::encode_request(client, operations.iter().copied()),
-        Routing::Direct => Bytes::new(),
-    };
+    // Not before it is known that the part goes elsewhere: it is all of it once more.
+    let body = || batch::encode_request(client, operations.iter().copied());
     let here = || state.app.batch(client, &operations, consistency, call.deadline);
-    match state.forwarder.serve(call, &body, effect, here).await? {
+    match state.forwarder.serve(call, body, effect, here).await? {
         Served::Here(results) => Ok(results),
         Served::Elsewhere(response) => Ok(relayed(&operations, response).await),
     }

@@ -157,11 +157,12 @@ impl Forwarder {
     ///
     /// While there is no leader, or the known one cannot be reached, `local` is asked again for up to
     /// `LEADER_WAIT`, as long as it is certain that nothing was applied. With `Kv-Routing: direct`
-    /// the first answer stands: such a client does its own waiting.
+    /// the first answer stands: such a client does its own waiting. `body` is asked for what goes to another node,
+    /// once one is to be asked.
     pub async fn serve<T, Fut>(
         &self,
         call: &Call,
-        body: &Bytes,
+        body: impl Fn() -> Bytes,
         effect: Effect,
         local: impl Fn() -> Fut,
     ) -> Result<Served<T>, Refusal>
@@ -174,7 +175,7 @@ impl Forwarder {
             let result = match local().await {
                 Ok(value) => return Ok(Served::Here(value)),
                 Err(error) if call.routing == Routing::Direct => Err(error),
-                Err(error) => self.pass_on(call, body, effect, error).await,
+                Err(error) => self.pass_on(call, &body, effect, error).await,
             };
             let error = match result {
                 Ok(response) => return Ok(Served::Elsewhere(response)),
@@ -195,7 +196,7 @@ impl Forwarder {
     async fn pass_on(
         &self,
         call: &Call,
-        body: &Bytes,
+        body: impl Fn() -> Bytes,
         effect: Effect,
         error: ApiError,
     ) -> Result<Response, ApiError> {
@@ -204,7 +205,7 @@ impl Forwarder {
             return Err(ApiError::TooManyHops { hops: call.hops });
         }
         self.targets.suspects_last(&mut addresses, Instant::now());
-        self.send_to_one(call, body, effect, &addresses, error).await
+        self.send_to_one(call, &body(), effect, &addresses, error).await
     }
 
     /// Asks a cluster what it says under `path`: any of its nodes, which passes the question on to its

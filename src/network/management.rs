@@ -78,7 +78,7 @@ async fn add_learner(State(state): State<ApiState>, call: Call) -> Answer {
     let addrs = NodeAddrs { http, rpc };
     let app = &state.app;
     let local = || app.add_learner(id, addrs.clone(), call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, local).await?;
     served.respond(|()| Ok(ok()))
 }
 
@@ -89,7 +89,7 @@ async fn change_membership(State(state): State<ApiState>, call: Call) -> Answer 
     let voters = distinct(&ids)?;
     let app = &state.app;
     let local = || app.change_membership(voters.clone(), call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, local).await?;
     served.respond(|()| Ok(ok()))
 }
 
@@ -100,7 +100,7 @@ async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     check_new_ring(&ring)?;
     let app = &state.app;
     let local = || app.install_ring(ring.clone(), call.deadline);
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, local).await?;
     served.respond(|()| Ok(ok()))
 }
 
@@ -108,7 +108,7 @@ async fn handoffs(State(state): State<ApiState>, call: Call) -> Answer {
     let sizes = sizes(call.query.as_deref())?;
     call.no_terms()?;
     let view = || state.app.handoffs(sizes, call.deadline);
-    let served = state.forwarder.serve(&call, &Bytes::new(), Effect::Read, view).await?;
+    let served = state.forwarder.serve(&call, Bytes::new, Effect::Read, view).await?;
     let response = served.respond(|view| Ok(Json(view).into_response()))?;
     // While something is frozen, megabytes: the floors of all clients.
     Ok(held(&state, response).await?)
@@ -131,7 +131,7 @@ async fn step(State(state): State<ApiState>, call: Call) -> Answer {
     check_step(&step)?;
     let local = || witness::take(&state, &step, call.deadline);
     // A repeat gets the first answer, but the caller is who repeats: this node may be cut off.
-    let served = state.forwarder.serve(&call, &body.bytes, Effect::Write, local).await?;
+    let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, local).await?;
     served.respond(|done| Ok(Json(done).into_response()))
 }
 

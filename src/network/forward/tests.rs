@@ -109,7 +109,7 @@ async fn serve_by(
     let body = Bytes::from_static(b"value.");
     let body = if effect == Effect::Write { body } else { Bytes::new() };
     let local = || std::future::ready(local());
-    forwarder.serve(call, &body, effect, local).await
+    forwarder.serve(call, || body.clone(), effect, local).await
 }
 
 async fn failure(call: &Call, effect: Effect, error: ApiError) -> ApiError {
