@@ -12,6 +12,10 @@ use serde::Deserialize;
 
 use crate::ring::{CLUSTERS_MAX, HASH_VERSION_DEFAULT, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
 
+/// The longest `raft.read_lease_ms`. Shorter than any election, so that voters who keep to a lease delay few; a
+/// part of the peer protocol, because a voter that was restarted waits for so long, whatever is configured.
+pub const READ_LEASE_MS_MAX: u64 = 100;
+
 /// How many ports above a base port belong to each cluster; node `n` of cluster `c` takes the port
 /// `base + PORTS_PER_CLUSTER * c + n`. Ten keeps the numbers readable: 31023 is node 3 of cluster 2.
 pub const PORTS_PER_CLUSTER: u32 = 10;
@@ -142,6 +146,10 @@ pub struct RaftConfig {
     /// ... and this starts an election, in milliseconds: by default after 400 to 500. At once, if the
     /// leader's system refuses connections.
     pub election_timeout_max_ms: u64,
+    /// How long a leader that a majority has just confirmed answers linearizable reads without asking again, in
+    /// milliseconds: for so long the voters help nobody else to lead. 0: it asks for every read. Relies on
+    /// clocks that do not stop and differ by less than a tenth in their pace.
+    pub read_lease_ms: u64,
     /// A snapshot is taken after this many entries since the last one.
     pub snapshot_log_entries: u64,
     /// How many entries that a snapshot covers stay in the log for followers that lag a little.
@@ -267,6 +275,7 @@ impl Default for RaftConfig {
             heartbeat_interval_ms: 50,
             election_timeout_min_ms: 150,
             election_timeout_max_ms: 250,
+            read_lease_ms: 0,
             snapshot_log_entries: 50_000,
             log_entries_kept: 10_000,
             append_pipeline_max: 32,
@@ -415,6 +424,7 @@ impl RaftConfig {
             self.election_timeout_max_ms,
             election_max..=1_200_000,
         )?;
+        within("raft.read_lease_ms", self.read_lease_ms, 0..=READ_LEASE_MS_MAX)?;
         within("raft.snapshot_log_entries", self.snapshot_log_entries, 10..=100_000_000)?;
         within("raft.log_entries_kept", self.log_entries_kept, 0..=100_000_000)?;
         within("raft.append_pipeline_max", self.append_pipeline_max, 1..=1024)?;
@@ -513,6 +523,7 @@ mod tests {
             ("limits.key_bytes_max = 21505", "limits.key_bytes_max"),
             ("limits.peer_frame_bytes_max = 1179647", "limits.peer_frame_bytes_max"),
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
+            ("raft.read_lease_ms = 101", "raft.read_lease_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
             ("reshard.handoffs_at_once = 0", "reshard.handoffs_at_once"),
             ("reshard.pause_times = 1001", "reshard.pause_times"),

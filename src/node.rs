@@ -162,7 +162,8 @@ impl Node {
         warn_if_moved(&raft, options.id, &addrs);
         let shutdown = CancellationToken::new();
         let voters = Voters { own: store.promise(), peers: network.clone() };
-        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
+        let lease = Duration::from_millis(config.raft.read_lease_ms);
+        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters, lease);
         let (of_raft, token) = (raft.clone(), shutdown.clone());
         let peers = PeerServer::serve(rpc, identity, of_raft, gate.clone(), &store, config, token);
         let (proposer, proposer_task) = Proposer::spawn(raft.clone(), store.reader());

@@ -19,6 +19,14 @@
 //! then, to see who is quickest. Any voters will do, so those are asked that have been quickest of late. A wrong
 //! guess costs a millisecond.
 //!
+//! **Leases** (`raft.read_lease_ms`, off unless set). A round may also ask the voters not to help a later leader for
+//! some milliseconds ([`Promise::confirm`]). Counted from before the round, nine tenths of that are this leader's
+//! own: reads that arrive meanwhile look at once, and nobody is asked. The tenth is for clocks of different pace; one
+//! that stops, with its machine, could make an old leader answer with the past, which a round never does. A lease is
+//! asked for only where the membership is uniform and the newest in this node's log, and ends when that changes
+//! or this node votes for another. It is given anew by the first round after its end. (Raft dissertation, 6.4.1, but
+//! with promises instead of election timeouts, which a restarted follower forgets.)
+//!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
 //! is committed, which takes more than one of the reports, before the next one begins; and a majority
 //! of either of two neighbouring memberships meets every majority of the joint one between them.
@@ -66,6 +74,9 @@ const PATIENCE: Duration = Duration::from_millis(1);
 /// cost next to nothing, and under load a few times a second at least.
 const SURVEY_ROUNDS: u64 = 64;
 
+/// How much of a lease a leader takes for its own. The rest is for clocks that differ in pace: far more than they do.
+const LEASE_OWN_TENTHS: u32 = 9;
+
 type Waiter = oneshot::Sender<Result<LogId, ReadIndexFailure>>;
 
 /// The most reads that one round vouches for; the queue is as long. More wait in their callers, whose
@@ -84,17 +95,26 @@ const FIRST_ENTRY_LOOK: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub struct ReadGate {
     queue: mpsc::Sender<Waiter>,
+    own: Promise,
+    reader: StateReader,
     peers: PeerNetwork,
 }
 
 impl ReadGate {
     /// Starts the task that runs the rounds. It ends once all clones are dropped and the last round is
     /// over; join the handle then.
-    pub fn spawn(raft: Raft, reader: StateReader, voters: Voters) -> (Self, JoinHandle<()>) {
+    /// With a `lease`, a leader asks for one in each round.
+    pub fn spawn(
+        raft: Raft,
+        reader: StateReader,
+        voters: Voters,
+        lease: Duration,
+    ) -> (Self, JoinHandle<()>) {
         let (queue, waiting) = mpsc::channel(ROUND_READS_MAX);
-        let peers = voters.peers.clone();
-        let rounds = Rounds { raft, reader, poll: Poll::new(voters) };
-        (Self { queue, peers }, tokio::spawn(rounds.run(waiting)))
+        let (own, peers) = (voters.own.clone(), voters.peers.clone());
+        let gate = Self { queue, own: own.clone(), reader: reader.clone(), peers };
+        let rounds = Rounds { raft, reader, own, lease, poll: Poll::new(voters) };
+        (gate, tokio::spawn(rounds.run(waiting)))
     }
 
     /// An entry that this node has applied. What it has applied holds everything that was acknowledged
@@ -103,12 +123,21 @@ impl ReadGate {
     ///
     /// Cancel safe. `None` when the node stops or the deadline passes.
     pub async fn read_index(&self, deadline: Instant) -> Option<Result<LogId, ReadIndexFailure>> {
+        if let Some(applied) = self.by_lease() {
+            return Some(Ok(applied));
+        }
         let (sender, receiver) = oneshot::channel();
         let answer = async {
             self.queue.send(sender).await.ok()?;
             receiver.await.ok()
         };
         tokio::time::timeout_at(deadline, answer).await.ok().flatten()
+    }
+
+    /// What this leader has applied, if it has a lease and an entry of its own is among it.
+    fn by_lease(&self) -> Option<LogId> {
+        let leader = self.own.leads_alone()?;
+        self.reader.last_applied().filter(|applied| applied.leader_id == leader)
     }
 
     /// [`Self::read_index`] for a follower, which is sent at once what it has to apply for it.
@@ -127,6 +156,8 @@ impl ReadGate {
 struct Rounds {
     raft: Raft,
     reader: StateReader,
+    own: Promise,
+    lease: Duration,
     poll: Poll<Voters>,
 }
 
@@ -160,8 +191,13 @@ impl Rounds {
 
     async fn round(&mut self) -> Result<LogId, ReadIndexFailure> {
         let lead = self.lead()?;
-        if !self.poll.confirmed(lead.leader, &lead.membership).await {
+        let (begun, lease) = (Instant::now(), self.lease_for(&lead));
+        if !self.poll.confirmed(lead.leader, &lead.membership, lease).await {
             return Err(ReadIndexFailure::NoQuorum);
+        }
+        if !lease.is_zero() {
+            let until = begun + lease * LEASE_OWN_TENTHS / 10;
+            self.own.hold(lead.leader, lead.membership.log_id().as_ref(), until);
         }
         let give_up = Instant::now() + FIRST_ENTRY_WAIT_MAX;
         loop {
@@ -175,6 +211,13 @@ impl Rounds {
             }
             tokio::time::sleep(FIRST_ENTRY_LOOK).await;
         }
+    }
+
+    /// What to ask of the voters. None while the membership changes: its majorities do.
+    fn lease_for(&self, lead: &Lead) -> Duration {
+        let is_uniform = lead.membership.membership().get_joint_config().len() == 1;
+        let is_newest = self.own.is_membership(lead.membership.log_id().as_ref());
+        if is_uniform && is_newest { self.lease } else { Duration::ZERO }
     }
 
     fn lead(&self) -> Result<Lead, ReadIndexFailure> {
@@ -201,9 +244,14 @@ trait Ask {
     /// Whether this node, now, has promised its vote to nobody later than `leader`.
     fn own(&self, leader: LeaderId) -> bool;
 
-    /// The same of another voter. Asks after the call.
-    fn other(&self, voter: NodeId, addrs: &NodeAddrs, leader: LeaderId)
-    -> BoxFuture<'static, bool>;
+    /// The same of another voter, and that it keeps to it for as long as `lease`. Asks after the call.
+    fn other(
+        &self,
+        voter: NodeId,
+        addrs: &NodeAddrs,
+        leader: LeaderId,
+        lease: Duration,
+    ) -> BoxFuture<'static, bool>;
 }
 
 /// The voters of a node's cluster: itself and its peers.
@@ -224,9 +272,10 @@ impl Ask for Voters {
         voter: NodeId,
         addrs: &NodeAddrs,
         leader: LeaderId,
+        lease: Duration,
     ) -> BoxFuture<'static, bool> {
         let (peers, addrs) = (self.peers.clone(), addrs.clone());
-        Box::pin(async move { peers.confirm(voter, &addrs, leader).await })
+        Box::pin(async move { peers.confirm(voter, &addrs, leader, lease).await })
     }
 }
 
@@ -257,8 +306,14 @@ impl<A: Ask> Poll<A> {
     }
 
     /// Whether a majority of each configuration confirms, after this call, that it has promised its vote
-    /// to nobody later than `leader`. Ends with the majority, or when no voter is left to hear from.
-    async fn confirmed(&mut self, leader: LeaderId, membership: &StoredMembership) -> bool {
+    /// to nobody later than `leader`, and does not for as long as `lease`. Ends with the majority, or when no voter
+    /// is left to hear from.
+    async fn confirmed(
+        &mut self,
+        leader: LeaderId,
+        membership: &StoredMembership,
+        lease: Duration,
+    ) -> bool {
         self.round += 1;
         if !self.ask.own(leader) {
             return false;
@@ -273,7 +328,7 @@ impl<A: Ask> Poll<A> {
         let patience = Instant::now() + PATIENCE;
         while let Some(missing) = missing(configs, &confirmed) {
             let at_once = if everyone { usize::MAX } else { missing };
-            self.call(at_once, &heard, leader, membership);
+            self.call(at_once, &heard, (leader, lease), membership);
             let reply = tokio::select! {
                 biased;
                 reply = self.calls.next() => reply,
@@ -312,7 +367,7 @@ impl<A: Ask> Poll<A> {
         &mut self,
         at_once: usize,
         heard: &BTreeSet<NodeId>,
-        leader: LeaderId,
+        (leader, lease): (LeaderId, Duration),
         membership: &StoredMembership,
     ) {
         let asked = self.asked.values().filter(|round| **round == self.round).count();
@@ -321,7 +376,7 @@ impl<A: Ask> Poll<A> {
         let next: Vec<NodeId> = free.take(at_once.saturating_sub(asked)).collect();
         for voter in next {
             let addrs = membership.membership().get_node(&voter).cloned().unwrap_or_default();
-            let asking = self.ask.other(voter, &addrs, leader);
+            let asking = self.ask.other(voter, &addrs, leader, lease);
             self.asked.insert(voter, self.round);
             self.calls.push(Box::pin(async move { Reply { voter, confirms: asking.await } }));
         }
@@ -365,7 +420,13 @@ mod tests {
             self.own
         }
 
-        fn other(&self, voter: NodeId, _: &NodeAddrs, _: LeaderId) -> BoxFuture<'static, bool> {
+        fn other(
+            &self,
+            voter: NodeId,
+            _: &NodeAddrs,
+            _: LeaderId,
+            _: Duration,
+        ) -> BoxFuture<'static, bool> {
             let (answer, answered) = oneshot::channel();
             match self.answers.get(&voter) {
                 Some(confirms) => answer.send(*confirms).unwrap(),
@@ -376,6 +437,7 @@ mod tests {
     }
 
     const LEADER: LeaderId = LeaderId { term: 5, node_id: 1 };
+    const NO_LEASE: Duration = Duration::ZERO;
     const A_WHILE: Duration = Duration::from_millis(20);
 
     fn members(configs: &[&[NodeId]]) -> StoredMembership {
@@ -393,25 +455,25 @@ mod tests {
     #[tokio::test]
     async fn a_majority_confirms_and_less_does_not() {
         let three = members(&[&[1, 2, 3]]);
-        assert!(poll(true, &[]).confirmed(LEADER, &members(&[&[1]])).await);
-        assert!(poll(true, &[(2, true)]).confirmed(LEADER, &three).await);
-        assert!(poll(true, &[(2, false), (3, true)]).confirmed(LEADER, &three).await);
-        assert!(!poll(true, &[(2, false), (3, false)]).confirmed(LEADER, &three).await);
+        assert!(poll(true, &[]).confirmed(LEADER, &members(&[&[1]]), NO_LEASE).await);
+        assert!(poll(true, &[(2, true)]).confirmed(LEADER, &three, NO_LEASE).await);
+        assert!(poll(true, &[(2, false), (3, true)]).confirmed(LEADER, &three, NO_LEASE).await);
+        assert!(!poll(true, &[(2, false), (3, false)]).confirmed(LEADER, &three, NO_LEASE).await);
         // A leader that has promised its own vote to another does not lead.
-        assert!(!poll(false, &[(2, true), (3, true)]).confirmed(LEADER, &three).await);
+        assert!(!poll(false, &[(2, true), (3, true)]).confirmed(LEADER, &three, NO_LEASE).await);
     }
 
     #[tokio::test]
     async fn both_halves_of_a_joint_membership_must_confirm() {
         let joint = members(&[&[1, 2, 3], &[1, 4, 5]]);
         let old_only = [(2, true), (3, true), (4, false), (5, false)];
-        assert!(!poll(true, &old_only).confirmed(LEADER, &joint).await);
+        assert!(!poll(true, &old_only).confirmed(LEADER, &joint, NO_LEASE).await);
         let both = [(2, true), (3, false), (4, false), (5, true)];
-        assert!(poll(true, &both).confirmed(LEADER, &joint).await);
+        assert!(poll(true, &both).confirmed(LEADER, &joint, NO_LEASE).await);
         // A leader that is no voter does not count.
         let without = members(&[&[2, 3, 4]]);
         let one = [(2, true), (3, false), (4, false)];
-        assert!(!poll(true, &one).confirmed(LEADER, &without).await);
+        assert!(!poll(true, &one).confirmed(LEADER, &without, NO_LEASE).await);
     }
 
     /// A silent one must not have been asked: nobody is, beyond those that a majority takes.
@@ -419,7 +481,7 @@ mod tests {
     async fn no_more_are_asked_than_a_majority_takes() {
         let five = members(&[&[1, 2, 3, 4, 5]]);
         let mut poll = poll(true, &[(2, true), (3, false), (4, true)]);
-        assert!(poll.confirmed(LEADER, &five).await);
+        assert!(poll.confirmed(LEADER, &five, NO_LEASE).await);
         assert!(poll.ask.calls.lock().unwrap().is_empty(), "5 was asked");
     }
 
@@ -427,12 +489,15 @@ mod tests {
     async fn one_that_does_not_answer_is_asked_last() {
         let three = members(&[&[1, 2, 3]]);
         let mut poll = poll(true, &[(3, true)]);
-        assert!(poll.confirmed(LEADER, &three).await, "3 was asked when 2 had not answered");
+        assert!(
+            poll.confirmed(LEADER, &three, NO_LEASE).await,
+            "3 was asked when 2 had not answered"
+        );
         let (voter, late) = poll.ask.calls.lock().unwrap().pop().unwrap();
         assert_eq!(voter, 2);
         late.send(true).unwrap();
         for _ in 0..SURVEY_ROUNDS / 2 {
-            assert!(poll.confirmed(LEADER, &three).await);
+            assert!(poll.confirmed(LEADER, &three, NO_LEASE).await);
         }
         assert!(poll.ask.calls.lock().unwrap().is_empty(), "2 was asked again");
     }
@@ -442,14 +507,14 @@ mod tests {
         let three = members(&[&[1, 2, 3]]);
         let mut poll = poll(true, &[(2, true)]);
         for _ in 1..SURVEY_ROUNDS {
-            assert!(poll.confirmed(LEADER, &three).await);
+            assert!(poll.confirmed(LEADER, &three, NO_LEASE).await);
         }
         assert!(poll.ask.calls.lock().unwrap().is_empty());
         poll.ask.answers = HashMap::from([(3, true)]);
         // Both are asked, and 3 answers.
-        assert!(poll.confirmed(LEADER, &three).await);
+        assert!(poll.confirmed(LEADER, &three, NO_LEASE).await);
         assert_eq!(poll.ask.calls.lock().unwrap().pop().unwrap().0, 2);
-        assert!(poll.confirmed(LEADER, &three).await);
+        assert!(poll.confirmed(LEADER, &three, NO_LEASE).await);
         assert!(poll.ask.calls.lock().unwrap().is_empty(), "2 was asked");
     }
 
@@ -459,13 +524,16 @@ mod tests {
         let three = members(&[&[1, 2, 3]]);
         let mut poll = poll(true, &[(3, false)]);
         let calls = poll.ask.calls.clone();
-        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err());
+        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three, NO_LEASE)).await.is_err());
         // One that is silent is asked once, however many rounds pass.
-        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err());
+        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three, NO_LEASE)).await.is_err());
         let (voter, late) = calls.lock().unwrap().pop().unwrap();
         assert!(voter == 2 && calls.lock().unwrap().is_empty());
         late.send(true).unwrap();
-        assert!(timeout(A_WHILE, poll.confirmed(LEADER, &three)).await.is_err(), "a late reply");
+        assert!(
+            timeout(A_WHILE, poll.confirmed(LEADER, &three, NO_LEASE)).await.is_err(),
+            "a late reply"
+        );
         let (voter, fresh) = calls.lock().unwrap().pop().expect("it is asked again");
         assert_eq!(voter, 2);
         fresh.send(true).unwrap();

@@ -69,7 +69,7 @@ use flusher::Flusher;
 use formation::Formation;
 pub use log::LogStore;
 use marker::Marker;
-pub use promise::Promise;
+pub use promise::{LEASE_MAX, Promise};
 pub use reader::{LogSize, Lookup, StateReader};
 pub use state_machine::StateMachine;
 

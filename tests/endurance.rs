@@ -32,7 +32,17 @@ const VALUE_BYTES_MAX: usize = 1 << 20;
 /// every acknowledged write is there in the end, and no linearizable read was ever too old.
 #[test]
 fn a_minute_of_lost_leaders_costs_no_acknowledged_write_and_no_read_is_stale() {
-    let config = format!("{FAST}\nsnapshot_log_entries = 3000\nlog_entries_kept = 200\n");
+    leaders_are_lost_for_a_minute("");
+}
+
+/// The same with leaders that do not ask for each read.
+#[test]
+fn a_minute_of_lost_leaders_with_leases_costs_no_acknowledged_write_and_no_read_is_stale() {
+    leaders_are_lost_for_a_minute("read_lease_ms = 100");
+}
+
+fn leaders_are_lost_for_a_minute(raft: &str) {
+    let config = format!("{FAST}\nsnapshot_log_entries = 3000\nlog_entries_kept = 200\n{raft}\n");
     let mut cluster = Cluster::formed(3, &config);
     let timeout = Duration::from_secs(3);
     let options = LoadOptions { writers: 4, keys: 200, timeout, ..Default::default() };

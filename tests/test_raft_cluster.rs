@@ -315,7 +315,17 @@ fn a_leader_without_its_followers_gives_no_linearizable_answer() {
 /// A leader that was paused while others went on never answers with what it last knew.
 #[test]
 fn an_old_leader_never_answers_with_the_past() {
-    let config = format!("[limits]\nrequest_timeout_ms = 4000\n{FAST}");
+    an_old_leader_keeps_silent(FAST);
+}
+
+/// Nor does one that had a lease.
+#[test]
+fn an_old_leader_with_a_lease_never_answers_with_the_past() {
+    an_old_leader_keeps_silent(&format!("{FAST}\nread_lease_ms = 100\n"));
+}
+
+fn an_old_leader_keeps_silent(raft: &str) {
+    let config = format!("[limits]\nrequest_timeout_ms = 4000\n{raft}");
     let mut cluster = Cluster::formed(3, &config);
     for round in 0..3 {
         let old = cluster.leader();
@@ -361,7 +371,17 @@ fn an_old_leader_never_answers_with_the_past() {
 /// A read served by a follower sees every write that was acknowledged before it.
 #[test]
 fn a_followers_linearizable_read_sees_the_latest_write() {
-    let cluster = Cluster::formed(3, STEADY);
+    every_read_sees_the_latest_write(STEADY);
+}
+
+/// Also where the leader does not ask for each read.
+#[test]
+fn a_followers_linearizable_read_during_a_lease_sees_the_latest_write() {
+    every_read_sees_the_latest_write(&format!("{STEADY}\nread_lease_ms = 100\n"));
+}
+
+fn every_read_sees_the_latest_write(config: &str) {
+    let cluster = Cluster::formed(3, config);
     let mut lines: Vec<Line> =
         cluster.ids().map(|id| Line::new(cluster.http(id), common::PATIENCE)).collect();
     let headers = [FOLLOWER_READ[0], DIRECT[0]];

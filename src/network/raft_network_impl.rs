@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
@@ -144,12 +145,21 @@ impl PeerNetwork {
         }
     }
 
-    /// Whether a member, asked now, has promised its vote to nobody later than `leader`. Not reaching
-    /// it is a no. Takes a connection's and a reply's time at most.
-    pub async fn confirm(&self, target: NodeId, addrs: &NodeAddrs, leader: LeaderId) -> bool {
+    /// Whether a member, asked now, has promised its vote to nobody later than `leader`, and keeps it for that
+    /// one for as long as `lease`, counted from its answer. Not reaching it is a no. Takes a connection's and a
+    /// reply's time at most.
+    pub async fn confirm(
+        &self,
+        target: NodeId,
+        addrs: &NodeAddrs,
+        leader: LeaderId,
+        lease: Duration,
+    ) -> bool {
         let link = self.link(target, addrs, Purpose::Control);
         let Ok(connection) = link.connection().await else { return false };
-        connection.call(&Confirm(leader), link.settings().reply_timeout).await.unwrap_or(false)
+        let lease_ms = u32::try_from(lease.as_millis()).unwrap_or(u32::MAX);
+        let question = Confirm { leader, lease_ms };
+        connection.call(&question, link.settings().reply_timeout).await.unwrap_or(false)
     }
 
     /// Greets a node that is about to become a member. `Some` says why it and this node do not belong

@@ -310,7 +310,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> io::Result<()> {
-        self.promise.raise(vote.leader_id);
+        self.promise.raise(vote.leader_id).await;
         let mut batch = WriteBatch::default();
         batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_VOTE, meta::encode_vote(vote));
         self.engine.write(batch)?;
@@ -332,6 +332,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             let mut record = Vec::new();
             for entry in entries {
                 record.clear();
+                if entry.get_membership().is_some() {
+                    self.promise.membership_changes(entry.log_id);
+                }
                 codec::encode_entry(&entry, &mut record);
                 batch.put_cf(&family, entry.index().to_be_bytes(), &record);
                 appended.push((entry, record.len()));

@@ -41,7 +41,8 @@ const MAGIC: [u8; 8] = *b"dkv-peer";
 /// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
 /// no clients, a hello did not name the target's cluster, and there were no handoffs. In 2, a hello did
 /// not say what the cluster serves before it has a ring. In 3, it did not say whether the target is a voter.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 4;
+/// In 4, there were no leases.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 5;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;

@@ -2,6 +2,7 @@
 //! a node, a fake in tests.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::BoxStream;
@@ -59,8 +60,9 @@ pub(in crate::network) trait PeerHandler: Send + Sync + 'static {
 
     async fn read_index(&self, follower: NodeId) -> Result<LogId, Failure>;
 
-    /// Whether this node has promised its vote to nobody later than `leader`. Answers at once.
-    fn confirm(&self, leader: LeaderId) -> bool;
+    /// Whether this node has promised its vote to nobody later than `leader`, and does not for as long as
+    /// `lease`. Answers at once.
+    fn confirm(&self, leader: LeaderId, lease: Duration) -> bool;
 
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure>;
 

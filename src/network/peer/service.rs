@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -149,8 +150,9 @@ impl PeerService {
 
     /// A leader asks with every round of reads: no task, no turn in Raft's queue.
     fn confirm(&self, request: Bytes) -> Result<Vec<u8>, Breach> {
-        let (sequence, Confirm(leader)) = self.open(request)?;
-        Ok(seal_reply(sequence, &Ok(self.handler.confirm(leader))))
+        let (sequence, Confirm { leader, lease_ms }) = self.open(request)?;
+        let lease = Duration::from_millis(lease_ms.into());
+        Ok(seal_reply(sequence, &Ok(self.handler.confirm(leader, lease))))
     }
 
     async fn append(self: Arc<Self>, request: Bytes) -> Result<Vec<u8>, Breach> {

@@ -9,7 +9,7 @@
 //! vote reply     = vote, granted:u8 (0|1), last:log id?
 //! transfer       = from:vote, to:u64, last:log id?
 //! transfer reply = 0 | 1, expected:vote, actual:vote | 2, expected:log id?, actual:log id?
-//! confirm        = term:u64, node:u64
+//! confirm        = term:u64, node:u64, lease_ms:u32      0: no lease
 //! confirm reply  = u8 (0|1)
 //! begin, finish  = vote, id:u64, last:log id?, stored membership
 //! chunk          = vote, id:u64, seq:u64, length:u32, bytes

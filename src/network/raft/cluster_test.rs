@@ -32,7 +32,7 @@ use crate::read_gate::{ReadGate, Voters};
 use crate::store::formation::{BeforeRing, Founding};
 use crate::store::snapshot::SnapshotData;
 use crate::store::state_machine::StateMachine;
-use crate::store::{Store, StoreOptions};
+use crate::store::{LEASE_MAX, Store, StoreOptions};
 use crate::types::{
     Command, Condition, LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, TypeConfig, Vote, Write,
 };
@@ -62,6 +62,15 @@ const NEVER: Range<u64> = 600_000..1_200_000;
 
 impl TestNode {
     async fn start(dir: &Path, id: NodeId, election_timeout: Range<u64>) -> Self {
+        Self::start_with_lease(dir, id, election_timeout, Duration::ZERO).await
+    }
+
+    async fn start_with_lease(
+        dir: &Path,
+        id: NodeId,
+        election_timeout: Range<u64>,
+        lease: Duration,
+    ) -> Self {
         let config = Config::default();
         let identity = PeerIdentity { cluster: "c1".parse().unwrap(), node_id: id };
         let store = Store::open(&StoreOptions {
@@ -91,7 +100,7 @@ impl TestNode {
         let rpc = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
         let voters = Voters { own: store.promise(), peers: network.clone() };
-        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters);
+        let (gate, gate_task) = ReadGate::spawn(raft.clone(), store.reader(), voters, lease);
         let timeout = Duration::from_secs(1);
         let handler = RaftHandler::new(&identity, raft.clone(), &store, gate, timeout, LEASE);
         let handler = Arc::new(handler);
@@ -120,6 +129,11 @@ async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
     for id in 1..=3 {
         nodes.push(TestNode::start(dir, id, election_timeout.clone()).await);
     }
+    form(&nodes).await;
+    nodes
+}
+
+async fn form(nodes: &[TestNode]) {
     let first = &nodes[0];
     first.store.formation().join(Founding::draw(BeforeRing::Serves)).unwrap();
     first.raft.initialize(BTreeMap::from([(first.id, first.addrs.clone())])).await.unwrap();
@@ -132,7 +146,6 @@ async fn cluster(dir: &Path, election_timeout: Range<u64>) -> Vec<TestNode> {
     }
     let voters: BTreeSet<_> = nodes.iter().map(|node| node.id).collect();
     first.raft.change_membership(voters, false).await.unwrap();
-    nodes
 }
 
 fn put(n: u64, bytes: usize) -> Command {
@@ -269,6 +282,50 @@ async fn a_leader_that_has_ended_is_succeeded_without_waiting_for_a_timeout() {
     }
 }
 
+/// Who would be elected at once is not as long as the leader may answer reads without asking.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn nobody_else_leads_during_a_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = Vec::new();
+    for id in 1..=3 {
+        nodes.push(TestNode::start_with_lease(dir.path(), id, NEVER, LEASE_MAX).await);
+    }
+    form(&nodes).await;
+    let lead = &nodes[leader(&nodes).await];
+    let vote = lead.raft.metrics().borrow_watched().vote;
+    let others: Vec<_> = nodes.iter().filter(|node| node.id != lead.id).collect();
+    // By the newest membership, which all have to know first.
+    let index = lead.raft.metrics().borrow_watched().last_log_index;
+    for node in &others {
+        node.handler.followed().expect("they follow");
+        let applied = node.raft.wait(Some(Duration::from_secs(20)));
+        applied.applied_index_at_least(index, "all").await.unwrap();
+    }
+    let promise = lead.store.promise();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let asked = loop {
+        let asked = Instant::now();
+        lead.handler.read_index(others[0].id).await.unwrap();
+        if promise.leads_alone() == Some(vote.leader_id) {
+            break asked;
+        }
+        assert!(Instant::now() < deadline, "there is no lease");
+    };
+    for node in &others {
+        node.handler.give_up_lease(vote).await;
+    }
+    others[0].handler.ask_for_votes().await;
+    while !others.iter().any(|node| node.raft.is_leader()) {
+        assert!(Instant::now() < deadline, "nobody else leads after it");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(asked.elapsed() >= LEASE_MAX * 9 / 10, "{:?}", asked.elapsed());
+    assert_eq!(promise.leads_alone(), None);
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
 /// Nobody asks a node for its vote that never followed anyone, unless it did and has lost that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_node_without_data_votes_for_nobody_and_confirms_nobody() {
@@ -280,7 +337,7 @@ async fn a_node_without_data_votes_for_nobody_and_confirms_nobody() {
     let request = VoteRequest::new(vote, Some(last));
     assert!(blank.handler.pre_vote(request.clone()).await.is_err());
     assert!(blank.handler.vote(request.clone()).await.is_err());
-    assert!(!blank.handler.confirm(candidate));
+    assert!(!blank.handler.confirm(candidate, LEASE_MAX));
     assert!(blank.store.promise().is_none());
 
     // It follows a leader: from then on it knows what it promised.
@@ -288,7 +345,7 @@ async fn a_node_without_data_votes_for_nobody_and_confirms_nobody() {
     let heartbeat =
         AppendRequest { vote: leader, prev_log_id: None, entries: Vec::new(), leader_commit: None };
     blank.handler.heartbeat(heartbeat).await.unwrap();
-    assert!(blank.handler.confirm(leader.leader_id));
+    assert!(blank.handler.confirm(leader.leader_id, Duration::ZERO));
     assert!(blank.handler.vote(request).await.is_ok());
     blank.stop().await;
 }

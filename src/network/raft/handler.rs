@@ -266,8 +266,8 @@ where
         }
     }
 
-    fn confirm(&self, leader: LeaderId) -> bool {
-        self.promise.none_after(leader)
+    fn confirm(&self, leader: LeaderId, lease: Duration) -> bool {
+        self.promise.confirm(leader, lease)
     }
 
     async fn begin_snapshot(&self, begin: BeginSnapshot) -> Result<SnapshotStep, Failure> {

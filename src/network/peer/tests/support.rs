@@ -261,7 +261,7 @@ impl PeerHandler for Fake {
         Err(Failure::NotLeader(Some(3)))
     }
 
-    fn confirm(&self, leader: LeaderId) -> bool {
+    fn confirm(&self, leader: LeaderId, _: Duration) -> bool {
         self.begin();
         leader.term < 10
     }

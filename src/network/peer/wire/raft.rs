@@ -34,9 +34,13 @@ pub(in crate::network) struct PreVote(pub(in crate::network) VoteRequest);
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::network) struct ReadIndex;
 
-/// Whether this node has promised its vote to nobody later than the leader that asks.
+/// Whether this node has promised its vote to nobody later than the leader that asks, and keeps it for that one
+/// for so long.
 #[derive(Debug, PartialEq, Eq)]
-pub(in crate::network) struct Confirm(pub(in crate::network) LeaderId);
+pub(in crate::network) struct Confirm {
+    pub(in crate::network) leader: LeaderId,
+    pub(in crate::network) lease_ms: u32,
+}
 
 /// One message of an append that may have been split.
 #[derive(Debug)]
@@ -341,10 +345,11 @@ impl Wire for ReadIndex {
 
 impl Wire for Confirm {
     fn encode(&self, out: &mut Vec<u8>) {
-        put_leader_id(&self.0, out);
+        put_leader_id(&self.leader, out);
+        out.put_u32(self.lease_ms);
     }
 
     fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
-        get_leader_id(reader).map(Self)
+        Ok(Self { leader: get_leader_id(reader)?, lease_ms: reader.u32()? })
     }
 }
