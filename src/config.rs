@@ -12,8 +12,8 @@ use serde::Deserialize;
 
 use crate::ring::{CLUSTERS_MAX, HASH_VERSION_DEFAULT, LIST_TTL_S_DEFAULT, NODES_PER_CLUSTER_MAX};
 
-/// The longest `raft.read_lease_ms`. Shorter than any election, so that voters who keep to a lease delay few; a
-/// part of the peer protocol, because a voter that was restarted waits for so long, whatever is configured.
+/// The longest `raft.read_lease_ms`. Shorter than an election by default, so that voters who keep to a lease delay
+/// few; a part of the peer protocol, because a voter that was restarted waits for so long, whatever is configured.
 pub const READ_LEASE_MS_MAX: u64 = 100;
 
 /// How many ports above a base port belong to each cluster; node `n` of cluster `c` takes the port
@@ -424,7 +424,9 @@ impl RaftConfig {
             self.election_timeout_max_ms,
             election_max..=1_200_000,
         )?;
-        within("raft.read_lease_ms", self.read_lease_ms, 0..=READ_LEASE_MS_MAX)?;
+        // Else elections are over before the leases that they wait for.
+        let lease_max = READ_LEASE_MS_MAX.min(self.election_timeout_min_ms);
+        within("raft.read_lease_ms", self.read_lease_ms, 0..=lease_max)?;
         within("raft.snapshot_log_entries", self.snapshot_log_entries, 10..=100_000_000)?;
         within("raft.log_entries_kept", self.log_entries_kept, 0..=100_000_000)?;
         within("raft.append_pipeline_max", self.append_pipeline_max, 1..=1024)?;

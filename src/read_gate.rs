@@ -95,6 +95,7 @@ const FIRST_ENTRY_LOOK: Duration = Duration::from_millis(1);
 #[derive(Clone)]
 pub struct ReadGate {
     queue: mpsc::Sender<Waiter>,
+    lease: Duration,
     own: Promise,
     reader: StateReader,
     peers: PeerNetwork,
@@ -112,7 +113,7 @@ impl ReadGate {
     ) -> (Self, JoinHandle<()>) {
         let (queue, waiting) = mpsc::channel(ROUND_READS_MAX);
         let (own, peers) = (voters.own.clone(), voters.peers.clone());
-        let gate = Self { queue, own: own.clone(), reader: reader.clone(), peers };
+        let gate = Self { queue, lease, own: own.clone(), reader: reader.clone(), peers };
         let rounds = Rounds { raft, reader, own, lease, poll: Poll::new(voters) };
         (gate, tokio::spawn(rounds.run(waiting)))
     }
@@ -136,6 +137,9 @@ impl ReadGate {
 
     /// What this leader has applied, if it has a lease and an entry of its own is among it.
     fn by_lease(&self) -> Option<LogId> {
+        if self.lease.is_zero() {
+            return None;
+        }
         let leader = self.own.leads_alone()?;
         self.reader.last_applied().filter(|applied| applied.leader_id == leader)
     }
@@ -196,8 +200,8 @@ impl Rounds {
             return Err(ReadIndexFailure::NoQuorum);
         }
         if !lease.is_zero() {
-            let until = begun + lease * LEASE_OWN_TENTHS / 10;
-            self.own.hold(lead.leader, lead.membership.log_id().as_ref(), until);
+            let membership = lead.membership.log_id().as_ref();
+            self.own.hold(lead.leader, membership, begun + own_part(lease));
         }
         let give_up = Instant::now() + FIRST_ENTRY_WAIT_MAX;
         loop {
@@ -216,7 +220,7 @@ impl Rounds {
     /// What to ask of the voters. None while the membership changes: its majorities do.
     fn lease_for(&self, lead: &Lead) -> Duration {
         let is_uniform = lead.membership.membership().get_joint_config().len() == 1;
-        let is_newest = self.own.is_membership(lead.membership.log_id().as_ref());
+        let is_newest = self.own.is_newest_membership(lead.membership.log_id().as_ref());
         if is_uniform && is_newest { self.lease } else { Duration::ZERO }
     }
 
@@ -388,6 +392,11 @@ impl<A: Ask> Poll<A> {
     }
 }
 
+/// How much of a lease that others give a leader takes for its own.
+fn own_part(lease: Duration) -> Duration {
+    lease * LEASE_OWN_TENTHS / 10
+}
+
 /// How many voters must confirm yet, at least; `None` when a majority of each configuration has.
 fn missing(configs: &[BTreeSet<NodeId>], confirmed: &BTreeSet<NodeId>) -> Option<usize> {
     let missing = |voters: &BTreeSet<NodeId>| {
@@ -438,6 +447,16 @@ mod tests {
 
     const LEADER: LeaderId = LeaderId { term: 5, node_id: 1 };
     const NO_LEASE: Duration = Duration::ZERO;
+
+    /// The voters' clocks may run a tenth faster than the leader's.
+    #[test]
+    fn a_leader_takes_less_of_a_lease_than_it_was_given() {
+        for ms in [1, 10, 100] {
+            let given = Duration::from_millis(ms);
+            assert!(own_part(given) * 11 / 10 < given && own_part(given) * 2 > given);
+        }
+    }
+
     const A_WHILE: Duration = Duration::from_millis(20);
 
     fn members(configs: &[&[NodeId]]) -> StoredMembership {

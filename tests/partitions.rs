@@ -100,11 +100,24 @@ impl Fault {
 #[test]
 #[ignore = "needs root, to make network namespaces"]
 fn nothing_acknowledged_is_lost_and_nothing_read_is_old() {
-    if !in_a_namespace("nothing_acknowledged_is_lost_and_nothing_read_is_old") {
+    networks_fail("nothing_acknowledged_is_lost_and_nothing_read_is_old", FAST);
+}
+
+/// The same with leaders that do not ask for each read, among them those that are cut off from all others and not
+/// from their clients.
+#[test]
+#[ignore = "needs root, to make network namespaces"]
+fn with_leases_nothing_acknowledged_is_lost_and_nothing_read_is_old() {
+    let test = "with_leases_nothing_acknowledged_is_lost_and_nothing_read_is_old";
+    networks_fail(test, &format!("{FAST}\nread_lease_ms = 100\n"));
+}
+
+fn networks_fail(test: &str, config: &str) {
+    if !in_a_namespace(test) {
         return;
     }
     let mut network = Network::new(3);
-    let cluster = Cluster::start_on(&network, 3, FAST);
+    let cluster = Cluster::start_on(&network, 3, config);
     cluster.form();
     let seed = std::env::var("KV_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
     let options = LoadOptions { timeout: REQUEST_TIMEOUT, ..LoadOptions::default() };

@@ -7,7 +7,9 @@
 //! flusher.
 //!
 //! - `append` returns when the entries are readable and calls back when they are on disk.
-//! - `save_vote` returns when the vote is on disk and the marker vouches for it.
+//! - `save_vote` returns when the vote is on disk and the marker vouches for it. Before that it waits for the end of
+//!   a lease that this node gave to an earlier leader ([`super::promise`]), and openraft's core task with it: a
+//!   vote counts nowhere, for this node or another, before this returns.
 //! - `truncate_after` lowers the marker first: it must never claim entries that are about to go.
 //! - `purge` records the purged id in the batch that deletes, and deletes from the last purged index
 //!   on, so that it never walks over the graves of earlier purges.
@@ -373,6 +375,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let from = last.next_index().to_be_bytes();
         batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, u64::MAX.to_be_bytes());
         self.engine.write(batch)?;
+        self.promise.log_was_cut(last.as_ref());
         let mut ends = self.lock();
         ends.tail.truncate_after(last.map(|id| id.index));
         ends.last = last;

@@ -5,10 +5,11 @@
 //! they have passed, in the one place through which all of them go, its own candidacy, too
 //! ([`Promise::raise`]). A leader that a majority gave a lease has no successor before the lease is over: whose
 //! vote made that one a leader, of those who gave the lease? None before it gave the lease, or it would have
-//! refused; none after that, or it would have held it back.
+//! refused; none after that, or it would have held it back. A lease is given only to whom the vote is promised
+//! already. So one that is replaced by a later leader's is over, because that promise waited for it.
 //!
-//! A restart forgets leases that were given, so for the longest time that one lasts no promise is given after a
-//! start, whatever is configured. That is less than an election takes.
+//! A restart forgets leases that were given, so for the longest time that one lasts no later promise is given
+//! after a start, whatever is configured. By default that is less than an election takes.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -45,6 +46,13 @@ struct State {
     membership: Option<LogId>,
 }
 
+impl State {
+    fn held_back(&self, candidate: LeaderId) -> Option<Instant> {
+        let given = self.given.filter(|lease| lease.leader < candidate)?;
+        (Instant::now() < given.until).then_some(given.until)
+    }
+}
+
 /// No later leader before a time.
 #[derive(Debug, Clone, Copy)]
 struct Lease {
@@ -63,16 +71,14 @@ impl Promise {
     /// Begins a promise, and returns once it may be given: when no lease of an earlier leader is left. Ends this
     /// node's own lease.
     pub(super) async fn raise(&self, leader: LeaderId) {
-        let given = {
+        let held_back = {
             let mut state = self.lock();
             state.promised = state.promised.max(Some(leader));
             state.held = state.held.filter(|lease| lease.leader >= leader);
-            state.given.filter(|lease| lease.leader < leader)
+            state.held_back(leader)
         };
-        if let Some(lease) = given
-            && Instant::now() < lease.until
-        {
-            sleep_until(lease.until).await;
+        if let Some(until) = held_back {
+            sleep_until(until).await;
         }
     }
 
@@ -82,6 +88,14 @@ impl Promise {
         let mut state = self.lock();
         state.membership = Some(by);
         state.held = None;
+    }
+
+    /// The log was cut after this entry: a membership behind it is none any more.
+    pub(super) fn log_was_cut(&self, last: Option<&LogId>) {
+        let mut state = self.lock();
+        if state.membership.as_ref() > last {
+            state.membership = None;
+        }
     }
 
     /// The term that this node has reached; 0 before its first.
@@ -99,36 +113,47 @@ impl Promise {
         self.lock().promised.is_some_and(|promised| promised <= leader)
     }
 
-    /// The same; if so, none is given to anyone later for as long as `lease`, at most [`LEASE_MAX`].
+    /// The same; if so, none is given to anyone later for as long as `lease`, at most [`LEASE_MAX`]. That much it
+    /// says only to whom it has promised its vote.
     pub fn confirm(&self, leader: LeaderId, lease: Duration) -> bool {
         let mut state = self.lock();
         if state.promised.is_none_or(|promised| promised > leader) {
             return false;
         }
         if !lease.is_zero() {
-            let now = Instant::now();
-            let until = now + lease.min(LEASE_MAX);
-            // A leader has no lease any more when the next one is there to ask for its own.
-            let before = state.given.filter(|before| before.until > now);
-            let leader = before.map_or(leader, |before| before.leader.max(leader));
-            let until = before.map_or(until, |before| before.until.max(until));
+            if state.promised != Some(leader) {
+                return false;
+            }
+            let until = Instant::now() + lease.min(LEASE_MAX);
+            let until = state.given.map_or(until, |before| before.until.max(until));
             state.given = Some(Lease { leader, until });
         }
         true
     }
 
-    /// Whether a lease by this membership would be one: nothing has changed it since. `None`: it was there
-    /// when this node started.
-    pub fn is_membership(&self, id: Option<&LogId>) -> bool {
-        let state = self.lock();
-        state.membership.is_none() || state.membership.as_ref() == id
+    /// Until when a promise to this candidate would be held back, if it would.
+    pub fn held_back(&self, candidate: LeaderId) -> Option<Instant> {
+        self.lock().held_back(candidate)
+    }
+
+    /// Returns once no lease is left that this node gave, so that it may stand for election itself.
+    pub async fn await_end_of_leases(&self) {
+        let given = self.lock().given;
+        if let Some(lease) = given {
+            sleep_until(lease.until).await;
+        }
+    }
+
+    /// Whether this membership is the newest that this node knows of. A newer one may have come by a snapshot, and
+    /// not through the log.
+    pub fn is_newest_membership(&self, id: Option<&LogId>) -> bool {
+        self.lock().membership.as_ref() <= id
     }
 
     /// This node leads, and a majority of this membership has given it a lease until then.
     pub fn hold(&self, leader: LeaderId, membership: Option<&LogId>, until: Instant) {
         let mut state = self.lock();
-        let same_members = state.membership.is_none() || state.membership.as_ref() == membership;
-        if state.promised == Some(leader) && same_members {
+        if state.promised == Some(leader) && state.membership.as_ref() <= membership {
             state.held = Some(Lease { leader, until });
         }
     }
@@ -217,7 +242,20 @@ mod tests {
         assert!(promise.confirm(leader(3, 1), LEASE_MAX));
         assert!(!is_free(&promise, leader(4, 2)));
         assert!(!promise.confirm(leader(3, 1), LEASE_MAX) && !promise.none_after(leader(3, 1)));
-        assert!(promise.confirm(leader(4, 2), LEASE_MAX));
+        assert!(promise.confirm(leader(4, 2), NO_LEASE));
+    }
+
+    /// Else whoever calls itself a leader could take the place of the lease of the one that is.
+    #[tokio::test]
+    async fn only_the_leader_of_the_last_promise_gets_a_lease() {
+        let promise = promised(3, 1).await;
+        assert!(promise.confirm(leader(3, 1), LEASE_MAX));
+        assert!(promise.confirm(leader(9, 9), NO_LEASE));
+        assert!(!promise.confirm(leader(9, 9), MOMENT));
+        assert!(promise.held_back(leader(4, 3)).is_some());
+        assert!(promise.held_back(leader(3, 1)).is_none(), "its own");
+        promise.await_end_of_leases().await;
+        assert!(promise.held_back(leader(4, 3)).is_none());
     }
 
     #[tokio::test]
@@ -251,7 +289,8 @@ mod tests {
         assert_eq!(promise.leads_alone(), None);
         promise.hold(own, Some(&first), long);
         assert_eq!(promise.leads_alone(), None, "its voters were asked before the change");
-        assert!(!promise.is_membership(Some(&first)) && promise.is_membership(Some(&second)));
+        assert!(!promise.is_newest_membership(Some(&first)));
+        assert!(promise.is_newest_membership(Some(&second)));
         promise.hold(own, Some(&second), long);
         assert_eq!(promise.leads_alone(), Some(own));
         promise.hold(own, Some(&second), Instant::now());

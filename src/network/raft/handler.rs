@@ -211,8 +211,11 @@ where
     async fn pre_vote(&self, request: VoteRequest) -> Result<VoteReply, Failure> {
         self.check_kept()?;
         self.check_vote(&request.vote)?;
+        let candidate = request.vote.leader_id;
         let mut reply = self.raft.pre_vote(request).await.map_err(stopped)?;
         reply.vote_granted &= !self.lapse.was_mistaken(Instant::now());
+        // It would be waited for, and with it all that this node does for its cluster.
+        reply.vote_granted &= self.promise.held_back(candidate).is_none();
         Ok(reply)
     }
 
@@ -250,6 +253,7 @@ where
     }
 
     async fn ask_for_votes(&self) {
+        self.promise.await_end_of_leases().await;
         // As above.
         let _ = self.raft.trigger().elect(true).await;
     }
