@@ -217,11 +217,14 @@ impl Rounds {
         }
     }
 
-    /// What to ask of the voters. None while the membership changes: its majorities do.
+    /// What to ask of the voters. None while the membership changes: its majorities do. None of a leader that has
+    /// only begun to lead: those who have not heard of it would refuse to confirm it at all.
     fn lease_for(&self, lead: &Lead) -> Duration {
+        let applied = self.reader.last_applied();
+        let is_followed = applied.is_some_and(|applied| applied.leader_id == lead.leader);
         let is_uniform = lead.membership.membership().get_joint_config().len() == 1;
         let is_newest = self.own.is_newest_membership(lead.membership.log_id().as_ref());
-        if is_uniform && is_newest { self.lease } else { Duration::ZERO }
+        if is_followed && is_uniform && is_newest { self.lease } else { Duration::ZERO }
     }
 
     fn lead(&self) -> Result<Lead, ReadIndexFailure> {

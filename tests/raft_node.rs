@@ -232,6 +232,7 @@ async fn a_refusal_for_a_moment_does_not_cost_others_the_leader() {
         });
         for refusals in 1..=3 {
             while leader.seen("/v1/kv/busy").len() < refusals {
+                assert!(!refused.is_finished(), "{code}: it gave up");
                 tokio::task::yield_now().await;
             }
             // The refusal arrives meanwhile, and the call pauses for longer. As many as there are nodes, because

@@ -5,8 +5,9 @@
 //! they have passed, in the one place through which all of them go, its own candidacy, too
 //! ([`Promise::raise`]). A leader that a majority gave a lease has no successor before the lease is over: whose
 //! vote made that one a leader, of those who gave the lease? None before it gave the lease, or it would have
-//! refused; none after that, or it would have held it back. A lease is given only to whom the vote is promised
-//! already. So one that is replaced by a later leader's is over, because that promise waited for it.
+//! refused; none after that, or it would have held it back. A lease is given only to whom the vote is promised. One
+//! that is replaced by a later leader's has ended: whoever made that one a leader waited for it, or was the earlier
+//! leader itself, whose own lease ends with its vote for another.
 //!
 //! A restart forgets leases that were given, so for the longest time that one lasts no later promise is given
 //! after a start, whatever is configured. By default that is less than an election takes.

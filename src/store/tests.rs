@@ -2,12 +2,12 @@
 
 mod handoff;
 mod images;
+mod lease;
 mod log_end;
 mod memory;
 mod once;
 mod torn_end;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -136,35 +136,6 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, SuiteGuard> for Builder {
 #[tokio::test(flavor = "multi_thread")]
 async fn openrafts_suite_passes() {
     Suite::test_all(Builder).await.unwrap();
-}
-
-/// A lease was given by a majority of the membership before: it ends before anybody knows of the next one. A change
-/// that is cut off again is none.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_change_of_the_membership_ends_a_lease() {
-    let dir = tempfile::tempdir().unwrap();
-    let store = open(dir.path());
-    let (mut log, promise) = (store.log(), store.promise());
-    let own = LeaderId { term: 1, node_id: 1 };
-    log.save_vote(&Vote::new_committed(1, 1)).await.unwrap();
-    let (before, change) = (log_id(1, 0), log_id(1, 2));
-    log.blocking_append([put_entry(0, "k", "v"), put_entry(1, "k", "v")]).await.unwrap();
-    let until = tokio::time::Instant::now() + std::time::Duration::from_secs(3600);
-    promise.hold(own, Some(&before), until);
-    assert_eq!(promise.leads_alone(), Some(own));
-
-    let membership = Membership::new_with_defaults(vec![BTreeSet::from([1])], []);
-    let entry = Entry { log_id: change, payload: EntryPayload::Membership(membership) };
-    log.blocking_append([entry]).await.unwrap();
-    assert_eq!(promise.leads_alone(), None);
-    promise.hold(own, Some(&before), until);
-    assert_eq!(promise.leads_alone(), None, "what its voters were asked by has changed");
-
-    log.truncate_after(Some(log_id(1, 1))).await.unwrap();
-    promise.hold(own, Some(&before), until);
-    assert_eq!(promise.leads_alone(), Some(own));
-    drop(log);
-    store.close().unwrap();
 }
 
 /// Vote, log, purge point, membership and data are there again after a reopen.
