@@ -73,6 +73,9 @@ pub enum ClientError {
         /// How long room was waited for.
         waited: Duration,
     },
+    /// There is no request that asks for this: the key is too long for a path, for example.
+    #[error("this cannot be sent to any node: {0}")]
+    Unsendable(String),
     /// The request went out, and until the deadline no answer came back that tells what became of it.
     #[error("{message}; it may or may not take effect")]
     AnswerLost {

@@ -255,7 +255,7 @@ impl Default for RingConfig {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            key_bytes_max: 4 << 10,
+            key_bytes_max: KEY_BYTES_MAX_DEFAULT,
             value_bytes_max: 1 << 20,
             http_body_bytes_max: 8 << 20,
             peer_frame_bytes_max: 16 << 20,
@@ -377,6 +377,9 @@ pub const ENTRY_BYTES_MAX: usize = 1 << 20;
 /// What an entry and the message around it have besides keys and values: at most 99 bytes for each of
 /// 1024 writes, when every one is of another client with the longest name.
 const ENTRY_OVERHEAD_BYTES_MAX: usize = 128 << 10;
+
+/// `limits.key_bytes_max` unless configured.
+pub(crate) const KEY_BYTES_MAX_DEFAULT: usize = 4 << 10;
 
 /// The largest value that can be configured, in bytes. Clients take answers of this size and some overhead.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;

@@ -69,6 +69,9 @@ pub struct HttpResponse {
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {
+    /// There can be no such request, to this node or any other: its path is too long, for example.
+    #[error("this cannot be sent: {0}")]
+    Unsendable(String),
     /// The request did not leave: nothing can have happened there.
     #[error("cannot reach {address}: {message}")]
     NotSent {
@@ -98,7 +101,7 @@ pub enum SendError {
 impl SendError {
     /// Whether the other side may have received the request.
     pub fn may_have_arrived(&self) -> bool {
-        !matches!(self, Self::NotSent { .. })
+        !matches!(self, Self::NotSent { .. } | Self::Unsendable(_))
     }
 }
 
@@ -148,7 +151,7 @@ impl HttpClient {
         let HttpRequest { method, address, path_and_query, headers, body } = request;
         let uri = match path_and_query.parse::<Uri>() {
             Ok(uri) => uri,
-            Err(error) => return Err(SendError::NotSent { address, message: error.to_string() }),
+            Err(error) => return Err(SendError::Unsendable(error.to_string())),
         };
         let mut outgoing = http::Request::new(Full::new(body));
         *outgoing.method_mut() = method;

@@ -48,6 +48,10 @@ const REDIRECTS_MAX: u32 = 24;
 /// How many of them are followed at once: an old ring's, and that of a ring changed meanwhile.
 const REDIRECTS_AT_ONCE: u32 = 2;
 
+/// How long a call that was told who owns its key waits for the ring that says so. Mostly that takes a
+/// millisecond; but somebody may be looking for it at clusters that do not answer.
+const RING_PATIENCE: Duration = Duration::from_millis(200);
+
 /// The client of the whole store. Cloning shares connections and the ring; it is meant to be shared
 /// by thousands of tasks.
 ///
@@ -124,16 +128,16 @@ impl KVClient {
     }
 
     /// Sends the call to the cluster that owns the key, and from there to whom that names.
-    async fn run(&self, key: &[u8], call: Call) -> Result<Answer, ClientError> {
+    async fn run(&self, key: &[u8], mut call: Call<'_>) -> Result<Answer, ClientError> {
         let mut doubt = call.doubt();
-        let result = self.follow(key, &call, &mut doubt).await;
+        let result = self.follow(key, &mut call, &mut doubt).await;
         result.map_err(|error| doubt.settle(error))
     }
 
     async fn follow(
         &self,
         key: &[u8],
-        call: &Call,
+        call: &mut Call<'_>,
         doubt: &mut Doubt,
     ) -> Result<Answer, ClientError> {
         let budget = Budget::new(self.timeout);
@@ -146,21 +150,19 @@ impl KVClient {
         let mut backoff = call_backoff();
         let mut redirects = 0;
         loop {
-            let (address, owner, epoch) = match target.client.execute(call, budget, doubt).await {
+            let its_budget = if target.has_other { budget.half() } else { budget };
+            let (address, owner, epoch) = match target.client.execute(call, its_budget, doubt).await
+            {
                 Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
-                Err(error @ ClientError::Unreachable { .. }) => {
+                Err(error) if is_out_of_reach(&error) => {
                     let pause = backoff.pause_with_jitter();
                     if budget.left() <= pause {
+                        // A cluster that has left the ring may be gone: nobody else should have to wait for that.
                         self.rings.look_for_newer();
                         return Err(error);
                     }
                     tokio::time::sleep(pause).await;
-                    if self.rings.routes().epoch() <= used {
-                        self.rings.confirm(budget).await;
-                    }
-                    if let Some(newer) = self.newer_target(key, &mut used) {
-                        target = newer;
-                    }
+                    target = self.target_past(target, key, &mut used, budget).await;
                     continue;
                 }
                 Err(error) if target.id.is_some() && is_no_member(&error) => {
@@ -171,12 +173,6 @@ impl KVClient {
                     self.rings.refresh_beyond(used, budget).await;
                     target = self.newer_target(key, &mut used).ok_or(error)?;
                     continue;
-                }
-                Err(error @ ClientError::Timeout { .. }) => {
-                    // A cluster that has left the ring may be silent instead of refusing: nobody else
-                    // should have to wait for that.
-                    self.rings.look_for_newer();
-                    return Err(error);
                 }
                 other => return other,
             };
@@ -191,14 +187,35 @@ impl KVClient {
             if let (Some(refused), Some(owner)) = (&target.id, owner.as_deref()) {
                 self.rings.heard(key, (refused, &address), &owner.id, epoch);
             }
-            self.rings.refresh_to(epoch, &address, budget).await;
+            let patience = if owner.is_some() { RING_PATIENCE } else { budget.left() };
+            self.rings.refresh_to(epoch, &address, budget, patience).await;
             target = self.next_target(key, &target, owner.as_deref(), epoch);
         }
     }
 
-    /// Where to go by a ring newer than the one of epoch `used`, if there is one by now. Those who should
-    /// own the key are not reached, or are not of the store: they are being restarted, or their cluster has
-    /// left the ring and is gone; then the others know who owns the key.
+    /// Where to go when the cluster at `silent` is not reached: it is being restarted, or has left the ring and is
+    /// gone; then others know who owns the key. Or the key is being handed over, and the other cluster of the two
+    /// serves it already: only the silent one could have said so.
+    async fn target_past(
+        &self,
+        silent: Target,
+        key: &[u8],
+        used: &mut Epoch,
+        budget: Budget,
+    ) -> Target {
+        let by_now = |used: &mut Epoch| {
+            let other = |id| self.rings.routes().other_target(key, id);
+            self.newer_target(key, used).or_else(|| silent.id.as_ref().and_then(other))
+        };
+        if let Some(target) = by_now(used) {
+            self.rings.look_for_newer();
+            return target;
+        }
+        self.rings.confirm(budget).await;
+        by_now(used).unwrap_or(silent)
+    }
+
+    /// Where to go by a ring newer than the one of epoch `used`, if there is one by now.
     fn newer_target(&self, key: &[u8], used: &mut Epoch) -> Option<Target> {
         let routes = self.rings.routes();
         let is_newer = routes.epoch() > *used;
@@ -227,6 +244,15 @@ impl KVClient {
             _ => by_ring,
         }
     }
+}
+
+/// Whether the cluster did nothing and gave no answer, and waiting for it longer need not be all that can be done.
+fn is_out_of_reach(error: &ClientError) -> bool {
+    use ClientError::{Timeout, TooManyInFlight, TooManyWaiting, Unreachable};
+    matches!(
+        error,
+        Unreachable { .. } | Timeout { .. } | TooManyInFlight { .. } | TooManyWaiting { .. }
+    )
 }
 
 /// Whether nodes that the ring lists said that they belong to no cluster, or what none would say.

@@ -40,6 +40,7 @@ mod doubt;
 mod journey;
 mod operations;
 pub(crate) mod pace;
+mod room;
 mod sequence;
 mod verdict;
 mod view;
@@ -54,6 +55,7 @@ pub(crate) use doubt::Doubt;
 use journey::Journey;
 pub(crate) use operations::key_operations;
 use pace::Budget;
+use room::Share;
 use verdict::{Reason, Verdict, judge};
 use view::View;
 
@@ -79,6 +81,7 @@ pub struct RaftNode {
 #[derive(Debug)]
 struct Shared {
     courier: Courier,
+    share: Share,
     view: ArcSwap<View>,
     /// Counts the calls that any node can serve, so that they are spread over all.
     turn: AtomicUsize,
@@ -95,8 +98,13 @@ impl RaftNode {
 
     /// Shares the courier's connections and bounds with all who have it.
     pub(crate) fn with_courier(nodes: Vec<String>, courier: Courier) -> Self {
-        let view = ArcSwap::from_pointee(View::new(nodes));
-        let shared = Arc::new(Shared { courier, view, turn: AtomicUsize::new(0) });
+        Self::one_of(1, nodes, courier)
+    }
+
+    /// The same for one of so many clusters: its operations leave room for those of the others.
+    pub(crate) fn one_of(clusters: usize, nodes: Vec<String>, courier: Courier) -> Self {
+        let (view, share) = (ArcSwap::from_pointee(View::new(nodes)), Share::of(clusters));
+        let shared = Arc::new(Shared { courier, share, view, turn: AtomicUsize::new(0) });
         Self { shared, timeout: TIMEOUT_DEFAULT }
     }
 
@@ -146,7 +154,7 @@ impl RaftNode {
 
     /// What any reachable node says about itself.
     pub async fn metrics(&self) -> Result<NodeMetrics, ClientError> {
-        self.ask(&Call::inspect("/cluster/metrics")).await?.json()
+        self.ask(Call::inspect("/cluster/metrics")).await?.json()
     }
 
     /// What the node at this address says about itself. Asks nobody else.
@@ -156,7 +164,7 @@ impl RaftNode {
 
     /// The ring that any reachable node lives by; of epoch 0 when it has none.
     pub async fn get_hash_ring(&self) -> Result<Ring, ClientError> {
-        self.ask(&Call::inspect("/v1/ring")).await?.json()
+        self.ask(Call::inspect("/v1/ring")).await?.json()
     }
 
     /// The ring that the node at this address lives by. Asks nobody else.
@@ -177,30 +185,30 @@ impl RaftNode {
             Sizes::Omitted => "/cluster/handoffs",
             Sizes::Counted => "/cluster/handoffs?sizes=true",
         };
-        self.ask(&Call::inspect_leader(path)).await?.json()
+        self.ask(Call::inspect_leader(path)).await?.json()
     }
 
     /// Takes a step of a change of the ring; a refusal is [`ClientError::StepRefused`]. Asked again
     /// when an answer is lost: a repeat gets the first answer.
     pub async fn step(&self, step: &Step) -> Result<Done, ClientError> {
         let body = serde_json::to_vec(step).expect("steps are always JSON");
-        self.ask(&Call::step(body)).await?.json()
+        self.ask(Call::step(body)).await?.json()
     }
 
     async fn manage(&self, path: &str, body: &impl serde::Serialize) -> Result<(), ClientError> {
         let body = serde_json::to_vec(body).expect("ids, addresses and rings are always JSON");
-        self.ask(&Call::manage(path, body)).await?;
+        self.ask(Call::manage(path, body)).await?;
         Ok(())
     }
 
     /// Which key a call is about is of no concern here: all of them are this cluster's.
-    async fn run(&self, _key: &[u8], call: Call) -> Result<Answer, ClientError> {
-        self.ask(&call).await
+    async fn run(&self, _key: &[u8], call: Call<'_>) -> Result<Answer, ClientError> {
+        self.ask(call).await
     }
 
-    async fn ask(&self, call: &Call) -> Result<Answer, ClientError> {
+    async fn ask(&self, mut call: Call<'_>) -> Result<Answer, ClientError> {
         let mut doubt = call.doubt();
-        let result = self.execute(call, Budget::new(self.timeout), &mut doubt).await;
+        let result = self.execute(&mut call, Budget::new(self.timeout), &mut doubt).await;
         result.map_err(|error| doubt.settle(error))
     }
 
@@ -209,7 +217,7 @@ impl RaftNode {
     }
 
     /// One attempt at one node, which has all the time there is.
-    async fn ask_one(&self, call: &Call, address: String) -> Result<Answer, ClientError> {
+    async fn ask_one(&self, call: &Call<'_>, address: String) -> Result<Answer, ClientError> {
         let (budget, now) = (Budget::new(self.timeout), Instant::now());
         match self.attempt(call, &address, budget, now, budget.left_at(now)).await {
             Verdict::Answer(reply) => Ok(Answer { kind: call.kind, address, reply }),
@@ -232,20 +240,22 @@ impl RaftNode {
     /// speaks of what was met last; `doubt` knows whether there is more to say.
     pub(crate) async fn execute(
         &self,
-        call: &Call,
+        call: &mut Call<'_>,
         budget: Budget,
         doubt: &mut Doubt,
     ) -> Result<Answer, ClientError> {
-        let mut journey = Journey::new(budget, doubt);
-        let mut address = self.first_for(call).ok_or_else(no_nodes)?;
-        let _room = match call.as_operation() {
+        let _room = match call.operation_bytes() {
             None => None,
-            Some((_, operation)) => {
-                let room = self.shared.courier.room_for(operation, budget.deadline()).await;
-                let waited = budget.elapsed();
-                Some(room.ok_or(ClientError::TooManyWaiting { waited })?)
+            Some(bytes) => {
+                let (room, share) = (self.shared.courier.room(), &self.shared.share);
+                let room = room.take(share, bytes, budget.deadline()).await;
+                Some(room.ok_or_else(|| ClientError::TooManyWaiting { waited: budget.elapsed() })?)
             }
         };
+        call.make();
+        let call = &*call;
+        let mut journey = Journey::new(budget, doubt);
+        let mut address = self.first_for(call).ok_or_else(no_nodes)?;
         loop {
             // Asked for once an attempt: the clock is among the dearest things on this way.
             let now = Instant::now();
@@ -276,7 +286,7 @@ impl RaftNode {
     /// others, unless it cannot share a request, anything else by itself.
     async fn attempt(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         address: &str,
         budget: Budget,
         now: Instant,
@@ -293,13 +303,14 @@ impl RaftNode {
                 Err(Undelivered::Alone) => {}
             }
         }
-        self.attempt_alone(call, address, budget, patience).await
+        // On the heap, because it is rare and large: thousands of operations in flight would leave room for it.
+        Box::pin(self.attempt_alone(call, address, budget, patience)).await
     }
 
     /// Sends a request of its own, when it is this call's turn.
     async fn attempt_alone(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         address: &str,
         budget: Budget,
         patience: Duration,
@@ -317,7 +328,7 @@ impl RaftNode {
     /// otherwise a paused leader would swallow every write until the first one's deadline.
     async fn send(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         address: &str,
         deadline: Instant,
     ) -> Result<Reply, SendError> {
@@ -333,7 +344,7 @@ impl RaftNode {
         response.map(Reply::Single)
     }
 
-    fn first_for(&self, call: &Call) -> Option<String> {
+    fn first_for(&self, call: &Call<'_>) -> Option<String> {
         let view = self.shared.view.load();
         if let Some(leader) = view.leader().filter(|_| call.kind.needs_leader()) {
             return Some(leader.to_owned());

@@ -140,7 +140,13 @@ impl Rings {
     }
 
     fn refresh_in_background(&self, epoch: Epoch, address: Option<&str>) {
-        let Some(flight) = self.core.join_flight(epoch, address.map(str::to_owned)) else { return };
+        if let Some(flight) = self.core.join_flight(epoch, address.map(str::to_owned)) {
+            self.keep(flight);
+        }
+    }
+
+    /// Lets a refresh go on that nobody waits for.
+    fn keep(&self, flight: Flight) {
         let task = AbortOnDropHandle::new(tokio::spawn(flight));
         let here = Handle::current().id();
         let mut background = self.background.lock().unwrap_or_else(PoisonError::into_inner);
@@ -170,10 +176,23 @@ impl Rings {
         }
     }
 
-    /// Tries to get a ring of at least this epoch, which the node at `address` lives by.
-    pub(super) async fn refresh_to(&self, epoch: Epoch, address: &str, budget: Budget) {
-        if self.routes().epoch() < epoch {
-            self.refresh(epoch, Some(address.to_owned()), budget).await;
+    /// Tries to get a ring of at least this epoch, which the node at `address` lives by. Waits with `patience`; after
+    /// that it goes on in the background.
+    pub(super) async fn refresh_to(
+        &self,
+        epoch: Epoch,
+        address: &str,
+        budget: Budget,
+        patience: Duration,
+    ) {
+        if self.routes().epoch() >= epoch {
+            return;
+        }
+        if let Some(flight) = self.core.join_flight(epoch, Some(address.to_owned())) {
+            let until = budget.deadline().min(Instant::now() + patience.min(REFRESH_TIMEOUT));
+            if tokio::time::timeout_at(until, flight.clone()).await.is_err() {
+                self.keep(flight);
+            }
         }
     }
 
@@ -288,7 +307,9 @@ impl Core {
         };
         let epoch = ring.epoch;
         let current = self.routes();
-        let to_come = epoch == current.epoch() && ring.next.is_some() && !current.is_changing();
+        // Nothing changes into a first ring; but who says this need not be one of ours.
+        let to_come =
+            epoch > 0 && epoch == current.epoch() && ring.next.is_some() && !current.is_changing();
         if epoch > current.epoch() || to_come {
             match Routes::of_ring(ring, Some(&current), &self.courier) {
                 Ok(routes) => self.replace(Arc::new(routes)),
@@ -421,6 +442,8 @@ fn none_answered(errors: Vec<ClientError>) -> ClientError {
 
 #[cfg(test)]
 mod tests {
+    use crate::ring::{RingCluster, RingNode};
+
     use super::*;
 
     /// Rings whose time is over, of a cluster whose one node accepts connections and says nothing.
@@ -449,6 +472,21 @@ mod tests {
         rings.refresh_if_due();
         assert!(first.ptr_eq(&under_way(&rings)));
         assert!(first.ptr_eq(&rings.core.join_flight(9, None).unwrap()));
+    }
+
+    /// What calls itself a node may tell anything: no ring, that is changing. Every later call panicked.
+    #[tokio::test]
+    async fn no_ring_does_not_change() {
+        let (rings, _silent) = overdue().await;
+        let nodes = rings.routes().target(b"k").client.nodes();
+        let node = RingNode { id: 1, http: "a:1".into(), rpc: "a:2".into() };
+        let a = RingCluster { id: "a".parse().unwrap(), weight: 1.0, nodes: vec![node] };
+        let first =
+            Ring { epoch: 1, sequencer: Some(a.id.clone()), clusters: vec![a], ..Ring::none() };
+        let strange = Ring { next: Some(Box::new(first)), ..Ring::none() };
+        rings.core.take(Ok(strange), 0);
+        assert!(!rings.routes().is_changing());
+        assert_eq!(rings.routes().target(b"k").client.nodes(), nodes);
     }
 
     /// A client may be shared by runtimes, and one that nobody drives any more, or that has ended, must not keep

@@ -39,6 +39,8 @@ pub(super) struct Target {
     /// `None` without a ring.
     pub(super) id: Option<ClusterId>,
     pub(super) client: RaftNode,
+    /// Whether the key is being handed over, by this cluster or to it: see [`Routes::other_target`].
+    pub(super) has_other: bool,
 }
 
 /// What it means that a cluster does not serve a key and names another one.
@@ -76,20 +78,21 @@ impl Routes {
         // Without it there are detours and nothing worse.
         let next = next.and_then(|next| RingTable::new(next.clone()).ok()).map(Arc::new);
         let table = RingTable::new(ring)?;
+        let to_come = || next.iter().flat_map(|next| &next.ring().clusters);
+        let clusters_max = table.ring().clusters.len().max(to_come().count());
         let member = |cluster: &RingCluster| {
             let listed: Vec<String> = cluster.nodes.iter().map(|node| node.http.clone()).collect();
             let kept = known.and_then(|routes| routes.clusters.get(&cluster.id));
             match kept.filter(|member| member.listed == listed) {
                 Some(member) => member.clone(),
                 None => {
-                    let client = RaftNode::with_courier(listed.clone(), courier.clone());
+                    let client = RaftNode::one_of(clusters_max, listed.clone(), courier.clone());
                     Member { listed, client }
                 }
             }
         };
         let mut clusters = HashMap::new();
-        let to_come = next.iter().flat_map(|next| &next.ring().clusters);
-        for cluster in table.ring().clusters.iter().chain(to_come) {
+        for cluster in table.ring().clusters.iter().chain(to_come()) {
             clusters.entry(cluster.id.clone()).or_insert_with(|| member(cluster));
         }
         Ok(Self {
@@ -126,12 +129,17 @@ impl Routes {
     }
 
     pub(super) fn target(&self, key: &[u8]) -> Target {
-        if let Some(owner) = self.present_owner(key) {
-            let client = self.clusters[&owner.id].client.clone();
-            return Target { id: Some(owner.id.clone()), client };
-        }
-        let client = self.sole.clone().expect("routes without a ring have their one cluster");
-        Target { id: None, client }
+        let Some(owner) = self.present_owner(key) else {
+            let client = self.sole.clone().expect("routes without a ring have their one cluster");
+            return Target { id: None, client, has_other: false };
+        };
+        self.target_of(key, owner)
+    }
+
+    fn target_of(&self, key: &[u8], cluster: &RingCluster) -> Target {
+        let client = self.clusters[&cluster.id].client.clone();
+        let has_other = self.next.is_some() && self.other_owner(key, &cluster.id).is_some();
+        Target { id: Some(cluster.id.clone()), client, has_other }
     }
 
     /// The owner by the ring in hand, unless the key is known to have moved on.
@@ -144,6 +152,18 @@ impl Routes {
             return Some(next);
         }
         Some(owner)
+    }
+
+    /// Where else a key may be served that the cluster `id` does not answer for: by the other one of those that
+    /// hand it over, if the ring is known to be changing. Whoever does not serve it says so.
+    pub(super) fn other_target(&self, key: &[u8], id: &ClusterId) -> Option<Target> {
+        Some(self.target_of(key, self.other_owner(key, id)?))
+    }
+
+    fn other_owner(&self, key: &[u8], id: &ClusterId) -> Option<&RingCluster> {
+        let (old, new) = (self.owner(key)?, self.next.as_ref()?.owner(key)?);
+        let other = if old.id == *id { new } else { old };
+        (old.id != new.id).then_some(other)
     }
 
     /// What to make of it that `refused`, living by the ring in hand, names `named` as the key's owner.
@@ -178,10 +198,11 @@ impl Routes {
     pub(super) fn target_named(&self, owner: &RingCluster, courier: &Courier) -> Target {
         let id = Some(owner.id.clone());
         if let Some(member) = self.clusters.get(&owner.id) {
-            return Target { id, client: member.client.clone() };
+            return Target { id, client: member.client.clone(), has_other: false };
         }
         let nodes = owner.nodes.iter().map(|node| node.http.clone()).collect();
-        Target { id, client: RaftNode::with_courier(nodes, courier.clone()) }
+        let client = RaftNode::one_of(self.clusters.len() + 1, nodes, courier.clone());
+        Target { id, client, has_other: false }
     }
 
     /// The clients of all clusters, in the ring's order.

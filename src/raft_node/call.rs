@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderValue, Method, header};
 
 use super::courier::Class;
 use super::doubt::Doubt;
-use super::sequence::Issued;
+use super::sequence::{Issued, Sequence};
 use crate::batch::Operation;
 use crate::http_client::HttpRequest;
 use crate::key_path;
@@ -79,44 +79,99 @@ impl Kind {
 
 /// Something asked for, to be sent to any node, any number of times.
 #[derive(Debug)]
-pub(crate) struct Call {
+pub(crate) struct Call<'a> {
     pub(super) kind: Kind,
-    content: Content,
-    /// A write's number, in use as long as the call may be sent.
-    issued: Option<Issued>,
+    content: Content<'a>,
 }
 
 #[derive(Debug)]
-enum Content {
-    Operation(Class, Arc<Operation>),
+enum Content<'a> {
+    Operation(Class, Draft<'a>),
     Request { method: Method, path: String, body: Bytes },
 }
 
-impl Call {
-    pub(crate) fn put(key: &[u8], value: &[u8], condition: Condition, issued: Issued) -> Self {
-        let (key, value) = (Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
-        let seq = Some(issued.seq());
-        Self::write(Operation::Put { key, value, condition, seq }, issued)
+/// An operation on a key as the caller has it. What is sent is made of it only once there is room for that:
+/// callers that wait for room have copied nothing, and hold no number that keeps the client's floor down.
+#[derive(Debug)]
+struct Draft<'a> {
+    key: &'a [u8],
+    action: Action<'a>,
+    made: Option<Made<'a>>,
+}
+
+#[derive(Debug)]
+enum Action<'a> {
+    Get,
+    Put { value: &'a [u8], condition: Condition, numbers: &'a Sequence },
+    Delete { condition: Condition, numbers: &'a Sequence },
+}
+
+#[derive(Debug)]
+struct Made<'a> {
+    operation: Arc<Operation>,
+    /// A write's number, in use as long as the call may be sent.
+    issued: Option<Issued<'a>>,
+}
+
+impl Draft<'_> {
+    fn bytes(&self) -> usize {
+        let value = match self.action {
+            Action::Put { value, .. } => value.len(),
+            Action::Get | Action::Delete { .. } => 0,
+        };
+        self.key.len() + value
+    }
+}
+
+impl<'a> Draft<'a> {
+    fn made(&self) -> &Made<'a> {
+        self.made.as_ref().expect("an operation is made before it is sent")
     }
 
-    pub(crate) fn delete(key: &[u8], condition: Condition, issued: Issued) -> Self {
-        let (key, seq) = (Bytes::copy_from_slice(key), Some(issued.seq()));
-        Self::write(Operation::Delete { key, condition, seq }, issued)
+    fn make(&self) -> Made<'a> {
+        let key = Bytes::copy_from_slice(self.key);
+        let (operation, issued) = match self.action {
+            Action::Get => (Operation::Get { key }, None),
+            Action::Put { value, condition, numbers } => {
+                let (value, issued) = (Bytes::copy_from_slice(value), numbers.issue());
+                let seq = Some(issued.seq());
+                (Operation::Put { key, value, condition, seq }, Some(issued))
+            }
+            Action::Delete { condition, numbers } => {
+                let issued = numbers.issue();
+                (Operation::Delete { key, condition, seq: Some(issued.seq()) }, Some(issued))
+            }
+        };
+        Made { operation: Arc::new(operation), issued }
+    }
+}
+
+impl<'a> Call<'a> {
+    /// A write gets its number from `numbers` once it is made.
+    pub(crate) fn put(
+        key: &'a [u8],
+        value: &'a [u8],
+        condition: Condition,
+        numbers: &'a Sequence,
+    ) -> Self {
+        Self::on_key(Kind::Write, Class::Write, key, Action::Put { value, condition, numbers })
     }
 
-    pub(crate) fn get(key: &[u8], consistency: Consistency) -> Self {
+    pub(crate) fn delete(key: &'a [u8], condition: Condition, numbers: &'a Sequence) -> Self {
+        Self::on_key(Kind::Write, Class::Write, key, Action::Delete { condition, numbers })
+    }
+
+    pub(crate) fn get(key: &'a [u8], consistency: Consistency) -> Self {
         let (kind, class) = match consistency {
             Consistency::Linearizable => (Kind::LeaderRead, Class::LinearizableRead),
             Consistency::LinearizableOnFollower => (Kind::AnyRead, Class::FollowerRead),
             Consistency::Stale => (Kind::AnyRead, Class::StaleRead),
         };
-        let operation = Operation::Get { key: Bytes::copy_from_slice(key) };
-        Self { kind, content: Content::Operation(class, Arc::new(operation)), issued: None }
+        Self::on_key(kind, class, key, Action::Get)
     }
 
-    fn write(operation: Operation, issued: Issued) -> Self {
-        let content = Content::Operation(Class::Write, Arc::new(operation));
-        Self { kind: Kind::Write, content, issued: Some(issued) }
+    fn on_key(kind: Kind, class: Class, key: &'a [u8], action: Action<'a>) -> Self {
+        Self { kind, content: Content::Operation(class, Draft { key, action, made: None }) }
     }
 
     /// A doubt to carry along on its way.
@@ -127,7 +182,7 @@ impl Call {
     pub(super) fn inspect(path: &str) -> Self {
         let (method, path) = (Method::GET, path.to_owned());
         let content = Content::Request { method, path, body: Bytes::new() };
-        Self { kind: Kind::Inspect, content, issued: None }
+        Self { kind: Kind::Inspect, content }
     }
 
     pub(super) fn inspect_leader(path: &str) -> Self {
@@ -141,13 +196,30 @@ impl Call {
     pub(super) fn manage(path: &str, body: Vec<u8>) -> Self {
         let (method, path) = (Method::POST, path.to_owned());
         let content = Content::Request { method, path, body: body.into() };
-        Self { kind: Kind::Manage, content, issued: None }
+        Self { kind: Kind::Manage, content }
+    }
+
+    /// How many bytes of key and value it takes along, if it is an operation on a key.
+    pub(super) fn operation_bytes(&self) -> Option<usize> {
+        match &self.content {
+            Content::Operation(_, draft) => Some(draft.bytes()),
+            Content::Request { .. } => None,
+        }
+    }
+
+    /// Makes what is sent. Comes before the first attempt and once there is room; again, it changes nothing.
+    pub(super) fn make(&mut self) {
+        if let Content::Operation(_, draft) = &mut self.content
+            && draft.made.is_none()
+        {
+            draft.made = Some(draft.make());
+        }
     }
 
     /// The operation on a key, if it is one.
     pub(super) fn as_operation(&self) -> Option<(Class, &Arc<Operation>)> {
         match &self.content {
-            Content::Operation(class, operation) => Some((*class, operation)),
+            Content::Operation(class, draft) => Some((*class, &draft.made().operation)),
             Content::Request { .. } => None,
         }
     }
@@ -156,9 +228,6 @@ impl Call {
     pub(super) fn request_to(&self, address: &str) -> HttpRequest {
         // Nodes name the right node instead of passing the request on: this client learns from it.
         let mut headers = HeaderMap::from_iter([(ROUTING, HeaderValue::from_static("direct"))]);
-        if let Some(issued) = &self.issued {
-            only_once(issued, &mut headers);
-        }
         let (method, path_and_query, body) = match &self.content {
             Content::Request { method, path, body } => {
                 if !body.is_empty() {
@@ -167,7 +236,13 @@ impl Call {
                 }
                 (method.clone(), path.clone(), body.clone())
             }
-            Content::Operation(class, operation) => single(*class, operation, &mut headers),
+            Content::Operation(class, draft) => {
+                let Made { operation, issued } = draft.made();
+                if let Some(issued) = issued {
+                    only_once(issued, &mut headers);
+                }
+                single(*class, operation, &mut headers)
+            }
         };
         HttpRequest { method, address: address.to_owned(), path_and_query, headers, body }
     }
@@ -206,7 +281,7 @@ fn require(condition: Condition, headers: &mut HeaderMap) {
     headers.insert(name, value);
 }
 
-fn only_once(issued: &Issued, headers: &mut HeaderMap) {
+fn only_once(issued: &Issued<'_>, headers: &mut HeaderMap) {
     let ClientFloor { client, floor } = issued.client_floor();
     let key = HeaderValue::from_str(&format!("{client}/{}", issued.seq()));
     headers.insert(IDEMPOTENCY_KEY, key.expect("a client's name is visible ASCII"));
@@ -234,39 +309,55 @@ mod tests {
         assert_eq!(Kind::LeaderRead.attempt_timeout(rest), rest);
     }
 
+    /// The request that a call which has room is sent as.
+    fn made(mut call: Call<'_>) -> HttpRequest {
+        call.make();
+        call.request_to("a:1")
+    }
+
     #[test]
     fn an_operation_is_a_request_of_its_own_too() {
         let key = [0xff, b'/', b'.', b'.', 0, b'%'];
-        let sequence = Arc::new(Sequence::new());
-        let put = Call::put(&key, &[0, 0xfe], Condition::Revision(3), sequence.issue());
-        let put = put.request_to("a:1");
+        let numbers = Sequence::new();
+        let put = made(Call::put(&key, &[0, 0xfe], Condition::Revision(3), &numbers));
         assert_eq!((put.method, put.path_and_query), (Method::PUT, "/v1/kv/%FF%2F..%00%25".into()));
         assert_eq!((&put.headers[header::IF_MATCH], &put.body[..]), (&etag(3), &[0, 0xfe][..]));
         assert_eq!(put.headers[ROUTING], "direct");
-        let put = Call::put(b"..", b"v", Condition::Absent, sequence.issue());
-        let put = put.request_to("a:1");
+        let put = made(Call::put(b"..", b"v", Condition::Absent, &numbers));
         assert_eq!(put.path_and_query, "/v1/kv/%2E%2E");
         assert_eq!(put.headers[header::IF_NONE_MATCH], "*");
         let once = put.headers[IDEMPOTENCY_KEY].to_str().unwrap();
         assert!(once.ends_with("/2") && once.len() == 18, "{once}");
-        let delete = Call::delete(b"k", Condition::Always, sequence.issue()).request_to("a:1");
-        assert_eq!((delete.method, delete.headers.len()), (Method::DELETE, 3));
-        assert_eq!(delete.headers[CLIENT_FLOOR], "1", "the first call may still be sent");
+    }
+
+    /// Who waits for room neither copies nor keeps others' floor down.
+    #[test]
+    fn a_write_gets_its_number_once_it_is_made_and_keeps_it() {
+        let numbers = Sequence::new();
+        let mut waits = Call::delete(b"k", Condition::Always, &numbers);
+        assert_eq!(waits.operation_bytes(), Some(1));
+        let first = made(Call::put(b"k", b"v", Condition::Always, &numbers));
+        assert_eq!(first.headers[CLIENT_FLOOR], "1");
+        waits.make();
+        waits.make();
+        let delete = waits.request_to("a:1");
+        assert_eq!((&delete.method, delete.headers.len()), (&Method::DELETE, 3));
+        let once = delete.headers[IDEMPOTENCY_KEY].to_str().unwrap();
+        assert!(once.ends_with("/2"), "{once}");
+        assert_eq!(delete.headers[CLIENT_FLOOR], "2", "the first call is not sent any more");
     }
 
     #[test]
     fn a_read_through_a_follower_asks_any_node_and_says_so() {
         let call = Call::get(b"k", Consistency::LinearizableOnFollower);
-        let request = call.request_to("a:1");
-        assert_eq!(
-            (call.kind, &request.headers[READ]),
-            (Kind::AnyRead, &"follower".parse().unwrap())
-        );
+        assert_eq!(call.kind, Kind::AnyRead);
+        let request = made(call);
+        assert_eq!(request.headers[READ], "follower");
         assert!(request.path_and_query.ends_with("?consistency=linearizable"));
         for (other, query) in
             [(Consistency::Linearizable, "linearizable"), (Consistency::Stale, "stale")]
         {
-            let request = Call::get(b"k", other).request_to("a:1");
+            let request = made(Call::get(b"k", other));
             assert_eq!(request.path_and_query, format!("/v1/kv/k?consistency={query}"));
             assert!(!request.headers.contains_key(READ));
         }

@@ -6,15 +6,15 @@
 //! had been sent alone. So the courier gives every caller its own result, or what the whole request
 //! came to.
 //!
-//! For each node and [`Class`] there is a queue ([`queue`]). A caller adds its operation, starts a
-//! carrier ([`carrier`]) if fewer than the allowed number are under way, and waits. Carriers are tasks
-//! that live as long as there is something to carry: nothing runs while nothing is asked for, and
-//! nothing has to be stopped. A caller that leaves takes its operation along unless a carrier has it;
-//! what is in flight goes on.
+//! For each node and [`Class`] there is a queue ([`queue`]), on each runtime that the client is used on. A
+//! caller adds its operation, starts a carrier ([`carrier`]) if fewer than the allowed number are under way,
+//! and waits. Carriers are tasks that live as long as there is something to carry: nothing runs while nothing
+//! is asked for, and nothing has to be stopped. They run where their callers do: nobody may rely on another
+//! runtime being driven. A caller that leaves takes its operation along unless a carrier has it; what is in
+//! flight goes on.
 //!
-//! Bounds: [`ROOM_BYTES`] for all operations of a client together, from the moment they are issued to
-//! their answer; a few requests in flight for each queue; queues of nodes that nothing is sent to any
-//! more are forgotten when there are [`NODES_MAX`] of them.
+//! Bounds: what waits or is in flight has [`Room`]; a few requests are in flight for each queue; queues of nodes
+//! that nothing is sent to any more are forgotten when there are [`NODES_MAX`] of them.
 
 mod carrier;
 mod queue;
@@ -26,33 +26,33 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ahash::RandomState;
 use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderValue};
-use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
+use tokio::runtime::{self, Handle};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::alarm::Stock;
+use crate::alarm::{Lent, Stock};
 use crate::batch::{Operation, OperationResult};
 use crate::http_client::{HttpClient, HttpResponse, SendError};
 use crate::network::call::READ;
 
-use super::sequence::{Issued, Sequence};
+use super::room::Room;
+use super::sequence::Sequence;
 use queue::{Number, Queue, Waiting};
 
-/// How many bytes the operations of one client may take together while they wait or are in flight.
-const ROOM_BYTES: usize = 64 << 20;
-
-/// What the smallest operation counts for: the room is for 65,536 of them. Far more than keep a
-/// cluster busy; without a bound, callers that are faster than the cluster would fill the memory.
-const ROOM_BYTES_MIN: usize = 1 << 10;
+/// Longer keys travel alone. Nodes refuse them unless configured otherwise, and refuse in the same words what an
+/// answer has no room for, after which fewer operations travel together.
+const KEY_BYTES_MAX: usize = crate::config::KEY_BYTES_MAX_DEFAULT;
 
 /// How long nothing may be heard of a node before callers stop waiting for a turn there, and later
 /// ones ask others first: above an election, so that the others know the new leader by then if this
 /// node is gone.
 pub(super) const SILENT_AFTER: Duration = Duration::from_secs(1);
 
-/// How many nodes have queues before those that are not in use are forgotten. More than a large store
-/// has.
+/// How many nodes have queues, on all runtimes, before those that are not in use are forgotten. More than a
+/// large store has.
 const NODES_MAX: usize = 512;
 
 /// Operations that may travel together: what says how a batch is to be served is said once for all of
@@ -113,11 +113,17 @@ pub(crate) struct Courier {
 struct Shared {
     http: HttpClient,
     sequence: Arc<Sequence>,
-    room: Semaphore,
+    room: Room,
     /// For those who wait.
     alarms: Stock,
-    nodes: ArcSwap<HashMap<String, Arc<[Arc<Lane>; CLASSES.len()]>>>,
+    nodes: ArcSwap<HashMap<runtime::Id, Nodes, RandomState>>,
 }
+
+/// The queues of each node by its address, on one runtime.
+type Nodes = HashMap<String, Lanes, RandomState>;
+
+/// One for each class.
+type Lanes = Arc<[Arc<Lane>; CLASSES.len()]>;
 
 /// The queue of one class for one node.
 struct Lane {
@@ -130,8 +136,9 @@ struct Lane {
 
 impl fmt::Debug for Courier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let free = self.shared.room.available_permits();
-        f.debug_struct("Courier").field("free_bytes", &free).finish_non_exhaustive()
+        f.debug_struct("Courier")
+            .field("free_bytes", &self.shared.room.free())
+            .finish_non_exhaustive()
     }
 }
 
@@ -143,34 +150,24 @@ impl Default for Courier {
 
 impl Courier {
     pub(crate) fn new(http: HttpClient) -> Self {
-        let (room, nodes) = (Semaphore::new(ROOM_BYTES), ArcSwap::default());
+        let (room, nodes) = (Room::default(), ArcSwap::default());
         let (sequence, alarms) = (Arc::new(Sequence::new()), Stock::default());
         Self { shared: Arc::new(Shared { http, sequence, room, alarms, nodes }) }
     }
 
-    /// A number for a write. All who share the courier are one client.
-    pub(crate) fn issue(&self) -> Issued {
-        self.shared.sequence.issue()
+    /// Where writes get their numbers from. All who share the courier are one client.
+    pub(crate) fn sequence(&self) -> &Sequence {
+        &self.shared.sequence
+    }
+
+    /// What the operations of all who share the courier have room in.
+    pub(super) fn room(&self) -> &Room {
+        &self.shared.room
     }
 
     /// The client that it sends with.
     pub(crate) fn http(&self) -> &HttpClient {
         &self.shared.http
-    }
-
-    /// Waits until there is room for the operation among all those of this client. `None` when there
-    /// is none by the deadline. The room is free again when the permit is dropped.
-    pub(crate) async fn room_for(
-        &self,
-        operation: &Operation,
-        deadline: Instant,
-    ) -> Option<SemaphorePermit<'_>> {
-        let bytes = operation.encoded_len().clamp(ROOM_BYTES_MIN, ROOM_BYTES) as u32;
-        if let Ok(permit) = self.shared.room.try_acquire_many(bytes) {
-            return Some(permit);
-        }
-        let permit = tokio::time::timeout_at(deadline, self.shared.room.acquire_many(bytes)).await;
-        permit.ok()?.ok()
     }
 
     /// Sends an operation to a node, together with others, and waits from `now` for what becomes of it
@@ -186,10 +183,11 @@ impl Courier {
         deadline: Instant,
         silent: impl FnOnce(),
     ) -> Result<Carried, Undelivered> {
-        if operation.encoded_len() > queue::BYTES_MAX {
+        if operation.encoded_len() > queue::BYTES_MAX || operation.key().len() > KEY_BYTES_MAX {
             return Err(Undelivered::Alone);
         }
-        let lane = self.lane(address, class);
+        let here = Handle::current().id();
+        let lane = self.lane(here, address, class);
         let (reply, answer) = oneshot::channel();
         let (number, must_start) = {
             let mut queue = lane.queue();
@@ -200,11 +198,16 @@ impl Courier {
         if must_start {
             carrier::start(&self.shared.http, &lane);
         }
-        ticket.wait(answer, &self.shared.alarms, now, deadline, silent).await
+        let alarm = self.shared.alarms.lend(here);
+        ticket.wait(answer, alarm, now, deadline, silent).await
     }
 
-    fn lane(&self, address: &str, class: Class) -> Arc<Lane> {
-        if let Some(lanes) = self.shared.nodes.load().get(address) {
+    /// The queue of callers on the runtime `here`.
+    fn lane(&self, here: runtime::Id, address: &str, class: Class) -> Arc<Lane> {
+        let lanes_in = |nodes: &HashMap<_, Nodes, _>| Some(nodes.get(&here)?.get(address)?.clone());
+        if let Some(lanes) =
+            self.shared.nodes.load().get(&here).and_then(|nodes| nodes.get(address))
+        {
             return lanes[class as usize].clone();
         }
         let now = Instant::now();
@@ -216,17 +219,25 @@ impl Courier {
         let lanes = Arc::new(CLASSES.map(new_lane));
         self.shared.nodes.rcu(|nodes| {
             let mut nodes = HashMap::clone(nodes);
-            if nodes.len() >= NODES_MAX {
-                // Whoever uses a lane holds it.
-                nodes.retain(|_, lanes| lanes.iter().any(|lane| Arc::strong_count(lane) > 1));
+            if nodes.values().map(HashMap::len).sum::<usize>() >= NODES_MAX {
+                forget_unused(&mut nodes);
             }
-            nodes.entry(address.to_owned()).or_insert_with(|| lanes.clone());
+            let here = nodes.entry(here).or_default();
+            here.entry(address.to_owned()).or_insert_with(|| lanes.clone());
             nodes
         });
-        let nodes = self.shared.nodes.load();
         // Another caller may have been first; and its entry may be forgotten again already.
-        nodes.get(address).unwrap_or(&lanes)[class as usize].clone()
+        let lanes = lanes_in(&self.shared.nodes.load()).unwrap_or(lanes);
+        lanes[class as usize].clone()
     }
+}
+
+/// Whoever uses a lane holds it.
+fn forget_unused(nodes: &mut HashMap<runtime::Id, Nodes, RandomState>) {
+    for nodes in nodes.values_mut() {
+        nodes.retain(|_, lanes| lanes.iter().any(|lane| Arc::strong_count(lane) > 1));
+    }
+    nodes.retain(|_, nodes| !nodes.is_empty());
 }
 
 impl Lane {
@@ -256,13 +267,12 @@ impl Ticket<'_> {
     async fn wait(
         mut self,
         mut answer: oneshot::Receiver<Result<Carried, Undelivered>>,
-        alarms: &Stock,
+        mut alarm: Lent<'_>,
         asked: Instant,
         deadline: Instant,
         silent: impl FnOnce(),
     ) -> Result<Carried, Undelivered> {
         let mut silent = Some(silent);
-        let mut alarm = alarms.lend();
         let mut look_at = deadline.min(asked + SILENT_AFTER);
         loop {
             tokio::select! {

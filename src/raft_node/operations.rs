@@ -1,8 +1,8 @@
 //! The operations on keys. The client of one cluster and that of all of them offer the same ones, and
 //! differ only in how a call finds the cluster: so they are written, and documented, once.
 
-/// Gives a client the operations on keys. It has `run(&self, key: &[u8], call: Call)`, which carries
-/// a call to whoever serves it and returns the `Answer`, and `courier(&self)`, which numbers its writes.
+/// Gives a client the operations on keys. It has `run(&self, key: &[u8], call: Call<'_>)`, which carries
+/// a call to whoever serves it and returns the `Answer`, and `courier(&self)`, whose numbers its writes get.
 ///
 /// A macro and no trait: these are the public methods of both types, and a trait would have to be
 /// imported by everybody who calls them.
@@ -26,8 +26,8 @@ macro_rules! key_operations {
                 value: impl AsRef<[u8]>,
                 condition: Condition,
             ) -> Result<Revision, ClientError> {
-                let (key, issued) = (key.as_ref(), self.courier().issue());
-                let call = Call::put(key, value.as_ref(), condition, issued);
+                let (key, value) = (key.as_ref(), value.as_ref());
+                let call = Call::put(key, value, condition, self.courier().sequence());
                 self.run(key, call).await?.written()
             }
 
@@ -43,8 +43,9 @@ macro_rules! key_operations {
                 key: impl AsRef<[u8]>,
                 condition: Condition,
             ) -> Result<Deleted, ClientError> {
-                let (key, issued) = (key.as_ref(), self.courier().issue());
-                self.run(key, Call::delete(key, condition, issued)).await?.deleted()
+                let key = key.as_ref();
+                let call = Call::delete(key, condition, self.courier().sequence());
+                self.run(key, call).await?.deleted()
             }
 
             /// Reads from any node of the cluster that owns the key. The value may be old; `None`

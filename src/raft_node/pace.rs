@@ -14,6 +14,9 @@ const PAUSE_FIRST: Duration = Duration::from_millis(20);
 /// second that `Retry-After` asks for: it is slept to its end, also when a new leader is there sooner.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
+/// Less time than this is not halved any more: an election would not be waited for.
+const HALVED_MIN: Duration = Duration::from_secs(2);
+
 /// When an operation began and when it must be over. One budget covers all attempts of an operation,
 /// on whatever node or cluster.
 #[derive(Debug, Clone, Copy)]
@@ -29,6 +32,15 @@ impl Budget {
         // A timeout beyond the clock's range means "practically for ever".
         let year = Duration::from_secs(365 * 24 * 3600);
         Self { started, deadline: started + timeout.min(year) }
+    }
+
+    /// What one of two clusters gets that may serve a call: half of what is left, or all of it once that is little.
+    pub(crate) fn half(self) -> Self {
+        let now = Instant::now();
+        match self.left_at(now) {
+            left if left < HALVED_MIN => self,
+            left => Self { deadline: now + left / 2, ..self },
+        }
     }
 
     pub(crate) fn deadline(&self) -> Instant {

@@ -9,7 +9,7 @@
 //! The floor costs a bit for each number since it, 64 to a word; words that are full fall off the front.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::once::{ClientFloor, ClientName};
 
@@ -41,8 +41,8 @@ struct Window {
 
 /// A number in use.
 #[derive(Debug)]
-pub(crate) struct Issued {
-    sequence: Arc<Sequence>,
+pub(super) struct Issued<'a> {
+    sequence: &'a Sequence,
     seq: u64,
 }
 
@@ -57,9 +57,8 @@ impl Sequence {
     }
 
     /// The next number.
-    pub(crate) fn issue(self: &Arc<Self>) -> Issued {
-        let seq = self.window().issue();
-        Issued { sequence: self.clone(), seq }
+    pub(super) fn issue(&self) -> Issued<'_> {
+        Issued { sequence: self, seq: self.window().issue() }
     }
 
     /// Name and floor to go with writes of which `lowest` is the lowest number.
@@ -75,7 +74,7 @@ impl Sequence {
     }
 }
 
-impl Issued {
+impl Issued<'_> {
     pub(super) fn seq(&self) -> u64 {
         self.seq
     }
@@ -86,7 +85,7 @@ impl Issued {
     }
 }
 
-impl Drop for Issued {
+impl Drop for Issued<'_> {
     fn drop(&mut self) {
         self.sequence.window().done(self.seq);
     }
@@ -144,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_number_is_in_use_until_it_is_dropped() {
-        let sequence = Arc::new(Sequence::new());
+        let sequence = Sequence::new();
         let (first, second) = (sequence.issue(), sequence.issue());
         assert_eq!((first.seq(), second.seq()), (1, 2));
         drop(second);

@@ -55,6 +55,7 @@ pub(super) fn judge(kind: Kind, address: &str, result: Result<Reply, SendError>)
         }
         Ok(Reply::Item(result)) => Verdict::Answer(Reply::Item(result)),
         Ok(Reply::Whole(response)) => judge_whole(kind, address, &response),
+        Err(SendError::Unsendable(why)) => Verdict::Fail(ClientError::Unsendable(why)),
         Err(error) if !error.may_have_arrived() => Verdict::Elsewhere(Reason::Refused(error)),
         Err(error) => Verdict::Elsewhere(Reason::Silent(error.to_string())),
     }

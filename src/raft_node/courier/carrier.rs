@@ -41,8 +41,8 @@ enum State {
 }
 
 impl Drop for Carrier {
-    /// Only a runtime that shuts down ends a carrier in any other way than its own. What waits may be that of
-    /// other runtimes' callers: who goes on without a carrier would wait in vain.
+    /// Only a runtime that shuts down ends a carrier in any other way than its own. A caller may go on on another
+    /// one, and would wait in vain.
     fn drop(&mut self) {
         if self.state == State::Ended {
             return;
@@ -220,8 +220,8 @@ fn results_in(response: &HttpResponse, expected: usize) -> Option<Vec<OperationR
     Some(results)
 }
 
-/// A read that the answer had no room for. (Or its key is too large: then it will be told so once
-/// more when it comes first.)
+/// A read that the answer had no room for. (Or its key is too large: where nodes take shorter ones than usual.
+/// Then it will be told so once more when it comes first.)
 fn is_left_out(operation: &Operation, result: &OperationResult) -> bool {
     !operation.is_write() && result.status() == StatusCode::PAYLOAD_TOO_LARGE.as_u16()
 }
@@ -241,7 +241,8 @@ mod tests {
     #[test]
     fn what_is_too_large_by_itself_goes_alone() {
         let courier = Courier::default();
-        let lane = courier.lane("n:1", Class::LinearizableRead);
+        let here = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let lane = courier.lane(here.handle().id(), "n:1", Class::LinearizableRead);
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut answers = Vec::new();
         for _ in 0..3 {

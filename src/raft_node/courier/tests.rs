@@ -4,8 +4,8 @@ use std::future::Future;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
-use bytes::Bytes;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 
 use super::*;
 
@@ -31,7 +31,7 @@ fn poll_once(future: std::pin::Pin<&mut impl Future>) {
 async fn an_operation_leaves_the_queue_together_with_its_caller() {
     let (_listener, address, courier) = silent_node().await;
     let deadline = Instant::now() + LONG;
-    let lane = courier.lane(&address, Class::StaleRead);
+    let lane = courier.lane(Handle::current().id(), &address, Class::StaleRead);
     {
         let mut carried = pin!(courier.carry(
             &address,
@@ -49,31 +49,16 @@ async fn an_operation_leaves_the_queue_together_with_its_caller() {
 }
 
 #[tokio::test]
-async fn room_is_free_again_when_the_permit_is_dropped() {
-    let courier = Courier::default();
-    let now = Instant::now();
-    let value = Bytes::from(vec![0; ROOM_BYTES]);
-    let huge = Operation::Put { key: "k".into(), value, condition: Default::default(), seq: None };
-    let all = courier.room_for(&huge, now).await.unwrap();
-    assert!(courier.room_for(&get("k"), now).await.is_none(), "{courier:?}");
-    drop(all);
-    let mut small = Vec::new();
-    while let Some(permit) = courier.room_for(&get("k"), now).await {
-        small.push(permit);
-    }
-    assert_eq!(small.len(), 65_536);
-}
-
-#[tokio::test]
 async fn queues_that_are_not_in_use_are_forgotten_when_there_are_many() {
     let courier = Courier::default();
-    let used = courier.lane("used:1", Class::Write);
+    let here = Handle::current().id();
+    let used = courier.lane(here, "used:1", Class::Write);
     for number in 0..2 * NODES_MAX {
-        courier.lane(&format!("unused:{number}"), Class::Write);
+        courier.lane(here, &format!("unused:{number}"), Class::Write);
     }
     let nodes = courier.shared.nodes.load();
-    assert!(nodes.len() <= NODES_MAX, "{}", nodes.len());
-    assert!(Arc::ptr_eq(&used, &nodes["used:1"][Class::Write as usize]));
+    assert!(nodes[&here].len() <= NODES_MAX, "{}", nodes[&here].len());
+    assert!(Arc::ptr_eq(&used, &nodes[&here]["used:1"][Class::Write as usize]));
 }
 
 #[tokio::test]
@@ -81,7 +66,7 @@ async fn nothing_runs_while_nothing_is_asked_for() {
     let (listener, address, courier) = silent_node().await;
     drop(listener);
     let deadline = Instant::now() + LONG;
-    let lane = courier.lane(&address, Class::Write);
+    let lane = courier.lane(Handle::current().id(), &address, Class::Write);
     for _ in 0..2 {
         let result =
             courier.carry(&address, Class::Write, get("k"), Instant::now(), deadline, || ()).await;
@@ -110,18 +95,22 @@ async fn a_node_that_says_nothing_is_reported_once_and_waited_for_until_the_dead
     assert!(begun.elapsed() >= SILENT_AFTER * 3 / 2);
 }
 
-/// Carriers run where they were started. When that runtime ends, callers on another one are told at once.
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Carriers run where their callers do. When that runtime ends, a caller that goes on elsewhere is told at once.
 #[test]
 fn what_waits_is_refused_when_the_carriers_end_with_their_runtime() {
-    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (ending, other) = (runtime(), runtime());
     let (_listener, address, courier) = ending.block_on(silent_node());
-    let lane = courier.lane(&address, Class::Write);
+    let lane = courier.lane(ending.handle().id(), &address, Class::Write);
     let carry = || {
         let now = Instant::now();
         courier.carry(&address, Class::Write, get("k"), now, now + LONG, || ())
     };
     let mut carried = Vec::new();
+    let mut late = pin!(carry());
     ending.block_on(async {
         for _ in 0..queue::CARRIERS_MAX {
             carried.push(Box::pin(carry()));
@@ -130,11 +119,10 @@ fn what_waits_is_refused_when_the_carriers_end_with_their_runtime() {
                 tokio::task::yield_now().await;
             }
         }
-    });
-    let (result, took) = other.block_on(async {
-        let mut late = pin!(carry());
         poll_once(late.as_mut());
         assert_eq!(lane.queue().waiting(), 1, "all carriers are under way");
+    });
+    let (result, took) = other.block_on(async {
         // A runtime cannot end inside another one, but for this way.
         ending.shutdown_background();
         let begun = std::time::Instant::now();
@@ -144,4 +132,29 @@ fn what_waits_is_refused_when_the_carriers_end_with_their_runtime() {
     assert!(took < SILENT_AFTER / 2, "{took:?}");
     drop(carried);
     assert!(lane.queue().is_idle());
+}
+
+/// A carrier that was started where nothing runs any more is no reason for others to wait: it was, and each of
+/// their attempts took a second and found no turn.
+#[test]
+fn nobody_waits_for_a_carrier_on_another_runtime() {
+    let (idle, other) = (runtime(), runtime());
+    let (listener, address, courier) = idle.block_on(silent_node());
+    drop(listener);
+    let carry = || {
+        let now = Instant::now();
+        courier.carry(&address, Class::Write, get("k"), now, now + LONG, || ())
+    };
+    idle.block_on(async { poll_once(pin!(carry())) });
+    let result = other.block_on(carry());
+    assert!(matches!(result, Err(Undelivered::Lost(SendError::NotSent { .. }))), "{result:?}");
+}
+
+#[tokio::test]
+async fn a_key_that_nodes_refuse_does_not_travel_with_others() {
+    let courier = Courier::default();
+    let now = Instant::now();
+    let long = Arc::new(Operation::Get { key: vec![b'k'; KEY_BYTES_MAX + 1].into() });
+    let result = courier.carry("n:1", Class::LinearizableRead, long, now, now + LONG, || ()).await;
+    assert!(matches!(result, Err(Undelivered::Alone)), "{result:?}");
 }
