@@ -397,9 +397,11 @@ impl App {
     /// Why this cluster does not serve a key, by this ring state.
     fn not_here(&self, ring: &RingState, key: &[u8]) -> ApiError {
         match ring.ownership(&self.inner.identity.cluster, key) {
-            Ownership::Elsewhere(owner) => {
-                ApiError::WrongCluster { owner: Box::new(owner.clone()), epoch: ring.epoch() }
-            }
+            Ownership::Elsewhere(owner) => ApiError::WrongCluster {
+                owner: Box::new(owner.clone()),
+                epoch: ring.epoch(),
+                next: ring.successor(&self.inner.identity.cluster, key).cloned().map(Box::new),
+            },
             Ownership::Frozen(_) => ApiError::Frozen,
             // It does now: it was refused by an older state.
             Ownership::Here => {

@@ -81,6 +81,7 @@ fn any_error() -> impl Strategy<Value = ApiError> {
             .prop_map(|current| ApiError::ConditionFailed { current }),
         any::<u64>().prop_map(move |epoch| ApiError::NotLeader { leader: node.clone(), epoch }),
         any::<u64>().prop_map(move |epoch| ApiError::WrongCluster {
+            next: None,
             owner: Box::new(owner.clone()),
             epoch
         }),

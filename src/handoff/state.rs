@@ -259,6 +259,14 @@ impl RingState {
         Ownership::Elsewhere(old)
     }
 
+    /// The other cluster that `key` is being handed over to by the one that owns it, if neither is `own`: it
+    /// serves the key once that is done, which is not known here.
+    pub fn successor(&self, own: &ClusterId, key: &[u8]) -> Option<&RingCluster> {
+        let old = self.ring.owner(key)?;
+        let new = self.change.as_ref()?.next.owner(key)?;
+        (old.id != new.id && old.id != *own && new.id != *own).then_some(new)
+    }
+
     /// Who owns `key` by the ring, and by the next one if a change is under way.
     pub fn owners(&self, key: &[u8]) -> [Option<&ClusterId>; 2] {
         let next = self.change.as_ref().and_then(|change| change.next.owner(key));

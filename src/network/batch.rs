@@ -379,7 +379,8 @@ mod tests {
             rpc: format!("a-host-with-a-long-name-{id}:32000"),
         });
         let owner = RingCluster { id: "b".parse().unwrap(), weight: 1.0, nodes: nodes.collect() };
-        let elsewhere = ApiError::WrongCluster { owner: Box::new(owner), epoch: u64::MAX };
+        let elsewhere =
+            ApiError::WrongCluster { owner: Box::new(owner), epoch: u64::MAX, next: None };
         let condition = ApiError::ConditionFailed { current: Some(u64::MAX) };
         let results = |count: usize| -> Vec<OperationResult> {
             let value = Bytes::from(vec![b'v'; 4096]);
@@ -432,8 +433,11 @@ mod tests {
         let leader = RingNode { id: 2, http: "h:1".into(), rpc: "r:1".into() };
         let owner = RingCluster { id: "b".parse().unwrap(), weight: 1.0, nodes: Vec::new() };
         let elsewhere = OperationResult::failed(&ApiError::NotLeader { leader, epoch: 1 });
-        let moved =
-            OperationResult::failed(&ApiError::WrongCluster { owner: Box::new(owner), epoch: 1 });
+        let moved = OperationResult::failed(&ApiError::WrongCluster {
+            owner: Box::new(owner),
+            epoch: 1,
+            next: None,
+        });
         let refused = OperationResult::failed(&ApiError::Frozen);
         let message = "m".to_owned();
         let lost =

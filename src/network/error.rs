@@ -98,6 +98,8 @@ pub enum ApiError {
         /// The epoch of the ring in force here. In a change, the owner of a key that has moved is that
         /// of the next ring.
         epoch: Epoch,
+        /// Who may serve it already, by the ring to come: only the owner knows, and may be down.
+        next: Option<Box<RingCluster>>,
     },
     /// The key is on its way to another cluster, and nobody serves it for a moment.
     #[error("the key is being handed over; try again shortly")]
@@ -241,7 +243,9 @@ impl ApiError {
     pub fn body(&self) -> ErrorBody {
         let (leader, owner, epoch) = match self {
             Self::NotLeader { leader, epoch } => (Some(leader.clone()), None, Some(*epoch)),
-            Self::WrongCluster { owner, epoch } => (None, Some((**owner).clone()), Some(*epoch)),
+            Self::WrongCluster { owner, epoch, .. } => {
+                (None, Some((**owner).clone()), Some(*epoch))
+            }
             _ => (None, None, None),
         };
         let refused = match self {

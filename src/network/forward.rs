@@ -371,7 +371,12 @@ fn attempt_max(effect: Effect, others: usize) -> Duration {
 fn addresses_in(error: &ApiError) -> Option<Vec<String>> {
     match error {
         ApiError::NotLeader { leader, .. } => Some(vec![leader.http.clone()]),
-        ApiError::WrongCluster { owner, .. } => Some(addresses_of(owner)),
+        // The successor may be all that is left of the two. One that does not serve the key yet passes the
+        // request on, or says so.
+        ApiError::WrongCluster { owner, next, .. } => {
+            let next = next.iter().flat_map(|next| addresses_of(next));
+            Some(addresses_of(owner).into_iter().chain(next).collect())
+        }
         _ => None,
     }
 }

@@ -89,7 +89,7 @@ fn node(id: u64, http: &str) -> RingNode {
 fn wrong_cluster(addresses: &[&str]) -> ApiError {
     let nodes = (1..).zip(addresses).map(|(id, address)| node(id, address)).collect();
     let owner = RingCluster { id: "c2".parse().unwrap(), weight: 1.0, nodes };
-    ApiError::WrongCluster { owner: Box::new(owner), epoch: 4 }
+    ApiError::WrongCluster { owner: Box::new(owner), epoch: 4, next: None }
 }
 
 async fn serve(
@@ -172,6 +172,21 @@ async fn a_write_that_did_not_leave_goes_to_the_next_node() {
     for round in 1..=5 {
         let error = || Err(wrong_cluster(&[&dead, &alive.address, &dead_too]));
         let served = serve(&put("/v1/kv/k", &[]), Effect::Write, error).await;
+        assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
+        assert_eq!(alive.arrived(), round);
+    }
+}
+
+/// While a key is handed over, only its owner knows whether it has moved already. One that is down cannot say so.
+#[tokio::test]
+async fn what_a_dead_owner_may_have_handed_over_goes_to_its_successor() {
+    let alive = Played::start(Script::Answer(WRITTEN)).await;
+    for round in 1..=5 {
+        let mut error = wrong_cluster(&[&dead_address(), &dead_address()]);
+        let ApiError::WrongCluster { next, .. } = &mut error else { unreachable!() };
+        let nodes = vec![node(1, &alive.address)];
+        *next = Some(Box::new(RingCluster { id: "c3".parse().unwrap(), weight: 1.0, nodes }));
+        let served = serve(&put("/v1/kv/k", &[]), Effect::Write, || Err(error.clone())).await;
         assert!(matches!(served, Ok(Served::Elsewhere(_))), "{served:?}");
         assert_eq!(alive.arrived(), round);
     }
