@@ -286,6 +286,7 @@ fn a_leader_without_its_followers_gives_no_linearizable_answer() {
         (answer, started.elapsed())
     };
     let in_time = Duration::from_secs(6);
+    cluster.get(leader, "/readyz").assert_error(503, "NOT_READY", "not_applied");
     for _ in 0..2 {
         let (read, took) = ask("GET", "", b"");
         assert!(matches!(read.status, 503 | 504), "{} {}", read.status, read.text());
@@ -310,6 +311,20 @@ fn a_leader_without_its_followers_gives_no_linearizable_answer() {
     eventually("writes are acknowledged again", || {
         (ask("PUT", "", b"x").0.status == 200).then_some(())
     });
+}
+
+/// A follower remembers its leader until there is another, which without a majority there never is: it said for ever
+/// that it was ready.
+#[test]
+fn a_follower_that_is_left_alone_is_not_ready() {
+    let mut cluster = Cluster::formed(3, FAST);
+    let left = cluster.follower();
+    cluster.await_caught_up();
+    assert_eq!(cluster.get(left, "/readyz").status, 200);
+    cluster.ids().filter(|id| *id != left).for_each(|id| cluster.kill9(id));
+    for _ in 0..3 {
+        cluster.get(left, "/readyz").assert_error(503, "NOT_READY", "not_applied");
+    }
 }
 
 /// A leader that was paused while others went on never answers with what it last knew.

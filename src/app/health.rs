@@ -1,16 +1,23 @@
 //! What a node says about itself: metrics, readiness, why storage failed.
 
+use std::time::Duration;
+
 use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::Fatal;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{NodeDigest, NodeMetrics, NodeState};
 use crate::network::error::{ApiError, Outcome};
+use crate::types::Consistency;
 
 use super::refusal::storage;
 use super::{App, Metrics};
+
+/// How long [`App::check_ready`] asks: less than the second after which most probes give up.
+const CONFIRM_WAIT: Duration = Duration::from_millis(800);
 
 impl App {
     /// What the node says about itself.
@@ -83,6 +90,19 @@ impl App {
         match self.awaits_ring(&self.inner.reader.ring_view()) {
             true => Err(ApiError::NoRing.to_string()),
             false => Ok(()),
+        }
+    }
+
+    /// Why the node could not answer a linearizable read at this moment. A node remembers a leader that is gone until
+    /// another one is elected, and without a majority that is never; so it asks. Takes up to [`CONFIRM_WAIT`].
+    pub async fn check_ready(&self) -> Result<(), String> {
+        self.readiness()?;
+        let deadline = Instant::now() + CONFIRM_WAIT;
+        let asked = self.await_read_index(Consistency::LinearizableOnFollower, deadline);
+        // Who is asked may give up later.
+        match tokio::time::timeout_at(deadline, asked).await {
+            Ok(confirmed) => confirmed.map_err(|error| error.to_string()),
+            Err(_) => Err("no majority confirms that there is a leader".into()),
         }
     }
 

@@ -258,7 +258,7 @@ async fn livez(State(state): State<ApiState>, call: Call) -> Answer {
 
 async fn readyz(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
-    Ok(match state.app.readiness() {
+    Ok(match state.app.check_ready().await {
         Ok(()) => Json(json!({"ready": true})).into_response(),
         Err(reason) => unhealthy("NOT_READY", &reason),
     })
