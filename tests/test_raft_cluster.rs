@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::cluster::{Cluster, FAST, STEADY, expect_ok};
+use common::cluster::{Cluster, FAST, STEADY, expect_ok, free_address};
 use common::eventually;
 use common::line::{Line, try_request};
 use common::load::{Load, LoadOptions, Verdict, verdict};
@@ -455,6 +455,9 @@ fn a_voter_that_lost_its_data_is_not_taken_back() {
     let ready = cluster.get(lost, "/readyz");
     ready.assert_error(503, "NOT_READY", "not_applied");
     assert!(ready.text().contains("lost its data"), "{}", ready.text());
+    let read = cluster.get(lost, "/v1/kv/k");
+    read.assert_error(503, "NOT_INITIALIZED", "not_applied");
+    assert!(read.text().contains("lost its data"), "{}", read.text());
     cluster.post(lost, "/cluster/init", "{}").assert_error(409, "CONFLICT", "not_applied");
 
     // Two of three nodes run, and one of them must not count. Nor may it make the other one a leader.
@@ -490,6 +493,21 @@ fn a_voter_that_lost_its_data_is_not_taken_back() {
     cluster.await_caught_up();
     let read = cluster.get(lost, "/v1/kv/k?consistency=stale");
     assert_eq!((read.status, read.text().as_str()), (200, "3"));
+}
+
+/// A learner was added with a wrong address. Nothing could change that: its id was taken for ever.
+#[test]
+fn a_learners_address_can_be_mended() {
+    let cluster = Cluster::start(2, FAST);
+    expect_ok(&cluster.post(1, "/cluster/init", "{}"));
+    let wrong = json!([2, free_address(), free_address()]).to_string();
+    expect_ok(&cluster.post(1, "/cluster/add-learner", &wrong));
+    cluster.add_learner(1, 2);
+    cluster.add_learner(1, 2);
+    cluster.change_membership(&[1, 2]);
+    cluster.put(2, "k", "v");
+    cluster.post(1, "/cluster/add-learner", &wrong).assert_error(409, "CONFLICT", "not_applied");
+    assert_eq!(cluster.read(2, "k", "", &[]), Some("v".into()));
 }
 
 /// A learner counts for no majority: one that comes back without its data is sent all of it again.

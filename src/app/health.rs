@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{NodeDigest, NodeMetrics, NodeState};
-use crate::network::error::{ApiError, Outcome};
+use crate::network::error::{ApiError, LOST_DATA, Outcome};
 use crate::types::Consistency;
 
 use super::refusal::storage;
@@ -117,8 +117,7 @@ impl App {
         let metrics = self.inner.raft_metrics.borrow_watched();
         if state_of(&metrics) == NodeState::Uninitialized {
             let is_lost = self.inner.formation.is_lost();
-            let why =
-                if is_lost { super::membership::LOST } else { "the cluster is not initialized" };
+            let why = if is_lost { LOST_DATA } else { "the cluster is not initialized" };
             return Err(why.into());
         }
         if metrics.current_leader.is_none() {

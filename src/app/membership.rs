@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
-use openraft::LogIdOptionExt;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, InitializeError, RaftError};
 use openraft::raft::ClientWriteResponse;
+use openraft::{ChangeMembers, LogIdOptionExt};
 use tokio::time::Instant;
 
-use crate::network::error::{ApiError, Outcome};
+use crate::network::error::{ApiError, LOST_DATA, Outcome};
 use crate::store::formation::{BeforeRing, Founding, Joined};
 use crate::types::{LogId, NodeAddrs, NodeId, TypeConfig};
 
@@ -22,10 +22,6 @@ const VOTER_LAG_ENTRIES_MAX: u64 = 1000;
 
 /// How long forming a cluster waits for its first leader.
 const INIT_WAIT_MAX: Duration = Duration::from_secs(5);
-
-/// Of a voter that came back without its data: formed, it would be a second cluster of that name.
-pub(super) const LOST: &str =
-    "the node is a voter of a cluster that runs, and has lost its data: it has to be replaced";
 
 type ChangeResult =
     Result<ClientWriteResponse<TypeConfig>, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>;
@@ -41,7 +37,8 @@ impl App {
 
     async fn form(&self, before_ring: BeforeRing) -> Result<(), ApiError> {
         if self.inner.formation.is_lost() {
-            return Err(ApiError::Conflict(LOST.into()));
+            // Formed, it would be a second cluster of that name.
+            return Err(ApiError::Conflict(LOST_DATA.into()));
         }
         self.begin_formation(Founding::draw(before_ring)).await?;
         let identity = &self.inner.identity;
@@ -81,7 +78,8 @@ impl App {
         }
     }
 
-    /// Adds a member without a vote; a repeat changes nothing.
+    /// Adds a member without a vote; a repeat changes nothing. One that has none may be given another address: if the
+    /// first was a mistake, nobody else could mend that.
     pub async fn add_learner(
         &self,
         id: NodeId,
@@ -93,24 +91,34 @@ impl App {
         self.check_leader()?;
         // A node alone may listen everywhere; with others it has to say where they find it.
         refuse_wildcard(&self.inner.identity.addrs)?;
-        let known = {
+        let (known, is_voter) = {
             let metrics = self.inner.raft_metrics.borrow_watched();
-            metrics.membership_config.membership().get_node(&id).cloned()
+            let membership = metrics.membership_config.membership();
+            let is_voter = membership.voter_ids().any(|voter| voter == id);
+            (membership.get_node(&id).cloned(), is_voter)
         };
-        match known {
-            Some(known) if known == addrs => return self.await_settled(deadline).await,
-            Some(known) => {
+        match &known {
+            Some(known) if *known == addrs => return self.await_settled(deadline).await,
+            Some(known) if is_voter => {
                 let text =
-                    format!("node {id} is already a member at {} / {}", known.http, known.rpc);
+                    format!("node {id} is already a voter at {} / {}", known.http, known.rpc);
                 return Err(ApiError::Conflict(text));
             }
-            None => {}
+            Some(_) | None => {}
         }
         if let Some(why) = self.inner.peers.refusal_of(id, &addrs).await {
             return Err(ApiError::Conflict(format!("node {id} cannot join: {why}")));
         }
         let raft = self.inner.raft.clone();
-        let added = async move { raft.add_learner(id, addrs, false).await };
+        let added = async move {
+            if known.is_some() {
+                // Removed first, because what is sent to it goes on to where it began. Should it end here, the
+                // learner is missing, and a repeat adds it.
+                let removed = ChangeMembers::RemoveNodes(BTreeSet::from([id]));
+                raft.change_membership(removed, true).await?;
+            }
+            raft.add_learner(id, addrs, false).await
+        };
         self.await_membership(added, deadline).await
     }
 

@@ -29,6 +29,7 @@ impl App {
 
     pub(super) fn check_initialized(&self) -> Result<(), ApiError> {
         match state_of(&self.inner.raft_metrics.borrow_watched()) {
+            NodeState::Uninitialized if self.inner.formation.is_lost() => Err(ApiError::LostData),
             NodeState::Uninitialized => Err(ApiError::NotInitialized),
             _ => Ok(()),
         }

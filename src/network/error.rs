@@ -24,6 +24,10 @@ pub enum Outcome {
     Unknown,
 }
 
+/// Of a voter that came back without its data, and what to do about it.
+pub const LOST_DATA: &str = "the node is a voter of a cluster that runs, and has lost its data: it has to be replaced; \
+     leave it out with POST /cluster/change-membership, then add it again like a new one";
+
 /// A failed request. `docs/API.md` lists the statuses and codes.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ApiError {
@@ -67,6 +71,9 @@ pub enum ApiError {
     /// The cluster has not been formed yet.
     #[error("the cluster is not initialized; POST /cluster/init to one of its nodes")]
     NotInitialized,
+    /// As [`Self::NotInitialized`]; but its cluster runs, counts on it, and will not take it back as it is.
+    #[error("{LOST_DATA}")]
+    LostData,
     /// The cluster was formed for a ring, and has none yet.
     #[error(
         "this cluster was formed to become part of a ring, and serves no key before it has one: \
@@ -204,7 +211,9 @@ impl ApiError {
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "TOO_LARGE"),
             Self::ConditionFailed { .. } => (StatusCode::PRECONDITION_FAILED, "CONDITION_FAILED"),
             Self::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "NO_LEADER"),
-            Self::NotInitialized => (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED"),
+            Self::NotInitialized | Self::LostData => {
+                (StatusCode::SERVICE_UNAVAILABLE, "NOT_INITIALIZED")
+            }
             Self::NoRing => (StatusCode::SERVICE_UNAVAILABLE, "NO_RING"),
             Self::Overloaded | Self::TooManyClients => {
                 (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED")
