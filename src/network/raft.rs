@@ -206,7 +206,9 @@ impl Acceptor {
         let settings = Arc::clone(&self.settings);
         service::serve(session, handler, settings, tracker, shutdown).await;
         let reason = place.closer().reason();
-        if let Some(suppressed) = quiet.admit() {
+        if reason.is_orderly() {
+            tracing::debug!(%peer, ?purpose, addr, %reason, "a peer connection ended");
+        } else if let Some(suppressed) = quiet.admit() {
             tracing::info!(%peer, ?purpose, addr, suppressed, %reason, "a peer connection ended");
         }
         drop(place);

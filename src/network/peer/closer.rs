@@ -33,6 +33,16 @@ pub(in crate::network) enum CloseReason {
     Local,
 }
 
+impl CloseReason {
+    /// Whether connections end so in the ordinary course of things: nodes come and go.
+    pub(in crate::network) fn is_orderly(&self) -> bool {
+        match self {
+            Self::PeerClosed | Self::Superseded | Self::Evicted | Self::Local => true,
+            Self::Io(_) | Self::Protocol(_) | Self::Timeout | Self::Stalled => false,
+        }
+    }
+}
+
 /// Closes one connection, once. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(in crate::network) struct Closer {
