@@ -133,8 +133,17 @@ async fn one_change_at_a_time() {
 async fn a_cluster_without_a_ring_has_nothing_to_change() {
     let nodes = leaders(1, |state, _| *state = RingState::default());
     let dir = directory(&nodes);
-    expect(&admin(dir.path(), &["cluster", "remove", "c1"]).await, 1, "have no ring yet");
-    expect(&admin(dir.path(), &["rebalance", "--dry-run"]).await, 1, "have no ring yet");
+    let file = dir.path().join("all_nodes.json");
+    let listed = std::fs::read_to_string(&file).unwrap();
+    for verb in [
+        &["cluster", "remove", "c1"][..],
+        &["rebalance", "--dry-run"],
+        &["migration", "resume"],
+        &["migration", "status", "--watch"],
+    ] {
+        expect(&admin(dir.path(), verb).await, 1, "have no ring yet");
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), listed, "{verb:?}");
+    }
 }
 
 #[tokio::test]

@@ -49,8 +49,10 @@ pub(super) fn read_if_there(path: &Path) -> Result<Option<String>, ManagerError>
     }
 }
 
-/// Writes the nodes file: a JSON list of clusters, each a list of its nodes' HTTP addresses.
+/// Writes the nodes file: a JSON list of clusters, each a list of its nodes' HTTP addresses. What
+/// [`read_nodes_file`] would refuse is refused: the file that is there still leads somewhere.
 pub fn write_nodes_file(path: &Path, clusters: &[Vec<String>]) -> Result<(), ManagerError> {
+    check(path, clusters)?;
     write_json(path, &clusters)
 }
 
@@ -62,8 +64,13 @@ pub fn read_nodes_file(path: &Path) -> Result<Vec<Vec<String>>, ManagerError> {
     let bad = |message: String| ManagerError::BadFile { path: path.into(), message };
     let clusters: Vec<Vec<String>> =
         serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
-    Endpoints::from(clusters.clone()).check().map_err(bad)?;
+    check(path, &clusters)?;
     Ok(clusters)
+}
+
+fn check(path: &Path, clusters: &[Vec<String>]) -> Result<(), ManagerError> {
+    let bad = |message| ManagerError::BadFile { path: path.into(), message };
+    Endpoints::from(clusters.to_vec()).check().map_err(bad)
 }
 
 fn directory_of(path: &Path) -> PathBuf {
@@ -86,6 +93,19 @@ mod tests {
         write_nodes_file(&path, &clusters).unwrap();
         assert_eq!(read_nodes_file(&path).unwrap(), clusters);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_list_that_names_nobody_replaces_no_nodes_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nodes.json");
+        let clusters = vec![vec!["127.0.0.1:1".to_owned()]];
+        write_nodes_file(&path, &clusters).unwrap();
+        for nobody in [vec![], vec![vec![]], vec![clusters[0].clone(), vec![]]] {
+            let refused = write_nodes_file(&path, &nobody);
+            assert!(matches!(refused, Err(ManagerError::BadFile { .. })), "{nobody:?}");
+            assert_eq!(read_nodes_file(&path).unwrap(), clusters);
+        }
     }
 
     #[test]

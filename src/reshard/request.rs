@@ -257,7 +257,7 @@ pub async fn begin(
 
 /// Watches the change under way to its end; as a [`Role::Helper`] it also does what nobody else does.
 /// Returns the ring in force then. `epoch`: that of the ring which is expected, if one is. Safe to
-/// cancel: the change goes on.
+/// cancel: the change goes on. Without a ring there is nothing to watch: [`RequestError::NoRing`].
 pub async fn follow(
     http: &HttpClusters,
     addresses: &[Vec<String>],
@@ -305,9 +305,13 @@ async fn drive(
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
     let seen = survey(http, addresses).await?;
+    if Scene::of(&seen.views) == Scene::NoRing {
+        // They speak of no cluster, so there is nobody to look at either.
+        return Err(RequestError::NoRing.into());
+    }
     let drive = Drive::new(http, seen.clusters.into_values(), role, goal);
     let scene = drive.stalled_after(STALLED_AFTER).run(watch).await?;
-    Ok(scene.ring().cloned().unwrap_or_else(Ring::none))
+    Ok(scene.ring().ok_or(RequestError::NoRing)?.clone())
 }
 
 /// The clusters, once the last change is recorded as finished.

@@ -526,7 +526,8 @@ impl<'a, C: Clusters> Drive<'a, C> {
         }
         let scene = Scene::of(&self.views_without_gone());
         let settled = matches!(scene, Scene::Quiet { settled: Some(true), .. });
-        let seen = || self.contacts.values().all(|contact| contact.fresh);
+        // Who knows of nobody has not seen that there is no ring.
+        let seen = || !self.views.is_empty() && self.contacts.values().all(|contact| contact.fresh);
         (settled || (scene == Scene::NoRing && seen())).then_some(scene)
     }
 

@@ -93,3 +93,12 @@ async fn who_is_in_trouble_is_left_alone() {
     drive.seen(id("a"), 0, source(Counted::All));
     assert_eq!(drive.contacts[&id("b")].look_at, planned);
 }
+
+/// A driver that knows of no cluster has not seen that there is no ring.
+#[tokio::test]
+async fn who_knows_of_nobody_sees_no_end() {
+    let mut drive = Drive::new(&Nobody, Vec::new(), Role::Alone, Goal::Forward)
+        .stalled_after(Duration::from_millis(10));
+    let ended = drive.run(|_, _| {}).await;
+    assert!(matches!(ended, Err(DriveError::Stalled { .. })), "{ended:?}");
+}
