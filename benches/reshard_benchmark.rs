@@ -196,9 +196,9 @@ impl World<'_> {
         self.load.take_longest();
         let (begun, counts) = (Instant::now(), self.load.counts());
         let next = tokio::time::timeout(CHANGE_TIMEOUT, async {
-            let next = reshard::begin(&http, &self.addresses, &change).await?;
-            let (role, epoch) = (Role::Onlooker, Some(next.epoch));
-            reshard::follow(&http, &self.addresses, role, epoch, |_, _| {}).await
+            let begun = reshard::begin(&http, &self.addresses, &change).await?;
+            let (role, begun) = (Role::Onlooker, Some(&begun));
+            reshard::follow(&http, &self.addresses, role, begun, |_, _| {}).await
         });
         let next = next.await.expect("the change ends in time").expect("the change succeeds");
         let took = begun.elapsed();

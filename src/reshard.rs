@@ -8,6 +8,7 @@
 //! plan       two rings -> handoffs, and the share of the keys of each        pure
 //! scene      what the clusters say -> where the change stands                pure
 //! driver     where it stands -> the next steps                               pure
+//! fate       what was seen -> what became of one change                     pure
 //! progress   where it stands -> what people want to know                     pure
 //! clusters   how they are asked                                              over HTTP
 //! run        looks, decides, proposes, again and again                       over HTTP
@@ -26,6 +27,7 @@
 
 mod clusters;
 mod driver;
+mod fate;
 mod plan;
 mod progress;
 mod request;
@@ -40,6 +42,7 @@ mod testing;
 
 pub use clusters::{Clusters, HttpClusters};
 pub use driver::{Action, Goal, Hints, next_actions};
+pub use fate::{Awaited, Fate};
 pub use plan::{Basis, Holdings, Plan, PlannedHandoff, estimate};
 pub use progress::{HandoffProgress, Phase, Progress};
 pub use request::{

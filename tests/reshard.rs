@@ -100,10 +100,10 @@ fn key(task: usize, n: usize) -> String {
 
 async fn change(addresses: &[Vec<String>], change: Change) -> Ring {
     let http = HttpClusters::default();
-    let next = reshard::begin(&http, addresses, &change).await.unwrap();
-    let follow = reshard::follow(&http, addresses, Role::Helper, Some(next.epoch), |_, _| {});
+    let begun = reshard::begin(&http, addresses, &change).await.unwrap();
+    let follow = reshard::follow(&http, addresses, Role::Helper, Some(&begun), |_, _| {});
     let ring = timeout(PATIENCE, follow).await.expect("the change ends").unwrap();
-    assert_eq!(ring, next);
+    assert_eq!(ring, begun.next);
     ring
 }
 

@@ -57,8 +57,11 @@ const HANDOFFS_AT_ONCE: usize = 4;
 pub enum Goal {
     /// Through the change, or out of it if it is cancelled.
     Forward,
-    /// Out of it.
-    Abort,
+    /// Out of the change to the ring of this epoch; through any other.
+    Abort {
+        /// The epoch that is being changed to.
+        epoch: Epoch,
+    },
 }
 
 /// What the views do not tell.
@@ -214,7 +217,8 @@ fn change(views: &Views, transition: &Transition, hints: &Hints) -> Vec<Action> 
 /// Whether all that is left is to call the change off. Once a handoff has been activated it is too late for that:
 /// who wished to has nothing left to do but to help it to its end.
 pub(super) fn is_called_off(views: &Views, transition: &Transition, hints: &Hints) -> bool {
-    (transition.cancelled || hints.goal == Goal::Abort) && !is_decided(views, transition)
+    let is_wished = hints.goal == Goal::Abort { epoch: transition.epoch() };
+    (transition.cancelled || is_wished) && !is_decided(views, transition)
 }
 
 /// Whether some handoff has been activated: from there the change can only go forward.

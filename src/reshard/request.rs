@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::client_error::ClientError;
 use crate::cluster_manager::{self, InstallError, ManagerError};
-use crate::handoff::{Refused, Step, pairs};
+use crate::handoff::{Refused, Step};
 use crate::metrics::{NodeMetrics, NodeState, Sizes};
 use crate::network::error::Outcome;
 use crate::ring::{Ring, RingCluster, RingError, RingNode};
@@ -24,11 +24,12 @@ use crate::types::{ClusterId, Epoch};
 
 use super::clusters::{Clusters, HttpClusters};
 use super::driver::{Goal, is_decided};
+use super::fate::{Awaited, Fate};
 use super::plan::{Holdings, Plan};
 use super::progress::Progress;
 use super::rings::{Request, RequestError, check_weight, next_ring};
 use super::run::{Drive, DriveError, Role};
-use super::scene::{Scene, Views};
+use super::scene::{Scene, Transition, Views};
 
 use survey::SURVEY_TIMEOUT;
 pub use survey::{Survey, survey};
@@ -154,6 +155,16 @@ pub enum ChangeError {
         /// The epoch in force.
         epoch: Epoch,
     },
+    /// The change is over, and others have followed, before anything was seen of how it ended.
+    #[error(
+        "the change to the ring of epoch {epoch} is over, but not known to be done or called off: by now epoch {now} is in force. `admin ring show` shows it"
+    )]
+    Unknown {
+        /// The epoch that was changed to.
+        epoch: Epoch,
+        /// The epoch in force.
+        now: Epoch,
+    },
     /// The ring breaks a rule.
     #[error(transparent)]
     Ring(#[from] RingError),
@@ -219,7 +230,7 @@ async fn ask_sizes(
     join_all(clusters.map(ask)).await
 }
 
-/// Begins a change: returns the ring that is being changed to. Refused, the ring has not changed; a new
+/// Begins a change: returns from which ring to which. Refused, the ring has not changed; a new
 /// cluster may have been formed, and have joined, already: that only lets it be added later.
 ///
 /// Cancelled in its middle, the change may have begun: it then goes on by itself.
@@ -227,7 +238,7 @@ pub async fn begin(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     change: &Change,
-) -> Result<Ring, ChangeError> {
+) -> Result<Transition, ChangeError> {
     let seen = settled(http, addresses).await?;
     let scene = Scene::of(&seen.views);
     let ring = scene.ring().ok_or(RequestError::NoRing)?;
@@ -249,69 +260,104 @@ pub async fn begin(
     };
     let sequencer = ring.sequencer.as_ref().and_then(|id| ring.cluster(id));
     let sequencer = sequencer.ok_or(RingError::Sequencer)?;
-    let (plan, ring) = (pairs(ring, &next), Box::new(ring.clone()));
-    let begin = Step::Begin { ring, next: Box::new(next.clone()), plan };
+    let begun = Transition::new(ring, &next, &Views::new());
+    let (ring, plan) = (Box::new(ring.clone()), begun.plan.clone());
+    let begin = Step::Begin { ring, next: Box::new(next), plan };
     propose(http, sequencer, &begin).await?;
-    Ok(next)
+    Ok(begun)
 }
 
 /// Watches the change under way to its end; as a [`Role::Helper`] it also does what nobody else does.
-/// Returns the ring in force then. `epoch`: that of the ring which is expected, if one is. Safe to
-/// cancel: the change goes on. Without a ring there is nothing to watch: [`RequestError::NoRing`].
+/// Returns the ring in force then, which may be one of a later change. `begun`: the change that is waited
+/// for, if it is a certain one, and must not be called off. Safe to cancel: the change goes on. Without a
+/// ring there is nothing to watch: [`RequestError::NoRing`].
 pub async fn follow(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     role: Role,
-    epoch: Option<Epoch>,
+    begun: Option<&Transition>,
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
-    let ring = drive(http, addresses, role, Goal::Forward, watch).await?;
-    match epoch {
-        Some(expected) if ring.epoch == expected + 1 => {
-            Err(ChangeError::CalledOff { epoch: ring.epoch })
-        }
-        _ => Ok(ring),
+    let awaited = begun.map(Awaited::change);
+    let (ring, awaited) = drive(http, addresses, role, Goal::Forward, awaited, watch).await?;
+    // Whoever watches whatever is under way wants to know the ring that came of it.
+    let awaited = awaited.filter(|_| begun.is_some());
+    awaited.map_or(Ok(()), |awaited| followed(&awaited, &ring)).map(|()| ring)
+}
+
+/// Whether a change is done that was begun; `now` is in force since it is over.
+pub(super) fn followed(awaited: &Awaited, now: &Ring) -> Result<(), ChangeError> {
+    match awaited.fate() {
+        Some(Fate::Done) => Ok(()),
+        Some(Fate::CalledOff) => Err(ChangeError::CalledOff { epoch: awaited.off().epoch }),
+        None => Err(unknown(awaited, now)),
     }
 }
 
-/// Calls the change under way off: the old ring goes on as a new epoch. Refused with
-/// [`DriveError::TooLate`] once keys are frozen or have moved; the change then goes on. Safe to cancel: what
-/// has begun goes on.
+/// Calls the change under way off: the old ring goes on as a new epoch. Returns the ring in force then,
+/// which may be one of a later change. Refused with [`DriveError::TooLate`] once keys are frozen or have
+/// moved; the change then goes on. Safe to cancel: what has begun goes on.
 pub async fn abort(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     watch: impl FnMut(Option<&Progress>, &Views),
 ) -> Result<Ring, ChangeError> {
     let seen = survey(http, addresses).await?;
-    let too_late = || ChangeError::from(DriveError::TooLate(Refused::TooLate));
-    let next = match Scene::of(&seen.views) {
-        Scene::Changing(transition) if is_decided(&seen.views, &transition) => {
-            return Err(too_late());
-        }
-        Scene::Changing(transition) => Some(transition.epoch()),
-        Scene::Reverting(_) => None,
-        Scene::NoRing | Scene::Quiet { .. } => return Err(ChangeError::NothingUnderWay),
-    };
-    let ring = drive(http, addresses, Role::Helper, Goal::Abort, watch).await?;
-    // Whoever called off after it was decided has helped it to its end.
-    if Some(ring.epoch) == next { Err(too_late()) } else { Ok(ring) }
+    let scene = Scene::of(&seen.views);
+    if let Scene::Changing(transition) = &scene
+        && is_decided(&seen.views, transition)
+    {
+        return Err(too_late());
+    }
+    let awaited = Awaited::under_way(&scene).ok_or(ChangeError::NothingUnderWay)?;
+    let goal = Goal::Abort { epoch: awaited.epoch() };
+    let (ring, awaited) = drive(http, addresses, Role::Helper, goal, Some(awaited), watch).await?;
+    awaited.map_or(Ok(()), |awaited| called_off(&awaited, &ring)).map(|()| ring)
 }
 
+/// Whether a change is called off that was to be; `now` is in force since it is over.
+pub(super) fn called_off(awaited: &Awaited, now: &Ring) -> Result<(), ChangeError> {
+    match awaited.fate() {
+        Some(Fate::CalledOff) => Ok(()),
+        // Whoever called off after it was decided has helped it to its end.
+        Some(Fate::Done) => Err(too_late()),
+        None => Err(unknown(awaited, now)),
+    }
+}
+
+fn too_late() -> ChangeError {
+    DriveError::TooLate(Refused::TooLate).into()
+}
+
+fn unknown(awaited: &Awaited, now: &Ring) -> ChangeError {
+    ChangeError::Unknown { epoch: awaited.epoch(), now: now.epoch }
+}
+
+/// Drives until what is awaited is over, or else what is under way. Returns the ring in force then, and what
+/// was awaited.
 async fn drive(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     role: Role,
     goal: Goal,
+    awaited: Option<Awaited>,
     watch: impl FnMut(Option<&Progress>, &Views),
-) -> Result<Ring, ChangeError> {
+) -> Result<(Ring, Option<Awaited>), ChangeError> {
     let seen = survey(http, addresses).await?;
-    if Scene::of(&seen.views) == Scene::NoRing {
+    let scene = Scene::of(&seen.views);
+    if scene == Scene::NoRing {
         // They speak of no cluster, so there is nobody to look at either.
         return Err(RequestError::NoRing.into());
     }
+    let mut awaited = awaited.or_else(|| Awaited::under_way(&scene));
+    if let Some(awaited) = &mut awaited {
+        awaited.see(&seen.views);
+    }
     let drive = Drive::new(http, seen.clusters.into_values(), role, goal);
-    let scene = drive.stalled_after(STALLED_AFTER).run(watch).await?;
-    Ok(scene.ring().ok_or(RequestError::NoRing)?.clone())
+    let mut drive = drive.awaiting(awaited).stalled_after(STALLED_AFTER);
+    let scene = drive.run(watch).await?;
+    let ring = scene.ring().ok_or(RequestError::NoRing)?.clone();
+    Ok((ring, drive.awaited().cloned()))
 }
 
 /// The clusters, once the last change is recorded as finished.

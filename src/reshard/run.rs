@@ -5,8 +5,8 @@
 //! from one decision to the next may be lost at any moment: views, clocks of what is frozen, pauses.
 //!
 //! **Who acts.** Several drivers see the same and would all propose the same step: each repeat is an
-//! entry in a log. So a driver acts at once only on what is its own ([`Role`]), and on the rest once it
-//! has been left undone for [`PATIENCE`].
+//! entry in a log. So a driver acts at once only on what is its own, and on the rest once it has been left
+//! undone for a while ([`Role`]).
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,15 +28,15 @@ use super::clusters::Clusters;
 use super::driver::{
     Action, Goal, Hints, frozen, is_called_off, is_hot, left_at_the_end, next_actions,
 };
+use super::fate::Awaited;
 use super::progress::Progress;
 use super::scene::{Scene, Views, mentioned};
 
+mod role;
 #[cfg(test)]
 mod tests;
 
-/// How long a step that is somebody else's may be left undone: well above what its owner takes, well
-/// below what a client waits.
-const PATIENCE: Duration = Duration::from_millis(700);
+pub use role::Role;
 
 /// How long an attempt may be frozen before the destination is asked to refuse it: well above the tens of
 /// milliseconds that a healthy destination takes, well below the deadline of clients that wait it out.
@@ -58,40 +58,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// finished without it, if it leaves and others serve all that it had: far above an election, or one that only
 /// stumbles would have to be brought back later.
 const GONE_AFTER: Duration = Duration::from_secs(10);
-
-/// Which steps are a driver's own.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Role {
-    /// The leader of a cluster: the handoffs of which its cluster is the source, and its own finish, when nobody
-    /// else does that.
-    Source(ClusterId),
-    /// The same for the sequencer's cluster: also all that is not a handoff's, and, when nobody else
-    /// does it, the handoffs of others.
-    Sequencer(ClusterId),
-    /// Somebody who started or resumed a change: everything, when nobody else does it.
-    Helper,
-    /// Everything, at once: where there is nobody else.
-    Alone,
-    /// Nothing: somebody who only watches.
-    Onlooker,
-}
-
-impl Role {
-    /// How long the action may be left to others; `None`: for ever.
-    fn patience(&self, action: &Action) -> Option<Duration> {
-        let from = action.step.handoff().map(|handoff| &handoff.from);
-        let finishes = matches!(action.step, Step::Finish { .. });
-        match (self, from) {
-            (Self::Source(own), None) if finishes && action.at == *own => Some(PATIENCE),
-            (Self::Alone, _) | (Self::Sequencer(_), None) => Some(Duration::ZERO),
-            (Self::Source(own) | Self::Sequencer(own), Some(from)) if own == from => {
-                Some(Duration::ZERO)
-            }
-            (Self::Source(_) | Self::Onlooker, _) => None,
-            (Self::Sequencer(_) | Self::Helper, _) => Some(PATIENCE),
-        }
-    }
-}
 
 /// Why a driver stopped before the change did.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -142,7 +108,10 @@ pub struct Drive<'a, C> {
     /// Give up when nothing has moved for so long.
     stalled_after: Option<Duration>,
     gone_after: Duration,
-    awaited: Option<ClusterId>,
+    /// Goes on until this cluster is out of its change.
+    absent: Option<ClusterId>,
+    /// Goes on until this change is over.
+    awaited: Option<Awaited>,
     contacts: BTreeMap<ClusterId, Contact>,
     views: Views,
     moved_at: Instant,
@@ -170,6 +139,7 @@ impl<'a, C: Clusters> Drive<'a, C> {
             hints: Hints::new(goal),
             stalled_after: None,
             gone_after: GONE_AFTER,
+            absent: None,
             awaited: None,
             contacts: BTreeMap::new(),
             views: Views::new(),
@@ -196,8 +166,20 @@ impl<'a, C: Clusters> Drive<'a, C> {
     /// without it.
     #[must_use]
     pub fn until_back(mut self, cluster: ClusterId) -> Self {
-        self.awaited = Some(cluster);
+        self.absent = Some(cluster);
         self
+    }
+
+    /// Goes on until this change is over, and no longer: what follows it is others' to drive.
+    #[must_use]
+    pub fn awaiting(mut self, change: Option<Awaited>) -> Self {
+        self.awaited = change;
+        self
+    }
+
+    /// The change that it was told to await, with what it has seen of its end.
+    pub fn awaited(&self) -> Option<&Awaited> {
+        self.awaited.as_ref()
     }
 
     /// Does not wait so long for what is gone.
@@ -214,15 +196,18 @@ impl<'a, C: Clusters> Drive<'a, C> {
         self
     }
 
-    /// Drives until no change is under way and the sequencer has recorded that; returns the scene then.
-    /// Tells `watch` after everything that happened. Safe to cancel.
+    /// Drives until no change is under way and the sequencer has recorded that, or the change that it awaits
+    /// is followed by another; returns the scene then. Tells `watch` after everything that happened. Safe to
+    /// cancel.
     pub async fn run(
         &mut self,
         mut watch: impl FnMut(Option<&Progress>, &Views),
     ) -> Result<Scene, DriveError> {
         loop {
             self.look();
-            self.act();
+            if !self.is_followed() {
+                self.act();
+            }
             if let Some(scene) = self.end() {
                 return Ok(scene);
             }
@@ -303,6 +288,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
             self.moved_at = Instant::now();
             self.refusal = None;
             self.views.insert(id, view);
+            if let Some(awaited) = &mut self.awaited {
+                awaited.see(&self.views);
+            }
             for cluster in mentioned(&self.views).into_values() {
                 if self.concerns(&cluster.id) {
                     self.meet(cluster);
@@ -409,7 +397,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
     /// Who calls a change off begins with that at once; the rest is anybody's.
     fn patience(&self, action: &Action) -> Option<Duration> {
         match action.step {
-            Step::Cancel { .. } if self.hints.goal == Goal::Abort => Some(Duration::ZERO),
+            Step::Cancel { epoch } if self.hints.goal == (Goal::Abort { epoch }) => {
+                Some(Duration::ZERO)
+            }
             _ => self.role.patience(action),
         }
     }
@@ -503,7 +493,9 @@ impl<'a, C: Clusters> Drive<'a, C> {
                 tracing::error!(%handoff, attempt, %refused, "the copy is not the original; copying again");
                 self.hints.overdue.insert((handoff.clone(), *attempt));
             }
-            (Step::Cancel { .. }, Refused::TooLate) if self.hints.goal == Goal::Abort => {
+            (Step::Cancel { epoch }, Refused::TooLate)
+                if self.hints.goal == (Goal::Abort { epoch: *epoch }) =>
+            {
                 return Err(DriveError::TooLate(refused));
             }
             _ => {}
@@ -516,15 +508,32 @@ impl<'a, C: Clusters> Drive<'a, C> {
 
     // --- Ending ----------------------------------------------------------------------------------
 
+    /// Whether a later change is under way, or over, than the one that is awaited.
+    fn is_followed(&self) -> bool {
+        let scene = || Scene::of(&self.views_without_gone());
+        self.awaited.as_ref().is_some_and(|awaited| awaited.is_followed(&scene()))
+    }
+
     fn end(&self) -> Option<Scene> {
-        if !self.under_way.is_empty() || !self.contacts.values().all(|contact| contact.asked) {
-            return None;
-        }
-        let is_out = |id| self.views.get(id).is_some_and(|view| view.change.is_none());
-        if !self.awaited.as_ref().is_none_or(is_out) {
+        if !self.under_way.is_empty() {
             return None;
         }
         let scene = Scene::of(&self.views_without_gone());
+        if let Some(awaited) = &self.awaited {
+            if awaited.is_followed(&scene) {
+                return Some(scene);
+            }
+            if awaited.is_ahead_of(&scene) {
+                return None;
+            }
+        }
+        if !self.contacts.values().all(|contact| contact.asked) {
+            return None;
+        }
+        let is_out = |id| self.views.get(id).is_some_and(|view| view.change.is_none());
+        if !self.absent.as_ref().is_none_or(is_out) {
+            return None;
+        }
         let settled = matches!(scene, Scene::Quiet { settled: Some(true), .. });
         // Who knows of nobody has not seen that there is no ring.
         let seen = || !self.views.is_empty() && self.contacts.values().all(|contact| contact.fresh);

@@ -171,7 +171,7 @@ pub(super) fn mentioned(views: &Views) -> BTreeMap<ClusterId, RingCluster> {
 }
 
 impl Transition {
-    fn new(old: &Ring, next: &Ring, views: &Views) -> Self {
+    pub(super) fn new(old: &Ring, next: &Ring, views: &Views) -> Self {
         let cancelled =
             |view: &RingState| view.change_to(next.epoch).is_some_and(Change::is_cancelled);
         Self {

@@ -86,7 +86,8 @@ impl Hand {
                 continue;
             }
             let action = actions.swap_remove(self.below(actions.len()));
-            if self.take(&action) == Some(Err(Refused::TooLate)) && goal == Goal::Abort {
+            let calls_off = matches!(goal, Goal::Abort { .. });
+            if self.take(&action) == Some(Err(Refused::TooLate)) && calls_off {
                 return self.go(Goal::Forward, usize::MAX);
             }
             steps += 1;
@@ -167,7 +168,7 @@ fn story_with_abort(
     hand.begin(&old, &next);
     if let Some(steps) = abort_after {
         hand.go(Goal::Forward, steps);
-        hand.go(Goal::Abort, usize::MAX);
+        hand.go(Goal::Abort { epoch: next.epoch }, usize::MAX);
     }
     hand.go(Goal::Forward, usize::MAX);
     if !load.has_failed() {

@@ -73,11 +73,11 @@ fn give_everything_away(clusters: &Clusters, old: &Ring, next: &Ring) {
 /// Waits until the ring is `before`, then asks for a change of it, and waits for that.
 async fn through(clusters: &Clusters, change: Change, before: &Ring) -> Ring {
     let (http, endpoints) = (HttpClusters::default(), clusters.endpoints());
-    let follow = |epoch| reshard::follow(&http, &endpoints, Role::Onlooker, Some(epoch), |_, _| {});
-    let ended = timeout(CHANGE_PATIENCE, follow(before.epoch)).await.expect("the change ends");
+    let follow = |begun| reshard::follow(&http, &endpoints, Role::Onlooker, begun, |_, _| {});
+    let ended = timeout(CHANGE_PATIENCE, follow(None)).await.expect("the change ends");
     assert_eq!(ended.unwrap(), *before);
-    let next = reshard::begin(&http, &endpoints, &change).await.unwrap();
-    let ended = timeout(CHANGE_PATIENCE, follow(next.epoch)).await.expect("the change ends");
-    assert_eq!(ended.unwrap(), next);
-    next
+    let begun = reshard::begin(&http, &endpoints, &change).await.unwrap();
+    let ended = timeout(CHANGE_PATIENCE, follow(Some(&begun))).await.expect("the change ends");
+    assert_eq!(ended.unwrap(), begun.next);
+    begun.next
 }

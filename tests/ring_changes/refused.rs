@@ -124,8 +124,8 @@ async fn a_change_is_called_off_without_the_cluster_that_was_to_join() {
         clusters
     });
     let add = Change::Add { id: id(2), nodes, weight: 1.0 };
-    let next = reshard::begin(&http, &endpoints, &add).await.unwrap();
-    let follow = reshard::follow(&http, &endpoints, Role::Helper, Some(next.epoch), |_, _| {});
+    let begun = reshard::begin(&http, &endpoints, &add).await.unwrap();
+    let follow = reshard::follow(&http, &endpoints, Role::Helper, Some(&begun), |_, _| {});
     let ring = timeout(CHANGE_PATIENCE, follow).await.expect("it ends").unwrap();
     assert_eq!((ring.epoch, ring.clusters.len()), (4, 3));
     drop(clusters);

@@ -55,12 +55,11 @@ async fn a_client_that_slept_through_ten_changes_writes_and_reads() {
     }
     for (n, change) in ten_changes(clusters.at(2)).iter().enumerate() {
         let http = HttpClusters::default();
-        let next = reshard::begin(&http, &clusters.endpoints(), change).await.unwrap();
+        let begun = reshard::begin(&http, &clusters.endpoints(), change).await.unwrap();
         let endpoints = clusters.endpoints();
-        let follow =
-            reshard::follow(&http, &endpoints, Role::Onlooker, Some(next.epoch), |_, _| {});
+        let follow = reshard::follow(&http, &endpoints, Role::Onlooker, Some(&begun), |_, _| {});
         let ring = timeout(CHANGE_PATIENCE, follow).await.expect("the change ends").unwrap();
-        assert_eq!((&ring, ring.epoch), (&next, n as u64 + 2));
+        assert_eq!((&ring, ring.epoch), (&begun.next, n as u64 + 2));
         awake.write(format!("k{n}"), "meanwhile").await.unwrap();
     }
     for (turn, sleeper) in sleepers.iter().enumerate() {

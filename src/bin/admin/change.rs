@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use distrib_kv_store::cluster_manager;
 use distrib_kv_store::kvclient::Endpoints;
 use distrib_kv_store::reshard::{
-    self, Change, ChangeError, DriveError, HttpClusters, Progress, Request, Role, Scene,
+    self, Change, ChangeError, DriveError, HttpClusters, Progress, Request, Role, Scene, Transition,
 };
 use distrib_kv_store::ring::{Ring, RingCluster, RingNode};
 use distrib_kv_store::types::ClusterId;
@@ -98,9 +98,9 @@ pub async fn cluster(verb: ClusterVerb) -> Result<(), Failure> {
     };
     let addresses = target.clusters().await?.clusters;
     let http = HttpClusters::default();
-    let next = reshard::begin(&http, &addresses, &change).await.map_err(failed)?;
+    let begun = reshard::begin(&http, &addresses, &change).await.map_err(failed)?;
     // The new cluster's nodes are not in the file yet; its own word leads to them.
-    let ring = watch(&target, &http, &addresses, Role::Helper, Some(next.epoch)).await?;
+    let ring = watch(&target, &http, &addresses, Role::Helper, Some(&begun)).await?;
     finished(&target, &ring)
 }
 
@@ -135,11 +135,11 @@ async fn watch(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     role: Role,
-    epoch: Option<u64>,
+    begun: Option<&Transition>,
 ) -> Result<Ring, Failure> {
     let mut reporter = reporter(target, http, addresses).await;
     let show = |progress: Option<&Progress>, _: &_| reporter.show(progress);
-    let ring = interruptible(reshard::follow(http, addresses, role, epoch, show)).await;
+    let ring = interruptible(reshard::follow(http, addresses, role, begun, show)).await;
     reporter.end();
     ring
 }

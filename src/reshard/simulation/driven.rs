@@ -1,5 +1,6 @@
 //! The loop that looks and proposes, against clusters in memory.
 
+use std::cell::Cell;
 use std::sync::{Mutex, MutexGuard};
 use std::task::Poll;
 use std::time::Duration;
@@ -8,10 +9,14 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::world::World;
-use super::{Chance, id, kinds};
+use super::{CALL_OFF, Chance, MOVES_MAX, id, kinds};
 use crate::client_error::ClientError;
 use crate::handoff::{Done, RingState, Step, pairs};
-use crate::reshard::{Action, Clusters, Drive, DriveError, Goal, Role, Scene, reverted};
+use crate::reshard::request::{called_off, followed};
+use crate::reshard::{
+    Action, Awaited, ChangeError, Clusters, Drive, DriveError, Fate, Goal, Hints, Role, Scene,
+    Transition, Views, next_actions, reverted,
+};
 use crate::ring::{Ring, RingCluster};
 use crate::types::ClusterId;
 
@@ -29,6 +34,17 @@ struct InMemory {
     dying: Mutex<Option<(ClusterId, usize)>>,
     /// A cluster whose last looks are counted from when this is so.
     giving: Mutex<Option<(ClusterId, usize, Moment)>>,
+    /// What follows in the very step that records a change as finished, before anybody looks again.
+    sequel: Mutex<Option<Sequel>>,
+}
+
+/// How far another change is when somebody looks again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sequel {
+    /// It has begun.
+    Begun,
+    /// It is over, too.
+    Over,
 }
 
 impl InMemory {
@@ -43,8 +59,13 @@ impl InMemory {
         let (ring, to) = (Box::new(old.clone()), Box::new(next.clone()));
         let step = Step::Begin { ring, next: to, plan: pairs(old, next) };
         world.take(&Action { at: old.sequencer.clone().unwrap(), step }).unwrap();
-        let inner = Mutex::new((world, chance));
-        Self { inner, failing: Mutex::new(0), dying: Mutex::new(None), giving: Mutex::new(None) }
+        Self {
+            inner: Mutex::new((world, chance)),
+            failing: Mutex::new(0),
+            dying: Mutex::new(None),
+            giving: Mutex::new(None),
+            sequel: Mutex::new(None),
+        }
     }
 
     /// Begins a change of this ring's weights at its sequencer.
@@ -55,6 +76,40 @@ impl InMemory {
         let (old, next) = (Box::new(ring.clone()), Box::new(later.clone()));
         let step = Step::Begin { ring: old, next, plan: pairs(ring, &later) };
         self.lock().0.take(&Action { at: ring.sequencer.clone().unwrap(), step }).unwrap();
+        later
+    }
+
+    /// Goes on between two looks until something holds.
+    fn advance(&self, goal: Goal, holds: impl Fn(&World) -> bool) {
+        let (world, chance) = &mut *self.lock();
+        for _ in 0..MOVES_MAX {
+            world.work(chance);
+            for action in next_actions(&world.views(), &Hints::new(goal)) {
+                if holds(world) {
+                    return;
+                }
+                world.take(&action).unwrap();
+            }
+            if holds(world) {
+                return;
+            }
+        }
+        panic!("it never holds: {:#?}", world.views());
+    }
+
+    /// Takes the change under way to its end between two looks.
+    fn complete(&self, goal: Goal) -> Ring {
+        let is_settled = |scene| matches!(scene, Scene::Quiet { settled: Some(true), .. });
+        self.advance(goal, |world| is_settled(Scene::of(&world.views())));
+        Scene::of(&self.lock().0.views()).ring().unwrap().clone()
+    }
+
+    /// Another change of this ring; returns the one that it leads to.
+    fn follow_up(&self, ring: &Ring, sequel: Sequel) -> Ring {
+        let later = self.begin_another(ring);
+        if sequel == Sequel::Over {
+            assert_eq!(self.complete(Goal::Forward), later);
+        }
         later
     }
 
@@ -106,6 +161,13 @@ impl Clusters for InMemory {
         let action = Action { at: cluster.id.clone(), step: step.clone() };
         let taken = self.lock().0.take(&action);
         self.count_down();
+        if taken.is_ok()
+            && let Step::Settle { .. } = step
+            && let Some(sequel) = self.sequel.lock().unwrap().take()
+        {
+            let ring = self.lock().0.views()[&cluster.id].ring.ring().clone();
+            self.follow_up(&ring, sequel);
+        }
         taken.map_err(|refused| ClientError::StepRefused(Box::new(refused)))
     }
 }
@@ -130,9 +192,105 @@ async fn a_driver_alone_brings_a_change_to_its_end() {
 async fn a_driver_alone_calls_a_change_off() {
     let (old, next) = kinds().remove(0);
     let clusters = InMemory::new(&old, &next);
-    let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, Goal::Abort);
+    let mut drive = Drive::new(&clusters, old.clusters.clone(), Role::Alone, CALL_OFF);
     let end = drive.run(|_, _| {}).await.unwrap();
     assert_eq!(end, Scene::Quiet { ring: reverted(&old), settled: Some(true) });
+}
+
+fn awaited(old: &Ring, next: &Ring) -> Awaited {
+    Awaited::change(&Transition::new(old, next, &Views::new()))
+}
+
+/// Another change begins in the very step that ends one: whoever wished to call that one off, in time or too
+/// late, leaves the other alone, and whoever waited for it is told what became of it.
+#[tokio::test]
+async fn who_drives_a_change_leaves_the_next_one_alone() {
+    let (old, next) = kinds().remove(0);
+    for sequel in [Sequel::Begun, Sequel::Over] {
+        for (decided, goal, fate) in [
+            (false, CALL_OFF, Fate::CalledOff),
+            (true, CALL_OFF, Fate::Done),
+            (false, Goal::Forward, Fate::Done),
+        ] {
+            let at = format!("{sequel:?}, {goal:?}, decided: {decided}");
+            let clusters = InMemory::new(&old, &next);
+            let drive = |goal| Drive::new(&clusters, old.clusters.clone(), Role::Alone, goal);
+            if decided {
+                // The pivot's cluster refuses nothing any more: it is through with the change.
+                clusters.advance(Goal::Forward, |world| world.views()[&id("a")].epoch() == 2);
+            }
+            *clusters.sequel.lock().unwrap() = Some(sequel);
+            let mut drive = drive(goal)
+                .awaiting(Some(awaited(&old, &next)))
+                .stalled_after(Duration::from_secs(20));
+            let end = drive.run(|_, _| {}).await.unwrap();
+            let awaited = drive.awaited().unwrap();
+            assert_eq!(awaited.fate(), Some(fate), "{at}");
+
+            let before = if fate == Fate::Done { &next } else { awaited.off() };
+            let Scene::Changing(later) = &end else { panic!("{at}: {end:?}") };
+            assert_eq!(later.old, *before, "{at}: it was not the next change that was seen");
+            let ring = clusters.complete(Goal::Forward);
+            assert_eq!(ring.epoch, before.epoch + 1, "{at}: the next change was called off");
+            clusters.lock().0.check_end(&ring);
+        }
+    }
+}
+
+/// A change ends and another begins, or is over, too, between two looks of somebody who only watches: what
+/// became of the first is what was seen of it, and not guessed.
+#[tokio::test]
+async fn who_watches_tells_only_what_was_seen_of_the_end() {
+    let (old, next) = kinds().remove(0);
+    for (goal, sequel, fate) in [
+        (Goal::Forward, Sequel::Begun, Some(Fate::Done)),
+        (Goal::Forward, Sequel::Over, Some(Fate::Done)),
+        (CALL_OFF, Sequel::Begun, Some(Fate::CalledOff)),
+        (CALL_OFF, Sequel::Over, None),
+    ] {
+        let at = format!("{goal:?}, {sequel:?}");
+        let clusters = InMemory::new(&old, &next);
+        let known = old.clusters.clone();
+        let mut watcher = Drive::new(&clusters, known, Role::Onlooker, Goal::Forward)
+            .awaiting(Some(awaited(&old, &next)))
+            .stalled_after(Duration::from_secs(20));
+        let is_seen = Cell::new(false);
+        tokio::select! {
+            biased;
+            () = once(|| is_seen.get()) => {}
+            ended = watcher.run(|_, views| is_seen.set(views.len() == 4)) => panic!("{at}: {ended:?}"),
+        }
+        let ring = clusters.complete(goal);
+        let later = clusters.follow_up(&ring, sequel);
+        let end = watcher.run(|_, _| {}).await.unwrap();
+        let now = if sequel == Sequel::Over { &later } else { &ring };
+        assert_eq!(end.ring(), Some(now), "{at}");
+
+        let awaited = watcher.awaited().unwrap();
+        assert_eq!(awaited.fate(), fate, "{at}");
+        let (followed, called_off) = (followed(awaited, now), called_off(awaited, now));
+        match fate {
+            Some(Fate::Done) => {
+                followed.unwrap();
+                let error = called_off.unwrap_err();
+                assert!(
+                    matches!(error, ChangeError::Drive(DriveError::TooLate(_))),
+                    "{at}: {error}"
+                );
+            }
+            Some(Fate::CalledOff) => {
+                called_off.unwrap();
+                let error = followed.unwrap_err();
+                assert!(matches!(error, ChangeError::CalledOff { epoch: 3 }), "{at}: {error}");
+            }
+            None => {
+                for error in [followed.unwrap_err(), called_off.unwrap_err()] {
+                    let is_unknown = matches!(error, ChangeError::Unknown { epoch: 2, now: 4 });
+                    assert!(is_unknown, "{at}: {error}");
+                }
+            }
+        }
+    }
 }
 
 /// A cluster that was to join, has been seen under way and is lost does not hold up calling the change off, nor
@@ -144,7 +302,7 @@ async fn a_joiner_that_is_lost_is_not_waited_for_and_can_come_back() {
     for looks in [2, 3, 4, 6] {
         let clusters = InMemory::new(&old, &next);
         *clusters.dying.lock().unwrap() = Some((joiner.id.clone(), looks));
-        let mut drive = Drive::new(&clusters, next.clusters.clone(), Role::Alone, Goal::Abort)
+        let mut drive = Drive::new(&clusters, next.clusters.clone(), Role::Alone, CALL_OFF)
             .gone_after(Duration::from_millis(100))
             .stalled_after(Duration::from_secs(20));
         let end = drive.run(|_, _| {}).await.unwrap();
