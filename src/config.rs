@@ -384,10 +384,14 @@ pub(crate) const KEY_BYTES_MAX_DEFAULT: usize = 4 << 10;
 /// The largest value that can be configured, in bytes. Clients take answers of this size and some overhead.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;
 
+/// The largest key that can be configured, in bytes: in a path each of them may take three, and a path has
+/// 64 KiB at most. No cluster holds a longer one, and what is handed over is checked against this when it is
+/// applied: so it is the same for all nodes, whatever each is configured to take.
+pub const KEY_BYTES_MAX: usize = 21 << 10;
+
 impl Limits {
     fn check(&self) -> Result<(), OutOfRange> {
-        // In a path each byte of a key may take three, and a path has 64 KiB at most.
-        within("limits.key_bytes_max", self.key_bytes_max, 1..=21 << 10)?;
+        within("limits.key_bytes_max", self.key_bytes_max, 1..=KEY_BYTES_MAX)?;
         within("limits.value_bytes_max", self.value_bytes_max, 1..=VALUE_BYTES_MAX)?;
         within(
             "limits.http_body_bytes_max",

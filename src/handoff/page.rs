@@ -19,6 +19,7 @@
 use bytes::{BufMut, Bytes};
 
 use crate::codec::{DecodeError, Reader, put_bytes, put_count};
+use crate::config::KEY_BYTES_MAX;
 use crate::types::ClusterId;
 
 use super::{Attempt, Cursor, Handoff, Position};
@@ -83,6 +84,12 @@ impl Page {
             key.len() + value.as_ref().map_or(0, Bytes::len)
         };
         self.records.iter().chain(&self.answers).map(size).sum()
+    }
+
+    /// Whether each of its records has a key that a write can have. A record with another one could be read
+    /// by nobody, and a follower that is sent the whole state refuses an empty one.
+    pub fn has_sound_keys(&self) -> bool {
+        self.records.iter().all(|(key, _)| (1..=KEY_BYTES_MAX).contains(&key.len()))
     }
 
     /// Appends the page.

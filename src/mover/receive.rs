@@ -131,11 +131,15 @@ async fn step(tools: &Tools, open: Receiving, progress: &mut Progress) -> Steppe
     }
 }
 
-/// Whether a page may become an entry. That its records belong here is checked when it is applied.
+/// Whether a page may become an entry. That its records belong here is checked when it is applied, and so
+/// are keys once more: whoever applies it may have it from elsewhere.
 fn check(page: &Page, request: &PageRequest, import_bytes_max: usize) -> Result<(), Failure> {
     // The order of cursors is the order of copying.
     if page.to <= request.cursor {
         return Err(Failure::Senseless("it does not lead on"));
+    }
+    if !page.has_sound_keys() {
+        return Err(Failure::Senseless("a key is empty, or longer than any"));
     }
     if import_bytes(page, request) > import_bytes_max {
         return Err(Failure::Senseless("it is larger than an entry may be"));
@@ -217,5 +221,33 @@ impl Progress {
         let (handoff, Self { pages, bytes, .. }) = (&open.handoff, self);
         let seconds = began.elapsed().as_secs_f64();
         tracing::info!(%handoff, pages, bytes, seconds, "no more keys are coming");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::KEY_BYTES_MAX;
+    use crate::handoff::Handoff;
+
+    /// A key that nobody can write is not staged: it would be in the way of every follower that is sent
+    /// the whole state.
+    #[test]
+    fn a_key_that_is_none_never_becomes_an_entry() {
+        let (from, to) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let handoff = Handoff { epoch: 2, from, to };
+        let request = PageRequest { handoff, attempt: 1, cursor: Cursor::start(), bytes_max: 1 };
+        let checked = |length: usize| {
+            let after = Bytes::from_static(b"k");
+            let records = vec![(after.clone(), None), (vec![b'k'; length].into(), None)];
+            let page = Page { to: Cursor::Records { after }, end: 0, records, answers: Vec::new() };
+            check(&page, &request, 1 << 20)
+        };
+        for length in [0, KEY_BYTES_MAX + 1] {
+            assert!(matches!(checked(length), Err(Failure::Senseless(_))), "{length}");
+        }
+        for length in [2, KEY_BYTES_MAX] {
+            assert!(checked(length).is_ok(), "{length}");
+        }
     }
 }

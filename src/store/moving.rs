@@ -155,7 +155,8 @@ impl<'a> Round<'a> {
         let sound = |record: &(Bytes, Option<Bytes>)| {
             moves(&record.0) && record.1.as_deref().is_none_or(|r| meta::decode_row(r).is_ok())
         };
-        if !page.records.iter().all(sound) || !page.answers.iter().all(answered) {
+        let is_sound = page.has_sound_keys() && page.records.iter().all(sound);
+        if !is_sound || !page.answers.iter().all(answered) {
             return Ok(Err(Refused::ForeignRecord));
         }
         let mut tally = ring.incoming(handoff).map_or(Tally::default(), |i| i.tally);

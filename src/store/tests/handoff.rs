@@ -8,6 +8,7 @@ use rand::{Rng, RngExt, SeedableRng};
 
 use super::super::round::Round;
 use super::*;
+use crate::config::KEY_BYTES_MAX;
 use crate::handoff::{
     Clean, Counted, Cursor, Done, Frozen, Handoff, Import, Page, PageRequest, Pair, Refused, Step,
     pairs,
@@ -428,6 +429,50 @@ fn a_new_leader_counts_on_from_memory() {
     }
     assert!(stretches >= MANY / 2000, "{stretches}");
     assert_eq!(follower.reader().ring_state(), leader.reader().ring_state());
+}
+
+/// A destination takes no record under a key that no write can have: its followers could be sent its state
+/// no more, because they check what they are sent.
+#[test]
+fn a_key_that_is_none_is_not_staged() {
+    let mut site = Site::new("c1");
+    let weighted = |epoch, weights: [f32; 2]| {
+        let mut ring = ring(epoch, &["c1", "c2"]);
+        ring.clusters.iter_mut().zip(weights).for_each(|(cluster, weight)| cluster.weight = weight);
+        ring
+    };
+    // Nearly every key moves, among them those below.
+    let (old, new) = (weighted(1, [1.0, 1e6]), weighted(2, [1e6, 1.0]));
+    let (from, to) = ("c2".parse().unwrap(), "c1".parse().unwrap());
+    let handoff = Handoff { epoch: 2, from, to };
+    let long = "k".repeat(KEY_BYTES_MAX + 1);
+    for key in ["", "key", &long] {
+        let owner = |ring: &Ring| {
+            RingTable::new(ring.clone()).unwrap().owner(key.as_bytes()).unwrap().id.clone()
+        };
+        assert_eq!((owner(&old), owner(&new)), (handoff.from.clone(), handoff.to.clone()));
+    }
+    site.run(Command::InstallRing(Box::new(old.clone())));
+    site.step(Step::Settle { epoch: 1 }).unwrap();
+    let plan = pairs(&old, &new);
+    site.step(Step::Begin { ring: Box::new(old), next: Box::new(new), plan }).unwrap();
+    site.step(Step::Open { handoff: handoff.clone(), attempt: 1, start: 0 }).unwrap();
+    let import = |keys: &[&str]| {
+        let row = || Some(Bytes::from(meta::encode_record(1, b"")));
+        let records = keys.iter().map(|key| (Bytes::from(key.to_string()), row())).collect();
+        let to = Cursor::Records { after: "key".into() };
+        let page = Page { to, end: 0, records, answers: Vec::new() };
+        let import = Import { handoff: handoff.clone(), attempt: 1, from: Cursor::start(), page };
+        Command::Import(Box::new(import))
+    };
+    let before = site.reader().ring_state();
+    for bad in ["", &long] {
+        assert_eq!(site.decided(import(&["key", bad])), Err(Refused::ForeignRecord));
+    }
+    assert_eq!(site.reader().ring_state(), before);
+    site.decided(import(&["key"])).unwrap();
+    let state = site.reader().ring_state();
+    assert_eq!(state.incoming(&handoff).unwrap().tally.records, 1);
 }
 
 /// What is staged while a source counts is not counted, wherever a replica has it: the one has flushed
