@@ -17,7 +17,8 @@
 //!    keys take more than [`KEY_BYTES_MAX`].
 //!
 //! A client is forgotten, floor and all, only when there is no room for a new one and it has not
-//! written for [`CLIENT_IDLE_MIN_MS`]; if there is no such client, the new one is refused.
+//! written for [`CLIENT_IDLE_MIN_MS`]; if there is no such client, the new one is refused. One of which
+//! answers are pinned (see below) is passed over, and the next one goes.
 //!
 //! While keys are handed over to another cluster, whoever counts and logs what moves is told which of
 //! their answers fall ([`Dedupe::take_fallen`]): the other cluster drops them, too, and gets to know the
@@ -33,7 +34,10 @@
 //! - `order` lists the answers that are not pinned, by their position. That ascends in log order, and log
 //!   time with it, so the first one is the oldest in both meanings. It may also list answers that have
 //!   fallen, which are passed over: about as many as the others at most;
-//! - `idle` lists every client once, under a time not later than that of its last write.
+//! - `idle` lists every client once, under a time not later than that of its last write, but for those in
+//!   `held`. Who is in there has pinned answers, and is listed again when it has none: so which client goes
+//!   next is a matter of the last writes, and of what is pinned, and of nothing else that a replica that was
+//!   restarted would not know.
 //!
 //! No step takes longer with more clients or answers, but for the depth of the trees: what falls is
 //! taken from the front of `order`, each answer falls once, and is passed over once.
@@ -151,6 +155,8 @@ pub(super) struct Dedupe {
     /// Clients by the log time of a write of theirs, at or before the last one's: so that those that
     /// have been idle for long are at the front, without a change for each write.
     idle: BTreeSet<(u64, ClientName)>,
+    /// Clients that it was the turn of, and that have pinned answers.
+    held: BTreeSet<ClientName>,
     bounds: Bounds,
 }
 
@@ -208,6 +214,7 @@ impl Dedupe {
             pinned: BTreeSet::new(),
             fallen: Vec::new(),
             idle: BTreeSet::new(),
+            held: BTreeSet::new(),
             bounds,
         }
     }
@@ -319,7 +326,8 @@ impl Dedupe {
         self.idle.insert((last_ms, name));
     }
 
-    /// Forgets the client that has not written for the longest time, if it is long enough.
+    /// Forgets the client that has not written for the longest time, of those that have no pinned answers, if
+    /// it is long enough.
     fn forget_idle_client(&mut self) -> bool {
         loop {
             let Some((listed_ms, _)) = self.idle.first() else { return false };
@@ -330,10 +338,11 @@ impl Dedupe {
             let (listed_ms, name) = self.idle.pop_first().expect("it was just looked at");
             let client = self.clients.get(&name).expect("only clients are listed");
             if client.last_ms == listed_ms {
-                // Its answers are gone already, being older still, unless they are pinned.
+                // Its answers are gone already, being older still, unless they are pinned. That lasts for as
+                // long as another cluster is away, and is not to keep out those who come meanwhile.
                 if !client.answers.is_empty() {
-                    self.idle.insert((listed_ms, name));
-                    return false;
+                    self.held.insert(name);
+                    continue;
                 }
                 self.clients.remove(&name);
                 return true;
@@ -341,6 +350,19 @@ impl Dedupe {
             // It wrote since it was listed: that write pays for this.
             self.idle.insert((client.last_ms, name));
         }
+    }
+
+    /// Lists the clients again that were passed over and have no pinned answers any more.
+    fn list_released(&mut self) {
+        let Self { clients, pinned, held, idle, .. } = self;
+        held.retain(|name| {
+            let mut own = pinned.range((name.clone(), 0)..=(name.clone(), u64::MAX));
+            let is_held = own.next().is_some();
+            if !is_held {
+                idle.insert((clients[name].last_ms, name.clone()));
+            }
+            is_held
+        });
     }
 
     /// Forgets an answer that was taken out of `order`, so that its write is not carried out again;

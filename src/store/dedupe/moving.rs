@@ -64,6 +64,7 @@ impl Dedupe {
             }
             stays
         });
+        self.list_released();
     }
 
     /// The answers to writes of keys that move, in one number.
@@ -154,6 +155,7 @@ impl Dedupe {
                 stays
             });
         }
+        self.list_released();
         self.tidy();
     }
 

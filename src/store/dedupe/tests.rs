@@ -174,6 +174,45 @@ fn clients_are_bounded_and_active_ones_stay() {
     assert_eq!(run(&mut table, &once("a", 5, 5), &put("k"), wrote(4)), Written::OnceForgotten);
 }
 
+/// A client whose answers are pinned, for as long as another cluster is away, keeps no new one out: the one
+/// that was idle longest after it makes room. When they are let go, it is its turn again.
+#[test]
+fn a_pinned_answer_keeps_no_new_client_out() {
+    fn falls(key: &[u8]) -> Fall {
+        if key == b"frozen" { Fall::Pinned } else { Fall::Gone }
+    }
+    let is_frozen = |key: &[u8]| key == b"frozen";
+    let let_go: [fn(&mut Dedupe, Moves<'_>); 2] = [Dedupe::unpin, Dedupe::forget_moved];
+    for (let_go, restarts) in let_go.into_iter().flat_map(|go| [false, true].map(|r| (go, r))) {
+        let mut table = Dedupe::with_bounds(Bounds { clients_max: 3, ..BOUNDS });
+        for (at, client, key) in [(0, "a", "frozen"), (1, "b", "k"), (2, "c", "k")] {
+            table.advance(at, &falls);
+            run(&mut table, &once(client, 5, 5), &put(key), wrote(1));
+        }
+        table.advance(CLIENT_IDLE_MIN_MS + 2, &falls);
+        assert_eq!(table.pinned.len(), 1);
+        let maybe_restarted = |table: Dedupe| if restarts { reloaded(&table) } else { table };
+        let new = |table: &mut Dedupe, name| run(table, &once(name, 5, 0), &put("k"), wrote(2));
+        let names =
+            |table: &Dedupe| table.clients.keys().map(|n| n.to_string()).collect::<String>();
+        for (name, left) in [("d", "acd"), ("e", "ade")] {
+            assert_eq!(new(&mut table, name), wrote(2));
+            assert_eq!(names(&table), left);
+            table = maybe_restarted(table);
+        }
+        assert_eq!(new(&mut table, "f"), Written::TooManyClients, "all others have just written");
+        table = maybe_restarted(table);
+
+        let_go(&mut table, &|key| key == b"other");
+        assert_eq!(new(&mut table, "f"), Written::TooManyClients, "it is held still");
+        table = maybe_restarted(table);
+        let_go(&mut table, &is_frozen);
+        assert_eq!(new(&mut table, "f"), wrote(2));
+        assert_eq!(names(&table), "def");
+        assert_eq!((table.idle.len(), table.held.len()), (3, 0));
+    }
+}
+
 /// Clients beyond the bound, which a handover has brought, keep no new one out once they may be forgotten,
 /// and become fewer.
 #[test]
