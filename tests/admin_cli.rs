@@ -111,19 +111,24 @@ async fn a_ring_is_not_installed_past_a_silent_node() {
     assert!(node.seen("/cluster/update-hash-ring").is_empty());
 }
 
-/// What is no address is wrong usage, in a flag and in a nodes file.
+/// What is no address is wrong usage in a flag, and in a nodes file a failure, as is a file that is not
+/// there.
 #[tokio::test]
-async fn what_is_no_address_is_2() {
+async fn what_is_no_address_is_2_in_a_flag_and_1_in_a_file() {
     let dir = tempfile::tempdir().unwrap();
     for (bad, named) in [("", "an address is empty"), ("localhost", "`localhost`")] {
         let output = run(dir.path(), &["status", "--endpoints", bad]).await;
         assert_eq!(code(&output), 2, "{bad:?}");
         assert!(line(&output).starts_with(&format!("admin: --endpoints: {named}")), "{output:?}");
     }
-    std::fs::write(dir.path().join("all_nodes.json"), r#"[["localhost"]]"#).unwrap();
-    let output = run(dir.path(), &["status"]).await;
-    assert_eq!(code(&output), 2);
-    assert!(line(&output).contains("all_nodes.json"), "{output:?}");
+    for listed in [None, Some(r#"[["localhost"]]"#)] {
+        if let Some(listed) = listed {
+            std::fs::write(dir.path().join("all_nodes.json"), listed).unwrap();
+        }
+        let output = run(dir.path(), &["status"]).await;
+        assert_eq!(code(&output), 1, "{listed:?}");
+        assert!(line(&output).contains("all_nodes.json"), "{output:?}");
+    }
 }
 
 /// What cannot be shown is a failure; a reader that went away is none.

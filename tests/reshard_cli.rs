@@ -54,8 +54,10 @@ fn leaders(count: usize, change: impl Fn(&mut RingState, &Ring)) -> Vec<FakeNode
             keys: Some(1000),
             disk_bytes: Some(1_000_000),
         };
-        let view = serde_json::to_value(view).unwrap();
+        let (view, address) = (serde_json::to_value(view).unwrap(), bound.address.clone());
+        let cluster = ring.clusters[place].id.clone();
         bound.serve(move |seen| match seen.path.split('?').next() {
+            Some("/cluster/metrics") => fake_node::metrics(cluster.as_str(), &address),
             Some("/cluster/handoffs") => Reply::Json(200, view.clone()),
             _ => Reply::Text(404, "no such path"),
         })
@@ -67,8 +69,7 @@ fn endpoints(nodes: &[FakeNode]) -> String {
     nodes.iter().map(|node| node.address.as_str()).collect::<Vec<_>>().join(",")
 }
 
-/// What is listed is what is asked: a nodes file, because `--endpoints` asks for more than these nodes
-/// answer.
+/// A directory with a nodes file that lists these.
 fn directory(nodes: &[FakeNode]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let listed: Vec<[&String; 1]> = nodes.iter().map(|node| [&node.address]).collect();
@@ -143,6 +144,62 @@ async fn a_cluster_without_a_ring_has_nothing_to_change() {
     ] {
         expect(&admin(dir.path(), verb).await, 1, "have no ring yet");
         assert_eq!(std::fs::read_to_string(&file).unwrap(), listed, "{verb:?}");
+    }
+}
+
+/// When a change is finished the nodes file lists who is in the ring, also where the nodes were found by
+/// `--endpoints`. But then it is left alone unless it lists some of them, and none is made.
+#[tokio::test]
+async fn the_nodes_file_follows_however_the_nodes_were_found() {
+    let nodes = leaders(2, |_, _| {});
+    let dir = directory(&nodes);
+    let (file, list) = (dir.path().join("all_nodes.json"), endpoints(&nodes));
+    let now = std::fs::read_to_string(&file).unwrap();
+    let with_another = now.replace("]]", r#"],["127.0.0.1:9"]]"#);
+    let (others, damaged) = (r#"[["127.0.0.1:9"]]"#, "[[");
+    let by_endpoints = ["migration", "resume", "--endpoints", &list];
+    for (arguments, before, after, is_told) in [
+        (&by_endpoints[..2], &with_another[..], &now[..], false),
+        (&by_endpoints, &with_another, &now, false),
+        (&by_endpoints, others, others, true),
+        (&by_endpoints, damaged, damaged, true),
+    ] {
+        std::fs::write(&file, before).unwrap();
+        let output = admin(dir.path(), arguments).await;
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}, {before}: {output:?}");
+        assert_eq!(
+            std::fs::read_to_string(&file).unwrap().trim(),
+            after,
+            "{arguments:?}, {before}"
+        );
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(told.contains("all_nodes.json is left as it is"), is_told, "{before}: {told}");
+    }
+    std::fs::remove_file(&file).unwrap();
+    let output = admin(dir.path(), &by_endpoints).await;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(!file.exists());
+}
+
+/// Nothing is wrong with the command when the nodes file is not there, or is none: it failed.
+#[tokio::test]
+async fn a_nodes_file_that_cannot_be_used_is_1() {
+    let dir = tempfile::tempdir().unwrap();
+    for listed in [None, Some("[["), Some("[]")] {
+        if let Some(listed) = listed {
+            std::fs::write(dir.path().join("all_nodes.json"), listed).unwrap();
+        }
+        for verb in [
+            &["cluster", "remove", "c4"][..],
+            &["cluster", "weight", "c4", "2"],
+            &["cluster", "add", "c4", "--nodes", "a:1/a:2"],
+            &["rebalance", "--dry-run"],
+            &["migration", "status"],
+            &["migration", "resume"],
+            &["migration", "abort"],
+        ] {
+            expect(&admin(dir.path(), verb).await, 1, "all_nodes.json");
+        }
     }
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Without a verb it starts what `Config.toml` describes and serves until it is told to stop; with a
 //! verb it talks to running nodes over HTTP and ends. The work is in the library; here are flags,
-//! tables and exit codes: 0 done, 1 refused or failed, 2 wrong usage or a configuration, data
-//! directory or address that cannot be used, 130 interrupted (a verb by Ctrl-C, a run by its second
-//! signal).
+//! tables and exit codes: 0 done, 1 refused or failed (also for a nodes file that cannot be used), 2 wrong
+//! usage or a configuration, data directory or address that cannot be used, 130 interrupted (a verb by
+//! Ctrl-C, a run by its second signal).
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -337,7 +337,9 @@ impl Target {
     async fn clusters(&self) -> Result<Discovered, Failure> {
         let listed = cluster_manager::read_nodes_file(&self.nodes_file);
         if self.endpoints.is_empty() {
-            return Ok(Discovered { clusters: listed?, unplaced: Vec::new() });
+            // The command is not wrong, so this is a failure, as it is for `client`.
+            let clusters = listed.map_err(Failure::failed)?;
+            return Ok(Discovered { clusters, unplaced: Vec::new() });
         }
         if let Err(message) = Endpoints::from(self.endpoints.clone()).check() {
             return Err(Failure::usage(format!("--endpoints: {message}")));

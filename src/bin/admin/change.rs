@@ -179,13 +179,34 @@ fn failed(error: ChangeError) -> Failure {
 fn finished(target: &Target, ring: &Ring) -> Result<(), Failure> {
     let nodes = |cluster: &RingCluster| cluster.nodes.iter().map(|n| n.http.clone()).collect();
     let clusters: Vec<Vec<String>> = ring.clusters.iter().map(nodes).collect();
-    if target.endpoints.is_empty() {
+    if is_file_of(target, &clusters) {
         let written = cluster_manager::write_nodes_file(&target.nodes_file, &clusters);
         written.map_err(|error| {
             Failure::failed(format!("the ring of epoch {} is in force, but {error}", ring.epoch))
         })?;
     }
     shown(target, ring)
+}
+
+/// Whether the nodes file lists these clusters. One that was named does, or is to. With `--endpoints` it is
+/// the one that lies where the command was given, if one does: that may list quite another system.
+fn is_file_of(target: &Target, clusters: &[Vec<String>]) -> bool {
+    let file = &target.nodes_file;
+    if target.endpoints.is_empty() || !file.exists() {
+        return target.endpoints.is_empty();
+    }
+    let left_alone = |why: &str| {
+        text::note(&format!("admin: {} is left as it is: {why}", file.display()));
+        false
+    };
+    match cluster_manager::read_nodes_file(file) {
+        Ok(listed) => {
+            let mut own = clusters.iter().flatten().chain(&target.endpoints);
+            own.any(|node| listed.iter().flatten().any(|other| other == node))
+                || left_alone("it lists none of these nodes")
+        }
+        Err(_) => left_alone("it is no list of nodes"),
+    }
 }
 
 fn shown(target: &Target, ring: &Ring) -> Result<(), Failure> {
