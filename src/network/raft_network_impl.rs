@@ -288,6 +288,8 @@ impl PeerClient {
             }
             // openraft takes the newest one then, at once.
             SendError::Replaced => NetworkError::new(&error).into(),
+            // Not the disk's failure, which would end Raft here; but trying again at once may end the same way.
+            SendError::BrokenOff(error) => Unreachable::new(&error).into(),
             // Trying again at once would find the same receiver.
             SendError::Senseless(why) => Unreachable::from_string(why).into(),
         }

@@ -266,6 +266,11 @@ impl SnapshotImage {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether these bytes are a cursor of this format: those of a receiver may be anything.
+    pub fn is_cursor(bytes: &[u8]) -> bool {
+        Cursor::decode(bytes).is_ok()
+    }
+
     /// Reads the chunk that starts at `cursor` (empty: the first one), of about `bytes_max` bytes and
     /// at least one row. Blocks on the disk.
     ///

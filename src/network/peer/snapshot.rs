@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinError;
 use tokio::time::sleep;
 
 use super::connection::{CallError, Connection};
@@ -33,6 +34,10 @@ pub(in crate::network) trait ChunkSource: Send + Sync + 'static {
     /// Says that the receiver is about to get it. False if it is not worth to be sent any more.
     fn begin_sending(&self) -> bool;
 
+    /// Whether a chunk can start there, as far as the cursor's form tells. It is the receiver's: whatever is wrong
+    /// with it says nothing about the image.
+    fn is_cursor(&self, cursor: &[u8]) -> bool;
+
     /// Blocks.
     fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk>;
 }
@@ -44,6 +49,10 @@ impl ChunkSource for SnapshotImage {
 
     fn begin_sending(&self) -> bool {
         SnapshotImage::begin_sending(self)
+    }
+
+    fn is_cursor(&self, cursor: &[u8]) -> bool {
+        SnapshotImage::is_cursor(cursor)
     }
 
     fn read_chunk(&self, cursor: &[u8], bytes_max: usize) -> io::Result<Chunk> {
@@ -61,6 +70,9 @@ pub(in crate::network) enum SendError {
     /// This node cannot read its own snapshot.
     #[error("reading the snapshot failed: {0}")]
     Read(io::Error),
+    /// The task that reads it did not end by itself, which says nothing about the disk.
+    #[error("reading the snapshot was broken off: {0}")]
+    BrokenOff(JoinError),
     /// There is a newer snapshot, and the receiver had nothing of this one yet.
     #[error("a newer snapshot has taken its place")]
     Replaced,
@@ -141,6 +153,9 @@ impl<C: ChunkSource> Transfer<C> {
         settings: &PeerSettings,
         position: &StagingPosition,
     ) -> Result<SnapshotStep, SendError> {
+        if !self.source.is_cursor(&position.cursor) {
+            return Err(SendError::Senseless("it asks for a chunk that starts nowhere"));
+        }
         let chunk = self.read_chunk(position, settings.snapshot_chunk_bytes).await?;
         let seq = position.next_seq;
         let message =
@@ -161,9 +176,6 @@ impl<C: ChunkSource> Transfer<C> {
         let source = Arc::clone(&self.source);
         let cursor = at.cursor.clone();
         let read = tokio::task::spawn_blocking(move || source.read_chunk(&cursor, bytes_max));
-        match read.await {
-            Ok(chunk) => chunk.map_err(SendError::Read),
-            Err(error) => Err(SendError::Read(io::Error::other(error))),
-        }
+        read.await.map_err(SendError::BrokenOff)?.map_err(SendError::Read)
     }
 }

@@ -4,17 +4,20 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use openraft::storage::{RaftSnapshotBuilder, RaftStateMachine};
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::support::*;
+use crate::config::Config;
 use crate::network::peer::Purpose;
 use crate::network::peer::connection::CallError;
 use crate::network::peer::link::ConnectError;
 use crate::network::peer::snapshot::{ChunkSource, SendError, Transfer};
 use crate::network::peer::wire::Installed;
-use crate::store::snapshot::Chunk;
+use crate::store::snapshot::{Chunk, SnapshotData};
+use crate::store::{Store, StoreOptions};
 use crate::types::SnapshotMeta;
 
 struct Source {
@@ -31,6 +34,10 @@ impl ChunkSource for Source {
 
     fn begin_sending(&self) -> bool {
         !self.is_replaced
+    }
+
+    fn is_cursor(&self, cursor: &[u8]) -> bool {
+        str::from_utf8(cursor).is_ok_and(|cursor| cursor.parse::<u64>().is_ok())
     }
 
     fn read_chunk(&self, cursor: &[u8], _: usize) -> io::Result<Chunk> {
@@ -118,6 +125,49 @@ async fn a_deposed_leader_is_told_and_writes_nothing() {
         assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
     }
     assert_eq!(node.fake.staging.lock().unwrap().writes, 0);
+    node.stop().await;
+}
+
+/// openraft would take a failure to read for one of this node's disk, and end for good.
+#[tokio::test]
+async fn a_cursor_that_is_none_is_the_receivers_fault() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let store = Store::open(&StoreOptions {
+        dir: dir.path().join("node"),
+        node_id: 1,
+        cluster: "c1".parse().unwrap(),
+        storage: config.storage,
+        raft: config.raft,
+        open_files_max: 64,
+    });
+    let mut machine = store.unwrap().state_machine();
+    let image = machine.get_snapshot_builder().await.build_snapshot().await.unwrap();
+    let SnapshotData::Image(source) = image.snapshot else { panic!("a sender has an image") };
+    let transfer = Transfer { source, vote: vote(3), meta: image.meta };
+    let node = receiver(5).await;
+    // In the answer to the beginning, and in that to a chunk: the first one starts at an empty cursor.
+    for (cursor, then) in [(b"\x09".as_slice(), b"".as_slice()), (b"", b"\x09")] {
+        *node.fake.staging.lock().unwrap() = Staging {
+            chunks_wanted: 5,
+            cursors: Some([cursor, then].map(Bytes::from_static)),
+            ..Staging::default()
+        };
+        let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
+        assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
+    }
+    node.stop().await;
+}
+
+/// A thread that panics has not found anything wrong with the disk.
+#[tokio::test]
+async fn a_read_that_is_broken_off_is_no_failure_of_the_image() {
+    let node = receiver(5).await;
+    let mut transfer = transfer(5);
+    let chunk_bytes = usize::MAX;
+    transfer.source = Arc::new(Source { id: 1, chunks: 5, chunk_bytes, is_replaced: false });
+    let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
+    assert!(matches!(sent, Err(SendError::BrokenOff(_))), "{sent:?}");
     node.stop().await;
 }
 

@@ -141,6 +141,8 @@ pub(super) struct Staging {
     pub(super) chunks_wanted: u64,
     pub(super) writes: u64,
     pub(super) higher_vote: Option<Vote>,
+    /// Answered instead of the right one: to the beginning, and to any chunk.
+    pub(super) cursors: Option<[Bytes; 2]>,
 }
 
 impl Staging {
@@ -149,7 +151,10 @@ impl Staging {
             return SnapshotStep::HigherVote(higher);
         }
         let next_seq = self.chunks.len() as u64;
-        let cursor = Bytes::from(next_seq.to_string());
+        let cursor = match &self.cursors {
+            Some(cursors) => cursors[usize::from(next_seq > 0)].clone(),
+            None => Bytes::from(next_seq.to_string()),
+        };
         let complete = next_seq == self.chunks_wanted;
         SnapshotStep::Position(StagingPosition { next_seq, cursor, complete })
     }
