@@ -225,6 +225,9 @@ impl Store {
         marker
             .check_kept(log.vote(), durable)
             .map_err(|message| OpenError::LostData { path: db_path.clone(), message })?;
+        if let Some(applied) = applied {
+            log.catch_up_with(applied).map_err(failed)?;
+        }
         if log.vote().is_none() && durable.is_none() {
             marker.forget_formation().map_err(|source| io_error(&marker_path, source))?;
         }

@@ -12,7 +12,8 @@
 //!   vote counts nowhere, for this node or another, before this returns.
 //! - `truncate_after` lowers the marker first: it must never claim entries that are about to go.
 //! - `purge` records the purged id in the batch that deletes, and deletes from the last purged index
-//!   on, so that it never walks over the graves of earlier purges.
+//!   on, so that it never walks over the graves of earlier purges. Where a snapshot has outrun the log, all of it
+//!   goes, also entries of a later leader than the snapshot's last: then the marker is lowered first, too.
 
 use std::fmt::Debug;
 use std::io;
@@ -142,6 +143,48 @@ impl LogStore {
 
     pub(super) fn promise(&self) -> Promise {
         self.promise.clone()
+    }
+
+    /// The state has run ahead of the log: a snapshot was installed, and the node stopped before the log was purged.
+    /// What is left of the log goes; its entries lie before the snapshot's end, whoever's they are. openraft
+    /// does that only where they are of no later leader than the snapshot's end.
+    ///
+    /// For a start: no append may be waiting for the flusher.
+    pub(super) fn catch_up_with(&self, applied: LogId) -> io::Result<()> {
+        if !self.is_outrun_by(&applied) {
+            return Ok(());
+        }
+        self.marker.lower_durable(Some(applied))?;
+        self.delete_up_to(applied)
+    }
+
+    /// Whether the log ends before this entry of a snapshot. By index: what it ends with may be of a later leader,
+    /// whose entries nobody committed.
+    fn is_outrun_by(&self, log_id: &LogId) -> bool {
+        self.lock().last.next_index() <= log_id.index
+    }
+
+    /// Call after the marker was lowered, where the log ends before.
+    fn delete_up_to(&self, log_id: LogId) -> io::Result<()> {
+        let first = self.lock().purged.next_index();
+        if log_id.index < first {
+            return Ok(());
+        }
+        let mut batch = WriteBatch::default();
+        batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_PURGED, meta::encode_log_id(&log_id));
+        let (from, to) = (first.to_be_bytes(), (log_id.index + 1).to_be_bytes());
+        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, to);
+        self.engine.write(batch)?;
+        let mut ends = self.lock();
+        ends.tail.purge(log_id.index);
+        ends.purged = Some(log_id);
+        ends.first = log_id.index + 1;
+        // A snapshot may reach beyond the log's end: then the log is empty and ends there.
+        if ends.last.next_index() <= log_id.index {
+            ends.last = Some(log_id);
+            self.promise.log_was_cut(Some(&log_id));
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Ends> {
@@ -383,21 +426,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
-        let first = self.lock().purged.next_index();
-        if log_id.index < first {
-            return Ok(());
+        if self.is_outrun_by(&log_id) {
+            self.flusher.cut(Some(log_id)).await?;
         }
-        let mut batch = WriteBatch::default();
-        batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_PURGED, meta::encode_log_id(&log_id));
-        let (from, to) = (first.to_be_bytes(), (log_id.index + 1).to_be_bytes());
-        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, to);
-        self.engine.write(batch)?;
-        let mut ends = self.lock();
-        ends.tail.purge(log_id.index);
-        ends.purged = Some(log_id);
-        ends.first = log_id.index + 1;
-        // A snapshot may reach beyond the log's end: then the log is empty and ends there.
-        ends.last = ends.last.max(Some(log_id));
-        Ok(())
+        self.delete_up_to(log_id)
     }
 }

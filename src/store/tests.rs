@@ -6,6 +6,7 @@ mod lease;
 mod log_end;
 mod memory;
 mod once;
+mod outrun;
 mod torn_end;
 
 use std::path::Path;
