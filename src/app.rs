@@ -10,6 +10,7 @@
 //! answer is "unknown".
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Limits;
+use crate::core_end;
 use crate::handoff::{Ownership, RingState};
 use crate::network::error::{ApiError, Outcome};
 use crate::network::raft_network_impl::{PeerNetwork, ReadIndexError};
@@ -97,10 +99,12 @@ struct Inner {
     /// Kept, because each request looks at both, and a receiver costs more than a look.
     failure: watch::Receiver<Option<String>>,
     raft_metrics: WatchReceiverOf<TypeConfig, Metrics>,
+    /// Whether Raft's core task has ended, in order or not.
+    core_ended: AtomicBool,
     telemetry: Telemetry,
     /// Held by whoever reads the whole state: it is much, and twice at once would be no faster.
     digesting: Arc<tokio::sync::Mutex<()>>,
-    /// Membership changes, which outlive the requests that asked for them.
+    /// Membership changes, which outlive the requests that asked for them, and the watch over Raft's core.
     tasks: TaskTracker,
 }
 
@@ -113,7 +117,7 @@ impl std::ops::Deref for Inner {
 }
 
 impl App {
-    /// Ties the parts together.
+    /// Ties the parts together, and watches over Raft until it ends.
     pub fn new(identity: Identity, limits: Limits, parts: Parts) -> Self {
         let in_flight = Arc::new(Semaphore::new(limits.requests_in_flight_max));
         let (telemetry, tasks) = (Telemetry::new(), TaskTracker::new());
@@ -125,11 +129,18 @@ impl App {
             in_flight,
             failure,
             raft_metrics,
+            core_ended: AtomicBool::new(false),
             telemetry,
             digesting: Arc::default(),
             tasks,
         };
-        Self { inner: Arc::new(inner) }
+        let inner = Arc::new(inner);
+        let watched = inner.clone();
+        inner.tasks.spawn(async move {
+            core_end::ended(&watched.raft).await;
+            watched.core_ended.store(true, Ordering::Release);
+        });
+        Self { inner }
     }
 
     /// Who this node is.

@@ -19,6 +19,7 @@ pub mod client_error;
 pub mod cluster_manager;
 pub mod codec;
 pub mod config;
+mod core_end;
 pub mod handoff;
 pub mod http_client;
 pub mod key_path;

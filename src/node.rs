@@ -465,7 +465,15 @@ fn raise_open_files_limit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use openraft::errors::Fatal;
+
     use super::*;
+    use crate::core_end;
+    use crate::network::error::ApiError;
+    use crate::store::formation::BeforeRing;
+    use crate::types::{Condition, Consistency};
 
     #[test]
     fn only_an_instruction_that_was_compiled_for_can_be_missing() {
@@ -473,5 +481,51 @@ mod tests {
         assert_eq!(missing_instruction("-msse4.2 -mpclmul", &old), Some("PCLMULQDQ"));
         assert_eq!(missing_instruction("-msse4.2", &old), None);
         assert_eq!(missing_instruction("", &old), None);
+    }
+
+    async fn start(dir: &Path) -> Node {
+        let options = NodeOptions {
+            id: 1,
+            cluster: "c1".parse().unwrap(),
+            http_addr: "127.0.0.1:0".into(),
+            rpc_addr: "127.0.0.1:0".into(),
+            data_dir: dir.join("node"),
+            config: Config::default(),
+        };
+        Node::start(options).await.unwrap()
+    }
+
+    /// Its last report is that of a leader who is well. Clients would wait for it, and nobody look after it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_core_that_panics_is_a_failure_that_shows() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = start(dir.path()).await;
+        let soon = || tokio::time::Instant::now() + Duration::from_secs(20);
+        let put = || node.app.put("k".into(), "v".into(), Condition::Always, None, soon());
+        let get = || node.app.get(b"k", Consistency::Linearizable, soon());
+        node.app.init(BeforeRing::Serves).await.unwrap();
+        put().await.unwrap();
+        get().await.unwrap();
+        assert_eq!(node.app.storage_failed(), None);
+
+        let fatal = node.raft.with_raft_state(|_| -> () { panic!("as if by a defect") }).await;
+        assert!(matches!(fatal, Err(Fatal::Panicked)), "{fatal:?}");
+        tokio::time::timeout(Duration::from_secs(20), node.failed()).await.expect("it failed");
+        assert!(node.app.readiness().is_err());
+        assert!(matches!(put().await, Err(ApiError::Storage { .. })));
+        assert!(matches!(get().await, Err(ApiError::Storage { .. })));
+        node.shutdown().await.unwrap();
+    }
+
+    /// Who is stopped has not failed.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_core_that_is_stopped_has_not_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = start(dir.path()).await;
+        node.raft.shutdown().await.unwrap();
+        node.app.join().await;
+        assert_eq!(node.app.storage_failed(), None);
+        assert!(matches!(core_end::failure(&node.raft), Some(Fatal::Stopped)));
+        node.shutdown().await.unwrap();
     }
 }

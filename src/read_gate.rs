@@ -50,6 +50,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::alarm::Alarm;
+use crate::core_end;
 use crate::network::raft_network_impl::PeerNetwork;
 use crate::node::Raft;
 use crate::store::{Promise, StateReader};
@@ -228,11 +229,11 @@ impl Rounds {
     }
 
     fn lead(&self) -> Result<Lead, ReadIndexFailure> {
+        if let Some(fatal) = core_end::failure(&self.raft) {
+            return Err(ReadIndexFailure::Fatal(fatal));
+        }
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        if let Err(fatal) = &metrics.running_state {
-            return Err(ReadIndexFailure::Fatal(fatal.clone()));
-        }
         let leader = metrics.vote.leader_id;
         let leads = metrics.state == openraft::ServerState::Leader && leader.node_id == metrics.id;
         if leads {

@@ -1,5 +1,6 @@
 //! What a node says about itself: metrics, readiness, why storage failed.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use openraft::LogIdOptionExt;
@@ -155,14 +156,20 @@ impl App {
         if let Some(failure) = self.inner.failure.borrow().clone() {
             return Some(failure);
         }
+        // In this order: a core that ends in order reports that first.
+        let has_ended = self.inner.core_ended.load(Ordering::Acquire);
         match &self.inner.raft_metrics.borrow_watched().running_state {
             Err(Fatal::StorageError(error)) => Some(error.to_string()),
-            Err(Fatal::Panicked) => Some("consensus has stopped: its task panicked".into()),
+            Err(Fatal::Panicked) => Some(PANICKED.into()),
+            Ok(()) if has_ended => Some(PANICKED.into()),
             // The node is being stopped.
             Err(Fatal::Stopped) | Ok(()) => None,
         }
     }
 }
+
+/// Why a node serves nothing whose storage has not failed.
+pub(super) const PANICKED: &str = "consensus has stopped: its task panicked";
 
 pub(super) fn state_of(metrics: &Metrics) -> NodeState {
     let membership = metrics.membership_config.membership();

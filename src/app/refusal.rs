@@ -17,7 +17,7 @@ use crate::store::formation::BeforeRing;
 use crate::types::{LeaderId, NodeId, TypeConfig};
 
 use super::App;
-use super::health::state_of;
+use super::health::{PANICKED, state_of};
 
 impl App {
     pub(super) fn check_serving(&self) -> Result<(), ApiError> {
@@ -131,7 +131,8 @@ impl App {
             (None, Fatal::StorageError(error)) => {
                 ApiError::Storage { message: error.to_string(), outcome }
             }
-            (None, Fatal::Panicked | Fatal::Stopped) => ApiError::Stopping { outcome },
+            (None, Fatal::Panicked) => ApiError::Storage { message: PANICKED.into(), outcome },
+            (None, Fatal::Stopped) => ApiError::Stopping { outcome },
         }
     }
 }

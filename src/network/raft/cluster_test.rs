@@ -327,6 +327,19 @@ async fn nobody_else_leads_during_a_lease() {
     }
 }
 
+/// Nothing ends a core that panicked in what it reported last: it leads there for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn no_read_is_vouched_for_by_a_core_that_panicked() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = TestNode::start(dir.path(), 1, NEVER).await;
+    form(std::slice::from_ref(&node)).await;
+    node.handler.read_index(2).await.unwrap();
+    node.raft.with_raft_state(|_| -> () { panic!("as if by a defect") }).await.unwrap_err();
+    assert!(node.raft.is_leader(), "as far as it has reported");
+    assert_eq!(node.handler.read_index(2).await, Err(Failure::Stopped));
+    node.stop().await;
+}
+
 /// Nobody asks a node for its vote that never followed anyone, unless it did and has lost that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_node_without_data_votes_for_nobody_and_confirms_nobody() {
