@@ -24,7 +24,8 @@
 //! own: reads that arrive meanwhile look at once, and nobody is asked. The tenth is for clocks of different pace; one
 //! that stops, with its machine, could make an old leader answer with the past, which a round never does. A lease is
 //! asked for only where the membership is uniform and the newest in this node's log, and ends when that changes
-//! or this node votes for another. It is given anew by the first round after its end. (Raft dissertation, 6.4.1, but
+//! or this node votes for another. It is given anew by the first round after its end, as long as Raft's core goes on:
+//! rounds need none of it, and one that stands still must be succeeded, however many read meanwhile. (Raft dissertation, 6.4.1, but
 //! with promises instead of election timeouts, which a restarted follower forgets.)
 //!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
@@ -43,6 +44,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use openraft::Instant as _;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{Fatal, ForwardToLeader};
 use tokio::sync::{mpsc, oneshot};
@@ -170,6 +172,8 @@ struct Rounds {
 struct Lead {
     leader: LeaderId,
     membership: Arc<StoredMembership>,
+    /// For how long no majority has answered anything that was sent, as far as the core has reported.
+    unanswered: Option<Duration>,
 }
 
 impl Rounds {
@@ -219,13 +223,20 @@ impl Rounds {
     }
 
     /// What to ask of the voters. None while the membership changes: its majorities do. None of a leader that has
-    /// only begun to lead: those who have not heard of it would refuse to confirm it at all.
+    /// only begun to lead: those who have not heard of it would refuse to confirm it at all. And none of one whose
+    /// core stands still: nobody could take its place as long as somebody reads.
     fn lease_for(&self, lead: &Lead) -> Duration {
         let applied = self.reader.last_applied();
         let is_followed = applied.is_some_and(|applied| applied.leader_id == lead.leader);
-        let is_uniform = lead.membership.membership().get_joint_config().len() == 1;
+        let configs = lead.membership.membership().get_joint_config();
+        let is_uniform = configs.len() == 1;
         let is_newest = self.own.is_newest_membership(lead.membership.log_id().as_ref());
-        if is_followed && is_uniform && is_newest { self.lease } else { Duration::ZERO }
+        // Followers wait for longer than that before one of them stands: by then the last lease is over.
+        let silence_max = Duration::from_millis(self.raft.config().election_timeout_min);
+        let is_heard = lead.unanswered.is_some_and(|unanswered| unanswered < silence_max);
+        let is_alone = configs.iter().all(|voters| voters.len() == 1);
+        let may_have_one = is_followed && is_uniform && is_newest && (is_heard || is_alone);
+        if may_have_one { self.lease } else { Duration::ZERO }
     }
 
     fn lead(&self) -> Result<Lead, ReadIndexFailure> {
@@ -237,7 +248,8 @@ impl Rounds {
         let leader = metrics.vote.leader_id;
         let leads = metrics.state == openraft::ServerState::Leader && leader.node_id == metrics.id;
         if leads {
-            return Ok(Lead { leader, membership: metrics.membership_config.clone() });
+            let unanswered = metrics.last_quorum_acked.map(|sent| sent.elapsed());
+            return Ok(Lead { leader, membership: metrics.membership_config.clone(), unanswered });
         }
         let forward = metrics.current_leader.and_then(|id| {
             let node = metrics.membership_config.membership().get_node(&id)?;

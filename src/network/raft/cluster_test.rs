@@ -327,6 +327,50 @@ async fn nobody_else_leads_during_a_lease() {
     }
 }
 
+/// Reads need nothing of the core, and would keep a leader in office for ever that sends no heartbeat and takes no
+/// write, if each of them could get it a lease.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_leader_whose_core_stands_still_is_succeeded_while_it_is_read_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = Vec::new();
+    for id in 1..=3 {
+        nodes.push(TestNode::start_with_lease(dir.path(), id, SOON, LEASE_MAX).await);
+    }
+    form(&nodes).await;
+    let first = leader(&nodes).await;
+    let lead = &nodes[first];
+    let others = followers(&nodes, first).await;
+    let vote = lead.raft.metrics().borrow_watched().vote;
+    let promise = lead.store.promise();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while promise.leads_alone().is_none() {
+        // May fail: whoever has just been heard of for the first time confirms nobody.
+        let _ = lead.handler.read_index(others[0].id).await;
+        assert!(Instant::now() < deadline, "a core that goes on gets a lease");
+    }
+
+    let (go_on, goes_on) = std::sync::mpsc::channel::<()>();
+    let stands_still = move |_: &_| tokio::task::block_in_place(|| goes_on.recv().unwrap_err());
+    let raft = lead.raft.clone();
+    let standing = tokio::spawn(async move { raft.with_raft_state(stands_still).await });
+    while !others.iter().any(|node| node.raft.is_leader()) {
+        assert!(Instant::now() < deadline, "nobody else leads");
+        let read = lead.handler.read_index(others[0].id).await;
+        if read.is_ok() && promise.leads_alone().is_some() {
+            // As when the first of them does not answer within a millisecond, and all are asked.
+            for node in &others {
+                node.handler.confirm(vote.leader_id, LEASE_MAX);
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(go_on);
+    standing.await.unwrap().unwrap();
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
 /// Nothing ends a core that panicked in what it reported last: it leads there for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn no_read_is_vouched_for_by_a_core_that_panicked() {
