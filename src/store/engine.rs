@@ -167,13 +167,13 @@ impl Engine {
     }
 
     /// Writes a data file with sorted rows and puts it on top of a family's other files: on disk and
-    /// visible, all of it, when this returns. `path` lies in the database's file system.
+    /// visible, all of it, when this returns, unless `fill` was broken off. `path` lies in the database's file system.
     pub(super) fn add_file(
         &self,
         family: &str,
         path: &Path,
-        fill: impl FnOnce(&mut DataFile<'_>) -> io::Result<()>,
-    ) -> io::Result<()> {
+        fill: impl FnOnce(&mut DataFile<'_>) -> io::Result<Fill>,
+    ) -> io::Result<Fill> {
         self.check()?;
         let options = family_options(family, &self.cache);
         // RocksDB takes a file over by a link, and only logs it if it cannot remove the old name: written
@@ -181,12 +181,17 @@ impl Engine {
         remove_file_if_there(path)?;
         let mut file = DataFile { writer: SstFileWriter::create(&options), path, unsynced: 0 };
         file.writer.open(path).map_err(to_io)?;
-        fill(&mut file)?;
+        if fill(&mut file)? == Fill::BrokenOff {
+            drop(file);
+            remove_file_if_there(path)?;
+            return Ok(Fill::BrokenOff);
+        }
         file.writer.finish().map_err(to_io)?;
         let mut ingest = IngestExternalFileOptions::default();
         ingest.set_move_files(true);
         let family = self.family(family)?;
-        self.db.ingest_external_file_cf_opts(&family, &ingest, vec![path]).map_err(to_io)
+        self.db.ingest_external_file_cf_opts(&family, &ingest, vec![path]).map_err(to_io)?;
+        Ok(Fill::Done)
     }
 
     /// One of RocksDB's numbers about a column family; 0 where it knows none.
@@ -268,6 +273,14 @@ impl Engine {
         }
         Ok(true)
     }
+}
+
+/// Whether a data file has all its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fill {
+    Done,
+    /// Nobody wants it any more.
+    BrokenOff,
 }
 
 /// A data file that is being written, in the order of its keys.

@@ -39,8 +39,17 @@ pub(super) struct Images {
 struct ImagesState {
     made: u64,
     current: Option<Arc<SnapshotImage>>,
-    /// Whether there should be a newer one, and making it failed.
-    is_outdated: bool,
+    /// How many snapshots were installed, and how many of them the current image has for certain.
+    installed: u64,
+    covered: u64,
+}
+
+impl ImagesState {
+    /// Whether there should be a newer one: a follower that gets the current one would have to begin again, since
+    /// the log does not begin where it ends.
+    fn is_outdated(&self) -> bool {
+        self.covered < self.installed
+    }
 }
 
 /// A view of the whole state at one moment, on disk.
@@ -119,27 +128,25 @@ impl Images {
         self.shared.engine.check()
     }
 
-    /// Makes a new image of the present state and makes it the current one. Blocks.
-    pub(super) fn build(&self) -> io::Result<()> {
-        let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
-        self.replace(self.make()?);
-        Ok(())
+    /// While this is held, no image is made.
+    pub(super) fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        self.building.lock().expect("no code panics while it holds this lock")
     }
 
-    /// The same, unless a follower has begun to get the current one while the new one was made, and newer ones
+    /// Makes a new image of the present state and makes it the current one, unless a follower has begun to get the current one while the new one was made, and newer ones
     /// are to wait for that: then the current one stays, but for `force`. Returns the current one. Blocks.
     pub(super) fn build_newer(
         &self,
         force: bool,
     ) -> io::Result<SnapshotOf<TypeConfig, SnapshotData>> {
-        let _one_at_a_time = self.building.lock().expect("no code panics while it holds this lock");
-        let image = self.make()?;
+        let _one_at_a_time = self.one_at_a_time();
+        let (image, covered) = self.make()?;
         if !force && let Some(current) = self.to_be_kept() {
             tracing::info!("the snapshot image before it is being sent, and stays");
             return Ok(current);
         }
         let snapshot = as_snapshot(&image);
-        self.replace(image);
+        self.replace(image, covered);
         Ok(snapshot)
     }
 
@@ -147,14 +154,14 @@ impl Images {
     fn to_be_kept(&self) -> Option<SnapshotOf<TypeConfig, SnapshotData>> {
         let state = self.lock_state();
         let current = state.current.as_ref()?;
-        let is_kept = !state.is_outdated && !current.give_way() && self.shared.puts_off_images();
+        let is_kept = !state.is_outdated() && !current.give_way() && self.shared.puts_off_images();
         is_kept.then(|| as_snapshot(current))
     }
 
-    fn replace(&self, image: Arc<SnapshotImage>) {
+    fn replace(&self, image: Arc<SnapshotImage>, covered: u64) {
         let replaced = {
             let mut state = self.lock_state();
-            state.is_outdated = false;
+            state.covered = covered;
             if let Some(current) = &state.current {
                 current.give_way();
             }
@@ -166,17 +173,18 @@ impl Images {
         drop(replaced);
     }
 
-    /// Needs `building`, or an older image could come after a newer one.
-    fn make(&self) -> io::Result<Arc<SnapshotImage>> {
+    /// An image, and how many of the installed snapshots it has at least. Needs `building`, or an older image could
+    /// come after a newer one.
+    fn make(&self) -> io::Result<(Arc<SnapshotImage>, u64)> {
         let engine = &self.shared.engine;
         engine.check()?;
-        // A checkpoint holds what is in files: with this, all that was applied before.
-        self.shared.flush()?;
-        let made = {
+        let (made, covered) = {
             let mut state = self.lock_state();
             state.made += 1;
-            state.made
+            (state.made, state.installed)
         };
+        // A checkpoint holds what is in files: with this, all that was applied before.
+        self.shared.flush()?;
         std::fs::create_dir_all(&self.dir)?;
         let path = self.dir.join(made.to_string());
         let checkpoint = Checkpoint::new(engine.db()).map_err(to_io)?;
@@ -184,20 +192,25 @@ impl Images {
         checkpoint.create_checkpoint(&path).map_err(to_io)?;
         let image = Arc::new(SnapshotImage::open(dir)?);
         tracing::info!(up_to = ?image.head.applied(), "made a snapshot image");
-        Ok(image)
+        Ok((image, covered))
     }
 
-    /// The current image is older than what was installed since, and no newer one could be made: the log does
-    /// not begin where it ends, so a follower that gets it has to begin again.
+    /// A snapshot was installed: the current image is of no use any more.
     pub(super) fn outdate(&self) {
-        self.lock_state().is_outdated = true;
+        self.lock_state().installed += 1;
     }
 
     /// Makes an image if the current one is of no use. Blocks.
     pub(super) fn renew(&self) {
-        let is_outdated = self.lock_state().is_outdated;
-        if is_outdated && let Err(error) = self.build() {
-            tracing::warn!(%error, "cannot make an image of the installed snapshot");
+        let _one_at_a_time = self.one_at_a_time();
+        if !self.lock_state().is_outdated() {
+            return;
+        }
+        match self.make() {
+            Ok((image, covered)) => self.replace(image, covered),
+            Err(error) => {
+                tracing::warn!(%error, "cannot make an image of the installed snapshot");
+            }
         }
     }
 

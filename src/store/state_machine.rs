@@ -40,7 +40,7 @@ const ROUND_BYTES_MAX: usize = 4 << 20;
 #[derive(Clone)]
 pub struct StateMachine {
     shared: Arc<StateShared>,
-    images: Arc<Images>,
+    pub(super) images: Arc<Images>,
     stager: SnapshotStager,
 }
 
@@ -139,7 +139,7 @@ impl StateMachine {
         let staged_family = engine.family(staged.family())?;
         let loaded = Machine::load(engine.db(), &staged_family, head)?;
         let ring = Arc::new(loaded.ring.clone());
-        // No flush may put rows of the old state into the new family.
+        // No flush may put rows of the old state into the new family. Raft votes and appends nothing meanwhile.
         let mut no_flush = self.shared.flushes.exclude();
         let mut machine = self.shared.machine();
         // From here on the disk may name the staged family as the active one, also if this fails: then
@@ -152,7 +152,7 @@ impl StateMachine {
             let mut view = self.shared.view_mut();
             self.shared.memtables.replace(head.clone());
             *machine = loaded;
-            Flushes::forget(&mut no_flush);
+            no_flush.forget();
             let new = View { data: staged.family().to_owned(), ring };
             std::mem::replace(&mut *view, new).data
         };
@@ -278,12 +278,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let staged = snapshot.into_staged(&machine.stager)?;
             machine.switch_to(&meta, staged)?;
             tracing::info!(up_to = ?meta.last_log_id.map(|id| id.index), "installed a snapshot");
-            // An older image would now lack what the snapshot brought; openraft wants the current one. It is
-            // made when it is asked for: no reason to fail an install that succeeded.
-            if let Err(error) = machine.images.build() {
-                machine.images.outdate();
-                tracing::warn!(%error, "cannot make an image of the installed snapshot");
-            }
+            // An older image lacks what the snapshot brought, and keeps the files of the old state. A newer one
+            // takes longer than Raft may be silent: until this returns, it neither votes nor appends. Whoever
+            // asks for the current one before it is there waits for it.
+            machine.images.outdate();
+            let images = Arc::downgrade(&machine.images);
+            drop(tokio::task::spawn_blocking(move || {
+                // The store may have been closed meanwhile.
+                if let Some(images) = images.upgrade() {
+                    images.renew();
+                }
+            }));
             Ok(())
         })
         .await
