@@ -11,6 +11,8 @@
 //!   a lease that this node gave to an earlier leader ([`super::promise`]), and openraft's core task with it: a
 //!   vote counts nowhere, for this node or another, before this returns.
 //! - `truncate_after` lowers the marker first: it must never claim entries that are about to go.
+//! - Both tell readers before they delete, and readers look on the disk for what they were told before that: whoever
+//!   finds less then must not take it for a loss. If deleting fails, that is final anyway.
 //! - `purge` records the purged id in the batch that deletes, and deletes from the last purged index
 //!   on, so that it never walks over the graves of earlier purges. Where a snapshot has outrun the log, all of it
 //!   goes, also entries of a later leader than the snapshot's last: then the marker is lowered first, too.
@@ -61,6 +63,16 @@ struct Ends {
     first: u64,
     last: Option<LogId>,
     tail: Tail,
+    /// How many times entries were taken away.
+    cuts: u64,
+}
+
+/// What a reader has been told is in the log.
+struct Span {
+    start: u64,
+    end: u64,
+    /// As they were then: once there are more of them, it may not be there any longer.
+    cuts: u64,
 }
 
 impl LogStore {
@@ -85,7 +97,7 @@ impl LogStore {
         let tail = Tail::new(options.storage.log_tail_bytes);
         let first = purged.next_index();
         let promise = Promise::new(vote);
-        let shared = Arc::new(Mutex::new(Ends { vote, purged, first, last, tail }));
+        let shared = Arc::new(Mutex::new(Ends { vote, purged, first, last, tail, cuts: 0 }));
         drop(meta_family);
         let read_bytes_max = options.raft.append_bytes_max;
         Ok(Self { engine, flusher, marker, read_bytes_max, promise, shared })
@@ -174,16 +186,39 @@ impl LogStore {
         batch.put_cf(&self.engine.family(CF_META)?, meta::KEY_PURGED, meta::encode_log_id(&log_id));
         let (from, to) = (first.to_be_bytes(), (log_id.index + 1).to_be_bytes());
         batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, to);
+        let outran = {
+            let mut ends = self.lock();
+            ends.cuts += 1;
+            ends.tail.purge(log_id.index);
+            ends.purged = Some(log_id);
+            ends.first = log_id.index + 1;
+            // A snapshot may reach beyond the log's end: then the log is empty and ends there.
+            let outran = ends.last.next_index() <= log_id.index;
+            if outran {
+                ends.last = Some(log_id);
+            }
+            outran
+        };
         self.engine.write(batch)?;
-        let mut ends = self.lock();
-        ends.tail.purge(log_id.index);
-        ends.purged = Some(log_id);
-        ends.first = log_id.index + 1;
-        // A snapshot may reach beyond the log's end: then the log is empty and ends there.
-        if ends.last.next_index() <= log_id.index {
-            ends.last = Some(log_id);
+        if outran {
             self.promise.log_was_cut(Some(&log_id));
         }
+        Ok(())
+    }
+
+    /// Call after the marker was lowered.
+    fn delete_after(&self, last: Option<LogId>) -> io::Result<()> {
+        {
+            let mut ends = self.lock();
+            ends.cuts += 1;
+            ends.tail.truncate_after(last.map(|id| id.index));
+            ends.last = last;
+        }
+        let mut batch = WriteBatch::default();
+        let from = last.next_index().to_be_bytes();
+        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, u64::MAX.to_be_bytes());
+        self.engine.write(batch)?;
+        self.promise.log_was_cut(last.as_ref());
         Ok(())
     }
 
@@ -195,25 +230,25 @@ impl LogStore {
     /// one entry if there is one.
     fn read(&self, start: u64, end: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
         self.engine.check()?;
-        let start = {
+        let span = {
             let ends = self.lock();
-            let start = start.max(ends.first);
-            if start >= end.min(ends.last.next_index()) {
+            let (start, end) = (start.max(ends.first), end.min(ends.last.next_index()));
+            if start >= end {
                 return Ok(Vec::new());
             }
             if let Some(entries) = ends.tail.read(start, end, bytes_max) {
                 return Ok(entries);
             }
-            start
+            Span { start, end, cuts: ends.cuts }
         };
-        self.read_from_disk(start, end, bytes_max)
+        self.read_from_disk(&span, bytes_max)
     }
 
-    fn read_from_disk(&self, start: u64, end: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+    fn read_from_disk(&self, span: &Span, bytes_max: usize) -> io::Result<Vec<Entry>> {
         let family = self.engine.family(CF_LOG)?;
         let mut options = ReadOptions::default();
-        options.set_iterate_upper_bound(end.to_be_bytes());
-        let from = start.to_be_bytes();
+        options.set_iterate_upper_bound(span.end.to_be_bytes());
+        let from = span.start.to_be_bytes();
         let mode = IteratorMode::From(&from, Direction::Forward);
         let mut bytes_left = bytes_max;
         let mut entries: Vec<Entry> = Vec::new();
@@ -229,10 +264,10 @@ impl LogStore {
             }
             entries.push(entry);
         }
-        // The caller asked for something that the log has, unless a purge took it meanwhile.
-        let first = entries.first().map(RaftEntry::index);
-        if first != Some(start) && start >= self.lock().first {
-            return Err(corrupt("the log", format_args!("entry {start} is missing")));
+        // It was there, unless it was taken away meanwhile.
+        let is_there = entries.first().is_some_and(|entry| entry.index() == span.start);
+        if !is_there && self.lock().cuts == span.cuts {
+            return Err(corrupt("the log", format_args!("entry {} is missing", span.start)));
         }
         Ok(entries)
     }
@@ -414,15 +449,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             last
         };
         self.flusher.cut(last).await?;
-        let mut batch = WriteBatch::default();
-        let from = last.next_index().to_be_bytes();
-        batch.delete_range_cf(&self.engine.family(CF_LOG)?, from, u64::MAX.to_be_bytes());
-        self.engine.write(batch)?;
-        self.promise.log_was_cut(last.as_ref());
-        let mut ends = self.lock();
-        ends.tail.truncate_after(last.map(|id| id.index));
-        ends.last = last;
-        Ok(())
+        self.delete_after(last)
     }
 
     async fn purge(&mut self, log_id: LogId) -> io::Result<()> {
@@ -430,5 +457,72 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             self.flusher.cut(Some(log_id)).await?;
         }
         self.delete_up_to(log_id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::store::Store;
+    use openraft::EntryPayload;
+
+    /// A store that has nothing of its log in memory.
+    fn open(dir: &std::path::Path) -> Store {
+        let mut config = Config::default();
+        config.storage.log_tail_bytes = 0;
+        let options = StoreOptions {
+            dir: dir.join("node"),
+            node_id: 1,
+            cluster: "c1".parse().unwrap(),
+            storage: config.storage,
+            raft: config.raft,
+            open_files_max: 64,
+        };
+        Store::open(&options).unwrap()
+    }
+
+    fn entry(index: u64) -> Entry {
+        let leader_id = openraft::vote::leader_id_adv::LeaderId { term: 1, node_id: 1 };
+        Entry { log_id: LogId { leader_id, index }, payload: EntryPayload::Blank }
+    }
+
+    fn id(index: u64) -> LogId {
+        entry(index).log_id
+    }
+
+    /// Between being told and looking, also if what came in its place is not there for the reader yet.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn entries_that_are_cut_off_before_a_reader_comes_to_them_are_not_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        let mut log = store.log();
+        log.append((0..=9).map(entry), IOFlushed::noop()).await.unwrap();
+        let told = |log: &LogStore, start, end| Span { start, end, cuts: log.lock().cuts };
+        let before = told(&log, 6, 10);
+        assert_eq!(log.read_from_disk(&before, usize::MAX).unwrap().len(), 4);
+        log.truncate_after(Some(id(5))).await.unwrap();
+        assert_eq!(log.read_from_disk(&before, usize::MAX).unwrap(), Vec::new());
+        let before = told(&log, 2, 6);
+        log.purge(id(3)).await.unwrap();
+        assert_eq!(log.read_from_disk(&before, usize::MAX).unwrap()[0].log_id, id(4));
+        // What nobody took away is lost.
+        assert!(log.read_from_disk(&told(&log, 6, 10), usize::MAX).is_err());
+    }
+
+    /// Else a reader could find them gone, and ask what was said of them before that is.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn readers_are_told_before_entries_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = open(dir.path());
+        let mut log = store.log();
+        log.append((0..=9).map(entry), IOFlushed::noop()).await.unwrap();
+        log.flusher.cut(Some(id(5))).await.unwrap();
+        // Nothing goes any more: what is seen now was done before that was tried.
+        log.engine.fail("write", &"as if the disk were full");
+        assert!(log.delete_after(Some(id(5))).is_err() && log.lock().last == Some(id(5)));
+        assert!(log.delete_up_to(id(3)).is_err() && log.lock().first == 4);
+        assert_eq!(log.lock().cuts, 2);
+        assert!(log.read(0, 10, usize::MAX).is_err(), "and nobody reads after that");
     }
 }
