@@ -50,10 +50,18 @@ struct Shared {
     wake: Condvar,
 }
 
-/// The thread's owner: [`Flusher::stop`] ends and joins it.
+/// The thread's owner: [`Flusher::stop`] ends and joins it, and so does dropping it, as when a store does not open.
 pub(super) struct Flusher {
     handle: FlushHandle,
-    thread: JoinHandle<io::Result<()>>,
+    /// Until it was joined.
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        // Nobody is left to be told; the engine remembers a failure.
+        let _ = self.end();
+    }
 }
 
 /// For those who wait for the disk.
@@ -70,7 +78,7 @@ impl Flusher {
             .name("flusher".into())
             .spawn(move || Worker { engine, marker, shared, unmarked: None }.run())
             .expect("the system can start one more thread");
-        Self { handle, thread }
+        Self { handle, thread: Some(thread) }
     }
 
     pub(super) fn handle(&self) -> FlushHandle {
@@ -78,10 +86,15 @@ impl Flusher {
     }
 
     /// Flushes what waits, writes the marker and ends the thread.
-    pub(super) fn stop(self) -> io::Result<()> {
+    pub(super) fn stop(mut self) -> io::Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
         self.handle.lock().closed = true;
         self.handle.shared.wake.notify_one();
-        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the flusher panicked")))
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the flusher panicked")))
     }
 }
 
@@ -107,8 +120,18 @@ impl FlushHandle {
     }
 
     fn push(&self, waiter: Waiter) {
-        self.lock().waiting.push(waiter);
-        self.shared.wake.notify_one();
+        {
+            let mut queue = self.lock();
+            if !queue.closed {
+                queue.waiting.push(waiter);
+                self.shared.wake.notify_one();
+                return;
+            }
+        }
+        // The thread may have ended. Whoever waits for one of the others finds that it was dropped.
+        if let Waiter::Append { done, .. } = waiter {
+            done.io_completed(Err(io::Error::other("the store is closed")));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

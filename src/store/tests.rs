@@ -552,8 +552,12 @@ async fn a_state_behind_the_purged_log_is_refused() {
     log.purge(log_id(1, 5)).await.unwrap();
     // Brings the purge to disk.
     log.blocking_append([put_entry(10, "k", "v")]).await.unwrap();
-    let error = Store::open(&options(killed(dir.path()).path())).err().unwrap();
+    let copy = killed(dir.path());
+    let error = Store::open(&options(copy.path())).err().unwrap();
     assert!(error.to_string().contains("purged"), "{error}");
+    // It leaves nothing behind that would be in the way of whoever looks again.
+    let again = Store::open(&options(copy.path())).err().unwrap();
+    assert_eq!(again.to_string(), error.to_string());
 }
 
 /// Replicas that applied the same have one digest, whatever they have flushed; any other state has another.
