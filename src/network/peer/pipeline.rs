@@ -27,6 +27,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, BoxStream, FuturesOrdered};
 use futures_util::{FutureExt, Stream, StreamExt};
+use openraft::LogIdOptionExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -328,7 +329,7 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
             Err(error) => return Some(Err(error.into())),
         };
         let possible = match &outcome {
-            Ok(matched) => *matched <= last,
+            Ok(matched) => may_match(*matched, prev, last),
             Err(AppendRefusal::Conflict(at)) => Some(*at) == prev,
             Err(AppendRefusal::HigherVote(vote)) => may_refuse(vote, self.own, &self.vote),
         };
@@ -354,6 +355,13 @@ impl<S: Stream<Item = AppendRequest> + Send + Unpin> Pipeline<S> {
         self.connection.closer().close(CloseReason::Timeout);
         CallError::Timeout(self.reply_timeout)
     }
+}
+
+/// Whether a follower's log can agree with the leader's up to there, after a message with the entries behind `prev` up
+/// to `last`. By id and by index: one of an older leader may have any index and still be the lesser id.
+fn may_match(matched: Option<LogId>, prev: Option<LogId>, last: Option<LogId>) -> bool {
+    let indexes = prev.index()..=last.index();
+    (prev..=last).contains(&matched) && indexes.contains(&matched.index())
 }
 
 enum Event {
@@ -384,4 +392,26 @@ async fn pass(alarm: &mut Alarm, due: Option<(Instant, Due)>) -> Event {
     let Some((at, due)) = due else { return std::future::pending().await };
     alarm.until(at).await;
     Event::Due(due)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::LeaderId;
+
+    #[test]
+    fn a_follower_matches_what_was_sent_or_a_part_of_it() {
+        let id = |term, index| Some(LogId { leader_id: LeaderId { term, node_id: 1 }, index });
+        let (prev, last) = (id(3, 5), id(5, 9));
+        for possible in [prev, id(3, 6), id(5, 7), last] {
+            assert!(may_match(possible, prev, last), "{possible:?}");
+        }
+        let impossible =
+            [None, id(3, 4), id(2, 7), id(3, u64::MAX), id(4, 10), id(5, 10), id(6, 9)];
+        for impossible in impossible {
+            assert!(!may_match(impossible, prev, last), "{impossible:?}");
+        }
+        assert!(may_match(None, None, last) && may_match(prev, prev, prev));
+        assert!(may_match(None, None, None) && !may_match(id(1, 0), None, None));
+    }
 }

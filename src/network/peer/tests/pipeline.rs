@@ -7,10 +7,12 @@ use futures_util::{FutureExt, StreamExt, stream};
 
 use super::support::*;
 use crate::network::peer::Purpose;
+use crate::network::peer::closer::CloseReason;
 use crate::network::peer::connection::CallError;
 use crate::network::peer::pipeline::{PipelineError, append_stream};
 use crate::network::peer::settings::PeerSettings;
 use crate::network::peer::wire::{AppendRefusal, AppendRequest};
+use crate::types::{LeaderId, LogId};
 
 fn requests(
     requests: impl IntoIterator<Item = AppendRequest, IntoIter: Send>,
@@ -155,6 +157,33 @@ async fn a_dropped_stream_leaves_no_gap() {
     let replies = append_stream(link.clone(), input).count();
     assert_eq!(within("all replies", replies).await, 99);
     assert!(!connection.closer().is_closed());
+    node.stop().await;
+}
+
+/// A leader that believed it would take its follower to have entries that it was never sent, or to have lost some.
+#[tokio::test]
+async fn a_match_with_what_was_not_sent_is_a_breach() {
+    let node = FakeNode::start(settings()).await;
+    let link = link(&node.addr, Purpose::Append);
+    let older = LeaderId { term: 0, node_id: 1 };
+    for (matched, is_possible) in [
+        (log_id(5), true),
+        (log_id(4), true),
+        (log_id(3), false),
+        (log_id(6), false),
+        (LogId { leader_id: older, index: u64::MAX }, false),
+    ] {
+        *node.fake.answers_match.lock().unwrap() = Some(matched);
+        let mut replies = append_stream(link.clone(), requests([append(5, 1, 10)]));
+        let reply = within("a reply", replies.next()).await.unwrap();
+        match reply {
+            Ok(reply) => assert!(is_possible && reply == Ok(Some(matched)), "{matched}"),
+            Err(PipelineError::Call(CallError::Closed(CloseReason::Protocol(_)))) => {
+                assert!(!is_possible, "{matched}");
+            }
+            Err(error) => panic!("{matched}: {error}"),
+        }
+    }
     node.stop().await;
 }
 

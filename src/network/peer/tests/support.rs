@@ -122,6 +122,8 @@ pub(super) struct Fake {
     pub(super) conflict_after: Arc<AtomicU64>,
     /// The vote that is answered instead of what was asked for, if any.
     pub(super) answers_vote: Arc<Mutex<Option<Vote>>>,
+    /// Up to where an append is said to match instead of all of it, if anything.
+    pub(super) answers_match: Arc<Mutex<Option<LogId>>>,
     pub(super) staging: Mutex<Staging>,
     /// A page takes one of these.
     pub(super) pages: Semaphore,
@@ -169,6 +171,7 @@ impl Fake {
             appended: Arc::default(),
             conflict_after: Arc::new(AtomicU64::new(u64::MAX)),
             answers_vote: Arc::default(),
+            answers_match: Arc::default(),
             staging: Mutex::default(),
             pages: Semaphore::new(Semaphore::MAX_PERMITS),
             page_requests: Mutex::default(),
@@ -204,6 +207,7 @@ impl PeerHandler for Fake {
         let (appended, replies) = (Arc::clone(&self.appended), Arc::clone(&self.append_replies));
         let conflict_after = Arc::clone(&self.conflict_after);
         let answers_vote = Arc::clone(&self.answers_vote);
+        let answers_match = Arc::clone(&self.answers_match);
         // Takes requests ahead of replies, as Raft does.
         let taken = requests.map(move |request| {
             let prev = request.prev_log_id.map(|id| id.index);
@@ -213,10 +217,14 @@ impl PeerHandler for Fake {
         let answers = taken.map(move |request| {
             let (replies, conflict_after) = (Arc::clone(&replies), Arc::clone(&conflict_after));
             let answered_vote = *answers_vote.lock().unwrap();
+            let answered_match = *answers_match.lock().unwrap();
             async move {
                 replies.acquire().await.unwrap().forget();
                 if let Some(vote) = answered_vote {
                     return Ok(Err(AppendRefusal::HigherVote(vote)));
+                }
+                if answered_match.is_some() {
+                    return Ok(Ok(answered_match));
                 }
                 let prev = request.prev_log_id;
                 let limit = conflict_after.load(Ordering::SeqCst);
