@@ -23,6 +23,7 @@
 //! ([`closer::Closer`]): whoever finds a reason cancels it, and all tasks of the connection, Toy-RPC's
 //! included, end because their next read or write does.
 
+pub(super) mod aside;
 pub(super) mod closer;
 pub(super) mod connection;
 pub(super) mod envelope;

@@ -29,6 +29,7 @@ pub use super::peer::PeerIdentity;
 
 use super::handoff_links::HandoffLinks;
 use super::peer::Purpose;
+use super::peer::aside::Aside;
 use super::peer::connection::CallError;
 use super::peer::greeting::Refusal;
 use super::peer::link::{ConnectError, Link, LinkContext};
@@ -46,9 +47,7 @@ use super::peer::wire::{
 use crate::config::Config;
 use crate::store::formation::Formation;
 use crate::store::snapshot::SnapshotData;
-use crate::types::{
-    LeaderId, LogId, NodeAddrs, NodeId, SnapshotMeta, StoredMembership, TypeConfig, Vote,
-};
+use crate::types::{LeaderId, LogId, NodeAddrs, NodeId, StoredMembership, TypeConfig, Vote};
 
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 type ReplyStream<'s> = BoxStream<'s, RpcResult<AppendReply>>;
@@ -259,23 +258,6 @@ impl PeerClient {
         called.map_err(|error| call_error(error, action, self.own, self.target))
     }
 
-    async fn send_snapshot(
-        &self,
-        vote: Vote,
-        meta: SnapshotMeta,
-        snapshot: SnapshotData,
-    ) -> Result<Installed, StreamingError<TypeConfig>> {
-        let SnapshotData::Image(source) = snapshot else {
-            let why = "a staged snapshot is for installing, not for sending";
-            return Err(NetworkError::from_string(why).into());
-        };
-        let transfer = Transfer { source, vote, meta };
-        let sent = transfer.send(&self.snapshot).await;
-        // Where a newer image has taken its place, the last one to hold it closes it and removes its files.
-        drop(tokio::task::spawn_blocking(move || drop(transfer)));
-        sent.map_err(|error| self.streaming_error(error))
-    }
-
     fn streaming_error(&self, error: SendError) -> StreamingError<TypeConfig> {
         match error {
             SendError::Connect(error) => Unreachable::new(&error).into(),
@@ -386,10 +368,16 @@ impl RaftNetworkV2<TypeConfig> for PeerClient {
         _: RPCOption,
     ) -> Result<Installed, StreamingError<TypeConfig>> {
         let SnapshotOf::<TypeConfig, _> { meta, snapshot } = snapshot;
+        let SnapshotData::Image(source) = snapshot else {
+            let why = "a staged snapshot is for installing, not for sending";
+            return Err(NetworkError::from_string(why).into());
+        };
+        // Where a newer image has taken its place, the last one to hold it closes it and removes its files.
+        let transfer = Aside::new(Transfer { source, vote, meta });
         tokio::select! {
             biased;
             closed = cancel => Err(closed.into()),
-            sent = self.send_snapshot(vote, meta, snapshot) => sent,
+            sent = transfer.send(&self.snapshot) => sent.map_err(|error| self.streaming_error(error)),
         }
     }
 
