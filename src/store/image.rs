@@ -200,10 +200,15 @@ impl Images {
         self.lock_state().installed += 1;
     }
 
+    /// Whether the current image is of no use.
+    pub(super) fn is_outdated(&self) -> bool {
+        self.lock_state().is_outdated()
+    }
+
     /// Makes an image if the current one is of no use. Blocks.
     pub(super) fn renew(&self) {
         let _one_at_a_time = self.one_at_a_time();
-        if !self.lock_state().is_outdated() {
+        if !self.is_outdated() {
             return;
         }
         match self.make() {

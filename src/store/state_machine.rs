@@ -12,6 +12,7 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
@@ -35,6 +36,12 @@ use super::snapshot::{Head, SnapshotBuilder, SnapshotData, SnapshotStager, Stage
 /// visible, small enough to answer the first client soon.
 const ROUND_CHANGES_MAX: usize = 1024;
 const ROUND_BYTES_MAX: usize = 4 << 20;
+
+/// How long whoever asks for the current image waits for the first one if making it fails, and between two attempts.
+/// For openraft, having none to send is the end of the node, and links that cannot be made for a moment are no
+/// reason for that. But nothing is applied meanwhile, and while this node leads, no other takes its place.
+const NO_IMAGE_WAIT_MAX: Duration = Duration::from_secs(3);
+const NO_IMAGE_PAUSE: Duration = Duration::from_millis(100);
 
 /// The state machine. Clones share the state, but openraft applies through one of them only.
 #[derive(Clone)]
@@ -298,12 +305,21 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         &mut self,
     ) -> io::Result<Option<openraft::type_config::alias::SnapshotOf<TypeConfig, SnapshotData>>>
     {
-        let images = self.images.clone();
-        blocking(move || {
-            images.renew();
-            Ok(images.current())
-        })
-        .await
+        let give_up = Instant::now() + NO_IMAGE_WAIT_MAX;
+        loop {
+            let images = self.images.clone();
+            let renewed = move || {
+                images.renew();
+                images.check()?;
+                Ok((images.current(), images.is_outdated()))
+            };
+            let (current, is_outdated) = blocking(renewed).await?;
+            // An older one is better than none; and where none is needed, there is none to wait for.
+            if current.is_some() || !is_outdated || Instant::now() >= give_up {
+                return Ok(current);
+            }
+            tokio::time::sleep(NO_IMAGE_PAUSE).await;
+        }
     }
 }
 

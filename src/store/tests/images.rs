@@ -240,3 +240,28 @@ async fn an_image_that_failed_is_made_later() {
     let current = machine.get_current_snapshot().await.unwrap().unwrap();
     assert_eq!(current.meta.last_log_id, snapshot.meta.last_log_id);
 }
+
+/// Without any image there is no older one to make do with: who asks waits for a moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_image_after_an_install_is_waited_for() {
+    let (from_dir, dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let from = open(from_dir.path());
+    let mut sender = from.state_machine();
+    apply(&mut sender, vec![put_entry(1, "k", "v")]).await;
+    let snapshot = sender.get_snapshot_builder().await.build_snapshot().await.unwrap();
+
+    let options = options(dir.path());
+    let store = Store::open(&options).unwrap();
+    let mut machine = store.state_machine();
+    assert!(machine.get_current_snapshot().await.unwrap().is_none(), "and none is needed");
+    // A file where the directory of images should be.
+    let images = options.dir.join(SNAPSHOTS_DIR);
+    std::fs::write(&images, "").unwrap();
+    machine.install_snapshot(&snapshot.meta, snapshot.snapshot).await.unwrap();
+    let mut asking = Box::pin(machine.get_current_snapshot());
+    let a_moment = Duration::from_millis(300);
+    assert!(tokio::time::timeout(a_moment, &mut asking).await.is_err(), "it cannot be made yet");
+    std::fs::remove_file(&images).unwrap();
+    let current = asking.await.unwrap().expect("it was waited for");
+    assert_eq!(current.meta, snapshot.meta);
+}
