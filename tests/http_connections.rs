@@ -60,6 +60,34 @@ fn what_is_no_request_is_answered_in_json() {
     }
 }
 
+/// An offer to go on in another protocol, which clients make with an ordinary request, takes nothing from a
+/// connection: neither the last answer nor the time to read it.
+#[test]
+fn an_offer_of_another_protocol_costs_no_answer() {
+    let node = Node::ready("");
+    let offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n";
+    for (first, status) in [
+        (format!("GET /livez HTTP/1.1\r\n{offer}\r\n"), 200),
+        // Not in a plain form, so that hyper sees it.
+        (format!("GET /livez HTTP/1.1\r\n{offer}TE: x\r\n\r\n"), 200),
+        ("CONNECT host:80 HTTP/1.1\r\n\r\n".to_owned(), 404),
+    ] {
+        let mut connection = Connection::open(node.http());
+        connection.send(format!("{first}GET /v1/kv/a#b HTTP/1.1\r\n\r\n").as_bytes());
+        assert_eq!(connection.receive().status, status, "{first}");
+        connection.receive().assert_error(400, "BAD_REQUEST", "not_applied");
+        connection.finish();
+        assert!(connection.closes_after().is_empty());
+    }
+    let huge = vec![7; 24 << 20];
+    let length = huge.len();
+    let fields = format!("{offer}Expect: 100-continue\r\nContent-Length: {length}");
+    let mut connection = Connection::open(node.http());
+    connection.send(format!("PUT /v1/kv/k HTTP/1.1\r\n{fields}\r\n\r\n").as_bytes());
+    connection.send(&huge);
+    connection.receive().assert_error(413, "TOO_LARGE", "not_applied");
+}
+
 /// The reason comes through even to who sends far too much before looking.
 #[test]
 fn who_sends_far_too_much_hears_why() {

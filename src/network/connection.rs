@@ -35,6 +35,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
@@ -119,12 +120,21 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
             Ok::<_, Infallible>(response)
         }
     });
-    let connection = pin!(protocol().serve_connection(TokioIo::new(socket), serve));
+    let mut connection = protocol().serve_connection(TokioIo::new(socket), serve);
     let at_stop = |connection: Pin<&mut http1::Connection<_, _>>| {
         connection.graceful_shutdown();
         Stop::Soon
     };
-    if let Some(Err(error)) = guard.watch(connection, at_stop).await {
+    let Some(ended) = guard.watch(Pin::new(&mut connection), at_stop).await else { return };
+    if let Err(error) = ended {
+        broke_off(&error);
+    }
+    // hyper does not close a connection that ended with an error, nor one of whose requests, however long
+    // ago, carried `Upgrade` or was a `CONNECT`: whoever offers that might still take it over. Nobody does,
+    // and what the gate refused is still to be told.
+    let mut socket = connection.into_parts().io.into_inner();
+    let closing = pin!(socket.shutdown());
+    if let Some(Err(error)) = guard.watch(closing, |_| Stop::Soon).await {
         broke_off(&error);
     }
 }

@@ -29,6 +29,8 @@ pub(super) struct Watched {
     activity: Arc<Activity>,
     gate: Gate,
     parting: Option<Parting>,
+    /// Shut down, with nothing left to do.
+    closed: bool,
 }
 
 /// What is left to do for a client that was refused at the gate, or whose request was answered before it
@@ -43,7 +45,7 @@ struct Parting {
 
 impl Watched {
     pub(super) fn new(stream: TcpStream, activity: Arc<Activity>) -> Self {
-        Self { stream, activity, gate: Gate::default(), parting: None }
+        Self { stream, activity, gate: Gate::default(), parting: None, closed: false }
     }
 
     /// What came and is nobody's yet.
@@ -220,11 +222,17 @@ impl AsyncWrite for Watched {
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
+    /// May be called again when it is done.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.closed {
+            return Poll::Ready(Ok(()));
+        }
         if self.parting.is_none() && self.gate.unfinished() {
             self.parting = Some(Parting::default());
         }
-        ready!(self.poll_part(cx))?;
+        let parted = ready!(self.poll_part(cx));
+        self.closed = true;
+        parted?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

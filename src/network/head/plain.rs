@@ -27,8 +27,11 @@ const MEANINGLESS: [&str; 5] =
     ["host", "user-agent", "accept", "accept-encoding", "accept-language"];
 
 /// Fields about the connection, or about how the body comes: hyper's to handle.
-const HOP_BY_HOP: [&str; 6] =
-    ["transfer-encoding", "expect", "upgrade", "te", "trailer", "proxy-connection"];
+const HOP_BY_HOP: [&str; 5] = ["transfer-encoding", "expect", "te", "trailer", "proxy-connection"];
+
+/// An offer to go on in another protocol, which a server may pass over (RFC 9110, 7.8). curl and Java's client
+/// make one with requests that are plain otherwise.
+const OFFERS: [&str; 2] = ["upgrade", "http2-settings"];
 
 /// A whole request.
 #[derive(Debug, PartialEq)]
@@ -103,8 +106,11 @@ fn read_fields(
         if HOP_BY_HOP.iter().any(&named) {
             return None;
         }
+        if OFFERS.iter().any(&named) {
+            continue;
+        }
         if named(&"connection") {
-            if !field.value.eq_ignore_ascii_case(b"keep-alive") {
+            if !goes_on(field.value) {
                 return None;
             }
         } else if named(&"content-length") {
@@ -119,6 +125,14 @@ fn read_fields(
     }
     // At most BODY_BYTES_MAX, as just checked.
     Some((headers, length.unwrap_or(0) as usize))
+}
+
+/// Whether a `Connection` field asks for nothing but what happens anyway.
+fn goes_on(options: &[u8]) -> bool {
+    options.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).all(|option| {
+        let is = |name: &&str| option.eq_ignore_ascii_case(name.as_bytes());
+        is(&"keep-alive") || OFFERS.iter().any(is)
+    })
 }
 
 #[cfg(test)]
@@ -142,6 +156,16 @@ mod tests {
         assert!(plain("POST /v1/batch HTTP/1.1\nContent-Length: 65536\n\n").is_some());
         let (request, _) = plain("GET /metrics HTTP/1.1\nAccept: text/plain\n\n").unwrap();
         assert_eq!(request.headers["accept"], "text/plain");
+    }
+
+    /// As `curl --http2` and Java's client ask.
+    #[test]
+    fn an_offer_of_another_protocol_is_passed_over() {
+        let offer = "Connection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: AAEAAEAA\n";
+        for path in ["/v1/kv/k", "/v1/ring"] {
+            let (request, _) = plain(&format!("GET {path} HTTP/1.1\n{offer}\n")).unwrap();
+            assert!(request.headers.is_empty(), "{:?}", request.headers);
+        }
     }
 
     /// A field that is given twice stays twice: whether that is allowed is said elsewhere.
@@ -169,7 +193,8 @@ mod tests {
             "PUT /v1/kv/k HTTP/1.1\nTransfer-Encoding: chunked\n\n",
             "PUT /v1/kv/k HTTP/1.1\nExpect: 100-continue\nContent-Length: 1\n\n",
             "GET /v1/kv/k HTTP/1.1\nConnection: close\n\n",
-            "GET /v1/kv/k HTTP/1.1\nUpgrade: h2c\n\n",
+            "GET /v1/kv/k HTTP/1.1\nConnection: keep-alive, close\n\n",
+            "GET /v1/kv/k HTTP/1.1\nConnection: Upgrade, Kv-Read\nUpgrade: h2c\n\n",
             "GET /v1/kv/k HTTP/1.1\nno colon\n\n",
         ] {
             assert_eq!(plain(head), None, "{head}");
