@@ -1,7 +1,8 @@
 //! `Config.toml`: every setting with its default, its unit and its allowed range.
 //!
 //! One file serves both `admin`, which reads all of it, and a single `raft-kv --config FILE`, which
-//! reads the tables and ignores the top level's layout of clusters. An unknown key is an error, so
+//! reads the tables and `insecure`: what the top level says about a layout of clusters has to be of the
+//! right type there, and no more. An unknown key is an error, so
 //! that a typo never silently means the default; a value out of range is an error that names the key
 //! and what is allowed. A file that is not there is an error only for who asked for it by name.
 
@@ -313,18 +314,30 @@ impl Config {
     /// Reads and checks a file. Blocks. The error names the file and, for a bad value, the key.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        Self::parse(&text, path)
+        Self::parse(&read(path)?, path)
+    }
+
+    /// Like [`Self::load`], for a single node: the layout of clusters is not looked at.
+    pub fn load_for_node(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let path = path.as_ref();
+        Self::parse_with(&read(path)?, path, Self::check_node)
     }
 
     /// Checks a file's text; `path` is for messages only.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        Self::parse_with(text, path, |config| config.check_layout().and(config.check_node()))
+    }
+
+    fn parse_with(
+        text: &str,
+        path: &Path,
+        check: impl Fn(&Self) -> Result<(), OutOfRange>,
+    ) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.into(),
             message: error.to_string().trim_end().to_owned(),
         })?;
-        config.check().map_err(|bad| ConfigError::OutOfRange {
+        check(&config).map_err(|bad| ConfigError::OutOfRange {
             path: path.into(),
             key: bad.key,
             value: bad.value,
@@ -333,10 +346,7 @@ impl Config {
         Ok(config)
     }
 
-    fn check(&self) -> Result<(), OutOfRange> {
-        within("num_clusters", self.num_clusters, 1..=CLUSTERS_MAX as u32)?;
-        within("nodes_per_cluster", self.nodes_per_cluster, 1..=NODES_MAX)?;
-        self.check_layout()?;
+    fn check_node(&self) -> Result<(), OutOfRange> {
         within("ring.hash_version", self.ring.hash_version, 1..=2)?;
         within("ring.list_ttl_s", self.ring.list_ttl_s, 1..=86_400)?;
         self.limits.check()?;
@@ -347,6 +357,8 @@ impl Config {
     }
 
     fn check_layout(&self) -> Result<(), OutOfRange> {
+        within("num_clusters", self.num_clusters, 1..=CLUSTERS_MAX as u32)?;
+        within("nodes_per_cluster", self.nodes_per_cluster, 1..=NODES_MAX)?;
         let highest = PORTS_PER_CLUSTER * self.num_clusters + self.nodes_per_cluster;
         let room = u32::from(u16::MAX) - highest.min(u32::from(u16::MAX));
         within("http_base_port", u32::from(self.http_base_port), 1..=room)?;
@@ -463,6 +475,10 @@ impl StorageConfig {
         // What was purged is counted until RocksDB lets go of it: up to three memtables of 16 MiB.
         within("storage.log_bytes_max", self.log_bytes_max, 64 << 20..=1 << 40)
     }
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })
 }
 
 struct OutOfRange {

@@ -189,6 +189,20 @@ fn insecure_allows_every_address() {
     assert!(node.terminate().success());
 }
 
+/// What only `admin` goes by does not keep a single node from starting.
+#[test]
+fn the_layout_of_clusters_is_not_a_nodes_business() {
+    let dir = tempfile::tempdir().unwrap();
+    let config_file = dir.path().join("Config.toml");
+    let layout = "num_clusters = 2\nweights = [1.0, 1.0, 1.0]\nrpc_base_port = 31001\n";
+    fs::write(&config_file, layout).unwrap();
+    let options = NodeOptions {
+        config_file: Some(config_file),
+        ..NodeOptions::new(1, dir.path().join("data"))
+    };
+    assert!(NodeProcess::start(&options).terminate().success());
+}
+
 /// A configuration with a typo or an impossible value is refused with the key's name.
 #[test]
 fn a_bad_configuration_is_refused() {

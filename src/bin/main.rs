@@ -63,7 +63,8 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let config = match flags.config.as_ref().map_or_else(|| Ok(Config::default()), Config::load) {
+    let config = flags.config.as_ref().map_or_else(|| Ok(Config::default()), Config::load_for_node);
+    let config = match config {
         Ok(config) => config,
         Err(error) => return fail(EXIT_USAGE, &error),
     };
