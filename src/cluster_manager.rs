@@ -130,6 +130,14 @@ pub enum ManagerError {
         /// The node.
         node: NodeId,
     },
+    /// A node refused what forming its cluster takes, and would refuse it again.
+    #[error("{cluster} cannot be formed: {refusal}")]
+    Refused {
+        /// The cluster.
+        cluster: ClusterId,
+        /// What was asked of whom, and the answer.
+        refusal: String,
+    },
     /// Something did not happen in time.
     #[error("waited too long for {what}")]
     Deadline {

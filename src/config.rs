@@ -6,6 +6,7 @@
 //! that a typo never silently means the default; a value out of range is an error that names the key
 //! and what is allowed. A file that is not there is an error only for who asked for it by name.
 
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
@@ -67,7 +68,7 @@ pub struct Config {
     pub num_clusters: u32,
     /// How many nodes each of them has.
     pub nodes_per_cluster: u32,
-    /// The address that `admin`'s nodes listen on.
+    /// The address that `admin`'s nodes listen on, and by which they and clients find each other.
     pub host: String,
     /// Node `n` of cluster `c` serves HTTP on `http_base_port + 10*c + n`; both count from 1.
     pub http_base_port: u16,
@@ -367,6 +368,11 @@ impl Config {
         require(apart > highest, "rpc_base_port", self.rpc_base_port, || {
             format!("it must be more than {highest} away from `http_base_port`, or ports collide")
         })?;
+        require(!is_wildcard(&self.host), "host", &self.host, || {
+            "a cluster's nodes know each other by it, and nobody can connect to a wildcard; use the \
+             machine's own address or name"
+                .into()
+        })?;
         let count = self.weights.len();
         require(count == 0 || count == self.num_clusters as usize, "weights", count, || {
             format!(
@@ -481,6 +487,12 @@ fn read(path: &Path) -> Result<String, ConfigError> {
     std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })
 }
 
+/// Whether an address, with or without the brackets of IPv6, means all of a machine's addresses.
+fn is_wildcard(host: &str) -> bool {
+    let bare = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    bare.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
+}
+
 struct OutOfRange {
     key: &'static str,
     value: String,
@@ -541,6 +553,8 @@ mod tests {
             ("nodes_per_cluster = 10", "nodes_per_cluster"),
             ("http_base_port = 65530", "http_base_port"),
             ("rpc_base_port = 31001", "rpc_base_port"),
+            ("host = \"0.0.0.0\"\ninsecure = true", "host"),
+            ("host = \"[::]\"\ninsecure = true", "host"),
             ("weights = [1.0]", "weights"),
             ("weights = [1.0, -1.0, 1.0]", "weights"),
             ("ring.hash_version = 3", "ring.hash_version"),

@@ -4,11 +4,15 @@
 use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::path::Path;
+use std::time::Duration;
 
 use distrib_kv_store::cluster_manager::{ClusterManager, ManagerError, read_nodes_file, status_of};
 use distrib_kv_store::config::Config;
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::raft_node::RaftNode;
+
+/// How long anything may take here that happens. Less than forming a cluster may.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// Small memory bounds: every node of a test has its own RocksDB.
 fn config(dir: &Path, clusters: u32, nodes: u32) -> Config {
@@ -71,6 +75,18 @@ async fn another_layout_is_refused_and_changes_nothing() {
     }
     assert!(!dir.path().join("data/c3-n1").exists());
     ClusterManager::start_on_free_ports(two).await.unwrap().shutdown().await.unwrap();
+}
+
+/// Nodes that say of themselves that they are everywhere find no way to each other: the start ends with what
+/// they say about it, and does not repeat the question for a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_that_will_not_change_ends_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), 1, 2);
+    (config.host, config.insecure) = ("0.0.0.0".into(), true);
+    let start = tokio::time::timeout(PATIENCE, ClusterManager::start_on_free_ports(config));
+    let refused = start.await.expect("the start ends").err().unwrap();
+    assert!(matches!(refused, ManagerError::Refused { .. }), "{refused}");
 }
 
 /// When one node cannot start, none is left running: all ports and data directories are free again.

@@ -2,8 +2,8 @@
 //!
 //! There is no progress file. [`next_step`] looks at what the nodes say about themselves and names
 //! the one thing to do next; [`form`] does it and looks again. So a run that was killed half way is
-//! completed by the next, a step that failed because of an election is simply taken again, and a
-//! cluster that is complete is left alone.
+//! completed by the next, a step that failed because of an election is simply taken again (one that was
+//! refused as making no sense is not), and a cluster that is complete is left alone.
 //!
 //! Rejected: calling `init`, `add_learner` and `change_membership` in a row and treating "already
 //! done" as success. It cannot tell a cluster that is complete from one that has members of another
@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep};
 
 use super::ManagerError;
 use super::layout::LayoutCluster;
+use crate::client_error::ClientError;
 use crate::metrics::{NodeMetrics, NodeState};
 use crate::raft_node::RaftNode;
 use crate::types::NodeId;
@@ -147,7 +148,15 @@ pub(super) async fn form(
                 return Err(ManagerError::LostData { cluster: cluster.id.clone(), node });
             }
             Step::Wait(_) => silent,
-            _ => perform(&step, cluster, &ids).await.err(),
+            _ => match perform(&step, cluster, &ids).await {
+                Ok(()) => None,
+                // Everything else may pass: an election, a node that is still starting, a change under way.
+                Err(ClientError::Server { status: 400, message, .. }) => {
+                    let (cluster, refusal) = (cluster.id.clone(), format!("{step}: {message}"));
+                    return Err(ManagerError::Refused { cluster, refusal });
+                }
+                Err(error) => Some(error.to_string()),
+            },
         };
         if step == Step::ChangeMembership && trouble.is_none() {
             membership = Membership::Confirmed;
@@ -160,9 +169,9 @@ pub(super) async fn form(
     }
 }
 
-async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result<(), String> {
+async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result<(), ClientError> {
     let raft = RaftNode::new(cluster.nodes.iter().map(|node| node.http.clone()).collect());
-    let done = match step {
+    match step {
         Step::Init => {
             // Asked of the first node alone: it is the one that founds the cluster. Whoever forms a
             // cluster here gives it a ring next, and nothing may be written past that.
@@ -174,9 +183,8 @@ async fn perform(step: &Step, cluster: &LayoutCluster, ids: &[NodeId]) -> Result
             raft.add_learner(node.id, &node.http, &node.rpc).await
         }
         Step::ChangeMembership => raft.change_membership(ids).await,
-        Step::Wait(_) | Step::Done | Step::Stranger(_) | Step::LostData(_) => return Ok(()),
-    };
-    done.map_err(|error| error.to_string())
+        Step::Wait(_) | Step::Done | Step::Stranger(_) | Step::LostData(_) => Ok(()),
+    }
 }
 
 /// What every node says about itself, in the order of `addresses`; all are asked at once.
