@@ -95,6 +95,28 @@ async fn put_reads_stdin_byte_for_byte() {
     assert_eq!(node.seen("/v1/kv/")[0].body, Bytes::from_static(&[0, 0xff, b'\n']));
 }
 
+/// Keys and values are bytes, also as arguments; a value may look like an option, but none is swallowed.
+#[tokio::test]
+async fn keys_and_values_are_any_bytes() {
+    let node = node(|_| written(1));
+    let bytes = OsStr::from_bytes;
+    for (arguments, path, value) in [
+        (&[bytes(b"temp"), bytes(b"-5")][..], "/v1/kv/temp", &b"-5"[..]),
+        (&[bytes(b"k"), bytes(b"--verbose"), bytes(b"--if-absent")], "/v1/kv/k", b"--verbose"),
+        (&[bytes(b"--if-absent"), bytes(b"-5"), bytes(b"-hello")], "/v1/kv/-5", b"-hello"),
+        (&[bytes(b"--"), bytes(b"--k"), bytes(b"--if-absent")], "/v1/kv/--k", b"--if-absent"),
+        (&[bytes(b"\xff"), bytes(b"\xfe\n")], "/v1/kv/%FF", b"\xfe\n"),
+    ] {
+        let mut command = client(&["--endpoints", &node.address, "put"]);
+        let output = command.args(arguments).output().await.unwrap();
+        assert_eq!(code(&output), 0, "{arguments:?}: {output:?}");
+        let seen = node.seen("/v1/kv/").pop().unwrap();
+        assert_eq!((seen.path.as_str(), &seen.body[..]), (path, value));
+        let if_absent = arguments[0] != "--" && arguments.contains(&OsStr::new("--if-absent"));
+        assert_eq!(seen.headers.contains_key("if-none-match"), if_absent, "{arguments:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_failed_condition_is_4_and_conditions_are_sent() {
     let node = node(|_| Reply::Condition(Some(9)));
@@ -143,6 +165,10 @@ async fn wrong_usage_is_2() {
         &["get"],
         &["route"],
         &["frobnicate"],
+        &["put", "k", "--if-absent"],
+        &["put", "--if-absnt", "k", "v"],
+        &["put", "k", "v", "--if-absnt"],
+        &["get", "--stal"],
         &["put", "k", "v", "--if-match", "x"],
         &["put", "k", "v", "--if-match", "1", "--if-absent"],
         &["get", "k", "--endpoints", "h:1", "--nodes-file", "f"],

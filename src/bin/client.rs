@@ -7,7 +7,9 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use std::env::VarError;
+use std::ffi::OsString;
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -75,18 +77,21 @@ struct Cli {
 enum Command {
     /// Write the raw value of a key to stdout.
     Get {
-        /// The key.
-        key: String,
+        /// The key; behind `--` if it begins with `-` and is no number.
+        #[arg(allow_negative_numbers = true)]
+        key: OsString,
         /// Ask any node; the value may be old.
         #[arg(long)]
         stale: bool,
     },
     /// Store a value and print its revision.
     Put {
-        /// The key.
-        key: String,
-        /// The value; `-` reads it from stdin.
-        value: String,
+        /// The key; behind `--` if it begins with `-` and is no number.
+        #[arg(allow_negative_numbers = true)]
+        key: OsString,
+        /// The value; `-` reads it from stdin. May begin with `-`; behind `--` if it is an option's name.
+        #[arg(allow_hyphen_values = true)]
+        value: OsString,
         /// Only if the key is at this revision.
         #[arg(long, value_name = "REVISION", conflicts_with = "if_absent")]
         if_match: Option<Revision>,
@@ -96,17 +101,18 @@ enum Command {
     },
     /// Remove a key and print the revision. Exit 3 when there was nothing to remove.
     Del {
-        /// The key.
-        key: String,
+        /// The key; behind `--` if it begins with `-` and is no number.
+        #[arg(allow_negative_numbers = true)]
+        key: OsString,
         /// Only if the key is at this revision.
         #[arg(long, value_name = "REVISION")]
         if_match: Option<Revision>,
     },
     /// Print for each key the cluster that owns it and its nodes.
     Route {
-        /// The keys.
-        #[arg(required = true)]
-        keys: Vec<String>,
+        /// The keys; behind `--` if one begins with `-` and is no number.
+        #[arg(required = true, allow_negative_numbers = true)]
+        keys: Vec<OsString>,
     },
     /// Put a load on a store and say how it took it.
     ///
@@ -260,34 +266,35 @@ async fn connect(start: Start) -> Result<KVClient, ClientError> {
     }
 }
 
-async fn get(client: &KVClient, key: String, stale: bool) -> Result<(), Failure> {
+async fn get(client: &KVClient, key: OsString, stale: bool) -> Result<(), Failure> {
     let consistency = if stale { Consistency::Stale } else { Consistency::Linearizable };
-    let record = client.get(key, consistency).await?.ok_or(Failure::NotFound)?;
+    let record = client.get(key.as_bytes(), consistency).await?.ok_or(Failure::NotFound)?;
     print(&record.value)
 }
 
 async fn put(
     client: &KVClient,
-    key: String,
+    key: OsString,
     value: Vec<u8>,
     condition: Condition,
 ) -> Result<(), Failure> {
-    let revision = client.write_if(key, value, condition).await?;
+    let revision = client.write_if(key.as_bytes(), value, condition).await?;
     print_revision(revision)
 }
 
-async fn del(client: &KVClient, key: String, condition: Condition) -> Result<(), Failure> {
-    let done = client.delete_if(key, condition).await?;
+async fn del(client: &KVClient, key: OsString, condition: Condition) -> Result<(), Failure> {
+    let done = client.delete_if(key.as_bytes(), condition).await?;
     if !done.deleted {
         return Err(Failure::NotFound);
     }
     print_revision(done.revision)
 }
 
-async fn route(client: &KVClient, keys: Vec<String>) -> Result<(), Failure> {
+async fn route(client: &KVClient, keys: Vec<OsString>) -> Result<(), Failure> {
     for key in keys {
-        let (cluster, nodes) = client.route(&key).await?;
-        print(format!("{key}\t{cluster}\t{}\n", nodes.join(",")).as_bytes())?;
+        let (cluster, nodes) = client.route(key.as_bytes()).await?;
+        let place = format!("\t{cluster}\t{}\n", nodes.join(","));
+        print(&[key.as_bytes(), place.as_bytes()].concat())?;
     }
     Ok(())
 }
@@ -342,9 +349,9 @@ fn condition(if_match: Option<Revision>, if_absent: bool) -> Condition {
     }
 }
 
-fn value_or_stdin(value: String) -> Result<Vec<u8>, Failure> {
+fn value_or_stdin(value: OsString) -> Result<Vec<u8>, Failure> {
     if value != "-" {
-        return Ok(value.into_bytes());
+        return Ok(value.into_vec());
     }
     let mut bytes = Vec::new();
     let mut stdin = io::stdin().lock().take(STDIN_BYTES_MAX + 1);
