@@ -370,14 +370,17 @@ impl App {
         self.inner.reader.ring_view()
     }
 
-    /// Gives the cluster its first ring; the same ring again is fine.
-    pub async fn install_ring(&self, ring: Ring, deadline: Instant) -> Result<(), ApiError> {
+    /// Gives the cluster its first ring; the same ring again is fine. What is to come after it is no part of the
+    /// comparison, as a ring that a node tells in the middle of a change has it, and is never installed.
+    pub async fn install_ring(&self, mut ring: Ring, deadline: Instant) -> Result<(), ApiError> {
         self.check_serving()?;
+        // A cluster that has a ring once has one ever after, so that this one can only be compared below.
+        if ring.next.take().is_some() && self.ring().ring().epoch == 0 {
+            self.check_leader()?;
+            return Err(ApiError::Conflict("a first ring has no `next`".into()));
+        }
         if serde_json::to_vec(&ring).map_or(usize::MAX, |json| json.len()) > self.ring_bytes_max() {
             return Err(ApiError::TooLarge { what: "ring", max: self.ring_bytes_max() });
-        }
-        if ring.next.is_some() {
-            return Err(ApiError::BadRequest("a first ring has no `next`".into()));
         }
         RingTable::new(ring.clone()).map_err(|error| ApiError::BadRequest(error.to_string()))?;
         match self.propose(Command::InstallRing(Box::new(ring)), deadline).await? {

@@ -406,11 +406,23 @@ fn the_first_ring_is_installed_once() {
         let answer = post(http, "/cluster/update-hash-ring", bad);
         answer.assert_error(400, "BAD_REQUEST", "not_applied");
     }
+    // As a node tells a ring while it changes.
+    let in_change = ring.replace("\"next\":null", &format!("\"next\":{ring}"));
+    post(http, "/cluster/update-hash-ring", &in_change).assert_error(
+        409,
+        "CONFLICT",
+        "not_applied",
+    );
+    assert_eq!(get(http, "/v1/ring").json()["epoch"], 0);
     for round in ["install", "repeat"] {
         assert_eq!(post(http, "/cluster/update-hash-ring", &ring).status, 200, "{round}");
     }
-    let changed = ring.replace("\"list_ttl_s\":600", "\"list_ttl_s\":601");
-    post(http, "/cluster/update-hash-ring", &changed).assert_error(409, "CONFLICT", "not_applied");
+    assert_eq!(post(http, "/cluster/update-hash-ring", &in_change).status, 200);
+    for same in [&ring, &in_change] {
+        let changed = same.replace("\"list_ttl_s\":600", "\"list_ttl_s\":601");
+        let answer = post(http, "/cluster/update-hash-ring", &changed);
+        answer.assert_error(409, "CONFLICT", "not_applied");
+    }
     let installed: serde_json::Value = serde_json::from_str(&ring).unwrap();
     assert_eq!(get(http, "/v1/ring").json(), installed);
     let carp = get(http, "/api/get_hash_ring").json();

@@ -97,7 +97,7 @@ async fn update_hash_ring(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_query()?;
     call.no_terms()?;
     let (Object(ring), body) = call.read_json::<Object<Ring>>(&state).await?;
-    check_new_ring(&ring)?;
+    check_new_ring(&Ring { next: None, ..ring.clone() })?;
     let app = &state.app;
     let local = || app.install_ring(ring.clone(), call.deadline);
     let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Write, local).await?;
