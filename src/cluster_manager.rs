@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! compare   the layout of Config with the one that the data was written with     layout.rs
+//! check     that the nodes file can be written where it is wanted                 files.rs
 //! start     all nodes at once, each in its directory; all or none
 //! record    the layout, now that every node has a directory and an address
 //! form      each cluster: init, learners, membership; clusters in parallel        forming.rs
@@ -226,6 +227,7 @@ impl ClusterManager {
         stop: impl Future<Output = ()>,
     ) -> Result<Self, ManagerError> {
         let layout = Layout::wanted(&config, ports).settle(&config.data_dir, ports)?;
+        files::check_nodes_file(&config.nodes_file, &layout.paths(&config.data_dir))?;
         tokio::pin!(stop);
         let nodes = start_nodes(&config, &layout, stop.as_mut()).await?;
         let mut manager =

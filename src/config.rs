@@ -373,6 +373,9 @@ impl Config {
              machine's own address or name"
                 .into()
         })?;
+        for (key, path) in [("data_dir", &self.data_dir), ("nodes_file", &self.nodes_file)] {
+            require(!path.as_os_str().is_empty(), key, "empty", || "it needs a name".into())?;
+        }
         let count = self.weights.len();
         require(count == 0 || count == self.num_clusters as usize, "weights", count, || {
             format!(
@@ -555,6 +558,8 @@ mod tests {
             ("rpc_base_port = 31001", "rpc_base_port"),
             ("host = \"0.0.0.0\"\ninsecure = true", "host"),
             ("host = \"[::]\"\ninsecure = true", "host"),
+            ("data_dir = \"\"", "data_dir"),
+            ("nodes_file = \"\"", "nodes_file"),
             ("weights = [1.0]", "weights"),
             ("weights = [1.0, -1.0, 1.0]", "weights"),
             ("ring.hash_version = 3", "ring.hash_version"),

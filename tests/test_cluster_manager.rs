@@ -89,6 +89,19 @@ async fn a_refusal_that_will_not_change_ends_a_start() {
     assert!(matches!(refused, ManagerError::Refused { .. }), "{refused}");
 }
 
+/// A nodes file that would replace what the data needs is refused before a node is started.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nodes_file_among_the_data_is_refused_and_nothing_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), 1, 1);
+    for bad in ["", "data/layout.json", "data/c1-n1/nodes.json"] {
+        config.nodes_file = if bad.is_empty() { bad.into() } else { dir.path().join(bad) };
+        let refused = ClusterManager::start_on_free_ports(config.clone()).await.err().unwrap();
+        assert!(matches!(refused, ManagerError::BadFile { .. }), "{bad}: {refused}");
+    }
+    assert!(!dir.path().join("data").exists());
+}
+
 /// When one node cannot start, none is left running: all ports and data directories are free again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_fails_leaves_nothing_running() {

@@ -73,6 +73,47 @@ fn check(path: &Path, clusters: &[Vec<String>]) -> Result<(), ManagerError> {
     Endpoints::from(clusters.to_vec()).check().map_err(bad)
 }
 
+/// Makes sure that the nodes file can be written later, without touching it: whoever finds out only when
+/// everything runs has to stop it all again. `taken` are files and directories of the data, which it must
+/// not replace, nor lie in.
+pub(super) fn check_nodes_file(path: &Path, taken: &[PathBuf]) -> Result<(), ManagerError> {
+    let bad = |message: &str| {
+        Err(ManagerError::BadFile { path: path.into(), message: format!("`nodes_file` {message}") })
+    };
+    if path.file_name().is_none() || path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+        return bad("must name a file");
+    }
+    if path.is_dir() {
+        return bad("is a directory; name a file");
+    }
+    let wanted = resolve(path);
+    if taken.iter().any(|taken| wanted.starts_with(resolve(taken))) {
+        return bad("is where the nodes keep their data; choose another place");
+    }
+    // Directories that are not there yet will be made.
+    let parent = directory_of(&wanted);
+    let existing = parent.ancestors().find(|directory| directory.exists()).unwrap_or(&parent);
+    try_to_write_in(existing).map_err(|source| ManagerError::Write { path: path.into(), source })
+}
+
+/// Makes a file in a directory, and removes it again.
+fn try_to_write_in(directory: &Path) -> std::io::Result<()> {
+    let name = directory.join(format!(".nodes-file.{}.tmp", std::process::id()));
+    File::create(&name)?;
+    fs::remove_file(&name)
+}
+
+/// A path without links, as far as it exists.
+fn resolve(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.into());
+    for existing in absolute.ancestors() {
+        if let (Ok(real), Ok(rest)) = (existing.canonicalize(), absolute.strip_prefix(existing)) {
+            return real.join(rest);
+        }
+    }
+    absolute
+}
+
 fn directory_of(path: &Path) -> PathBuf {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.into(),
@@ -93,6 +134,35 @@ mod tests {
         write_nodes_file(&path, &clusters).unwrap();
         assert_eq!(read_nodes_file(&path).unwrap(), clusters);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    /// Nothing of it is made or changed; what is in the way is told.
+    #[test]
+    fn a_nodes_file_that_cannot_be_written_is_found_out_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let taken = [data.join("layout.json"), data.join("c1-n1")];
+        fs::create_dir_all(&taken[1]).unwrap();
+        fs::write(&taken[0], "{}").unwrap();
+        std::os::unix::fs::symlink(&data, dir.path().join("link")).unwrap();
+        for bad in ["", "..", "data", "x/", "data/layout.json", "link/layout.json", "data/c1-n1/x"]
+        {
+            let path = if bad.is_empty() { PathBuf::new() } else { dir.path().join(bad) };
+            let refused = check_nodes_file(&path, &taken);
+            assert!(matches!(refused, Err(ManagerError::BadFile { .. })), "{bad}: {refused:?}");
+        }
+        for bad in
+            [&dir.path().join("data/layout.json/nodes.json"), Path::new("/proc/no/nodes.json")]
+        {
+            let refused = check_nodes_file(bad, &[]);
+            assert!(matches!(refused, Err(ManagerError::Write { .. })), "{bad:?}: {refused:?}");
+        }
+        let before = fs::read_dir(dir.path()).unwrap().count();
+        for good in ["nodes.json", "deep/er/nodes.json", "data/nodes.json", "link/nodes.json"] {
+            check_nodes_file(&dir.path().join(good), &taken).unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), before);
+        assert_eq!(fs::read_to_string(&taken[0]).unwrap(), "{}");
     }
 
     #[test]

@@ -144,6 +144,12 @@ impl Layout {
         files::write_json(&data_dir.join(LAYOUT_FILE), self)
     }
 
+    /// The file and the directories that it takes up in `data_dir`.
+    pub(super) fn paths(&self, data_dir: &Path) -> Vec<PathBuf> {
+        let directories = self.nodes().map(|(cluster, node)| node_dir(data_dir, &cluster.id, node));
+        std::iter::once(data_dir.join(LAYOUT_FILE)).chain(directories).collect()
+    }
+
     /// Every node with its cluster, in order.
     pub fn nodes(&self) -> impl Iterator<Item = (&LayoutCluster, &RingNode)> {
         self.clusters
