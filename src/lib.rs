@@ -25,6 +25,7 @@ pub mod http_client;
 pub mod key_path;
 pub mod kvclient;
 mod log_clock;
+pub mod logging;
 pub mod metrics;
 pub mod mover;
 pub mod network;

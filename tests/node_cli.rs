@@ -17,7 +17,14 @@ const EXIT_USAGE: i32 = 2;
 
 /// Runs `raft-kv` to its end, which must come: whoever is refused does not linger.
 fn run_in(dir: &Path, args: &[&str]) -> Output {
+    run_with(None, dir, args)
+}
+
+/// The same, with a `RUST_LOG`.
+fn run_with(log: Option<&str>, dir: &Path, args: &[&str]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_raft-kv"))
+        .env_remove("RUST_LOG")
+        .envs(log.map(|log| ("RUST_LOG", log)))
         .args(args)
         .current_dir(dir)
         .stdin(Stdio::null())
@@ -187,6 +194,19 @@ fn insecure_allows_every_address() {
     refused.assert_error(400, "BAD_REQUEST", "not_applied");
     assert!(refused.text().contains("0.0.0.0"), "{}", refused.text());
     assert!(node.terminate().success());
+}
+
+/// A `RUST_LOG` that means nothing is told, and not silently the default.
+#[test]
+fn a_log_filter_that_is_not_understood_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let args = [&flags("1", dir.path())[..], &["--config", "no-such-file"]].concat();
+    for (log, told) in [("info,openraft=loud", true), ("info,openraft=error", false)] {
+        let output = run_with(Some(log), dir.path(), &args);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(errors.contains("RUST_LOG"), told, "{log}: {errors}");
+        assert!(errors.contains("no-such-file"), "{log}: {errors}");
+    }
 }
 
 /// What only `admin` goes by does not keep a single node from starting.

@@ -9,7 +9,7 @@
 #![warn(clippy::unwrap_used)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-use std::io::{ErrorKind, IsTerminal};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -19,11 +19,11 @@ use distrib_kv_store::cluster_manager::{
 };
 use distrib_kv_store::config::{Config, RingConfig};
 use distrib_kv_store::kvclient::Endpoints;
+use distrib_kv_store::logging;
 use distrib_kv_store::ring::Ring;
 use futures_util::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
 
 #[path = "admin/change.rs"]
 mod change;
@@ -146,11 +146,7 @@ impl From<ManagerError> for Failure {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_LOG.into()))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    logging::to_stderr("admin", DEFAULT_LOG);
     let done = match cli.verb {
         None => run(cli.config.as_deref()).await,
         Some(Verb::Status(target)) => status(&target).await,

@@ -6,17 +6,17 @@
 #![deny(missing_docs, unsafe_code)]
 #![warn(clippy::unwrap_used)]
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use distrib_kv_store::config::Config;
+use distrib_kv_store::logging;
 use distrib_kv_store::node::{Node, NodeOptions};
 use distrib_kv_store::types::{ClusterId, NodeId};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -58,11 +58,7 @@ const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_LOG.into()))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    logging::to_stderr("raft-kv", DEFAULT_LOG);
     let config = flags.config.as_ref().map_or_else(|| Ok(Config::default()), Config::load_for_node);
     let config = match config {
         Ok(config) => config,
