@@ -225,6 +225,25 @@ fn slow_clients_are_cut_off() {
     assert_eq!(idle.receive().status, 200);
 }
 
+/// A line break behind a body, as old clients send it, is no slow header; what does not end is one.
+#[test]
+fn a_line_break_behind_a_body_costs_no_connection() {
+    let node = Node::ready("[limits]\nheader_timeout_ms = 300\n");
+    // In a plain form, and in one for hyper.
+    for field in ["", "TE: x\r\n"] {
+        let mut connection = Connection::open(node.http());
+        let put = format!("PUT /v1/kv/k HTTP/1.1\r\n{field}Content-Length: 1\r\n\r\nv\r\n");
+        connection.send(put.as_bytes());
+        assert_eq!(connection.receive().status, 200);
+        connection.send(b"\r\n");
+        assert!(connection.stays_open_for(Duration::from_millis(900)), "{field}");
+        connection.send(b"GET /v1/kv/k HTTP/1.1\r\n\r\n");
+        assert_eq!(connection.receive().text(), "v");
+        connection.send(b"\r\nGET /v1/kv/k");
+        connection.closes_after();
+    }
+}
+
 /// Clients that hold every connection and say nothing do not keep others out.
 #[test]
 fn idle_connections_make_room() {

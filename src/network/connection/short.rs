@@ -71,7 +71,7 @@ pub(super) async fn serve(
                     socket.receive().await?
                 };
                 if received == 0 {
-                    let end = if socket.gate().is_empty() { End::Closed } else { End::Hyper };
+                    let end = if socket.gate().has_begun() { End::Hyper } else { End::Closed };
                     return Ok(end);
                 }
                 continue;

@@ -56,10 +56,16 @@ impl Watched {
     /// Reads into the gate; 0 at the end. Cancel safe.
     pub(super) async fn receive(&mut self) -> io::Result<usize> {
         let read = std::future::poll_fn(|cx| self.poll_receive(cx)).await?;
-        if read > 0 {
+        self.note_read();
+        Ok(read)
+    }
+
+    /// Notes that the next request has begun, if it has. Empty lines alone start no clock, so that they cost a
+    /// client no connection, and stop none, so that they do not keep one.
+    fn note_read(&self) {
+        if self.gate.has_begun() {
             self.activity.update(|phase| phase.note_read(Instant::now()));
         }
-        Ok(read)
     }
 
     /// Notes what became of `offered` bytes: all that there are of the answer.
@@ -183,9 +189,7 @@ impl AsyncRead for Watched {
                     ready!(this.poll_receive(cx))?
                 }
             };
-            if read > 0 {
-                this.activity.update(|phase| phase.note_read(Instant::now()));
-            }
+            this.note_read();
             if read == 0 || buffer.filled().len() > before {
                 return Poll::Ready(Ok(()));
             }
@@ -281,5 +285,43 @@ mod tests {
         assert!(before.is_some(), "it was too much at some time");
         assert_eq!(unread(), None, "all of it was taken");
         read.await.unwrap();
+    }
+
+    /// Empty lines between two requests are neither the next one nor a sign of life, whoever reads them.
+    #[tokio::test]
+    async fn empty_lines_move_no_clock() {
+        for by_hyper in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            let activity = Arc::new(Activity::new());
+            let times = || match *activity.phase() {
+                Phase::Waiting { since, header_since, .. } => (since, header_since),
+                Phase::Serving { .. } => panic!("nothing is served"),
+            };
+            let (since, _) = times();
+            let mut watched = Watched::new(stream, activity.clone());
+            let mut buffer = [0; 64];
+            for (bytes, begun) in [("\r\n\n", false), ("\r\n", false), ("G", true)] {
+                client.write_all(bytes.as_bytes()).await.unwrap();
+                let mut received = 0;
+                while received < bytes.len() {
+                    let before = watched.gate.inbox().len();
+                    if by_hyper {
+                        let read = std::future::poll_fn(|cx| {
+                            let polled = pin!(watched.read(&mut buffer)).poll(cx);
+                            assert!(polled.is_pending(), "no head is complete");
+                            let more = watched.gate.inbox().len() - before;
+                            if more > 0 { Poll::Ready(more) } else { Poll::Pending }
+                        });
+                        received += read.await;
+                    } else {
+                        received += watched.receive().await.unwrap();
+                    }
+                }
+                let (at, header_since) = times();
+                assert_eq!((at > since, header_since.is_some()), (begun, begun), "{bytes:?}");
+            }
+        }
     }
 }
