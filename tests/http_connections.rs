@@ -44,6 +44,8 @@ fn what_is_no_request_is_answered_in_json() {
         ("nonsense\r\n\r\n".to_owned(), 400, "BAD_REQUEST"),
         ("GET /livez HTTP/3.0\r\n\r\n".into(), 400, "BAD_REQUEST"),
         ("GET /v1/kv/a b HTTP/1.1\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        ("GET /v1/kv/k HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n".into(), 400, "BAD_REQUEST"),
+        ("GET /livez HTTP/1.1\r\nTE: x\r\nHost: a\r\nHost: a\r\n\r\n".into(), 400, "BAD_REQUEST"),
         ("PUT /v1/kv/k HTTP/1.1\r\nContent-Length: x\r\n\r\n".into(), 400, "BAD_REQUEST"),
         ("PUT /v1/kv/k HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".into(), 400, "BAD_REQUEST"),
         (format!("GET /livez HTTP/1.1\r\n{long}: x\r\n\r\n"), 413, "TOO_LARGE"),

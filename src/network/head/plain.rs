@@ -97,9 +97,12 @@ fn read_fields(
     fields: &[httparse::Header<'_>],
     meaningless: &[&str],
 ) -> Option<(HeaderMap, usize)> {
-    let (mut headers, mut length) = (HeaderMap::new(), None);
+    let (mut headers, mut length, mut has_host) = (HeaderMap::new(), None, false);
     for field in fields {
         let named = |name: &&str| field.name.eq_ignore_ascii_case(name);
+        if named(&"host") && std::mem::replace(&mut has_host, true) {
+            return None;
+        }
         if meaningless.iter().any(&named) {
             continue;
         }
@@ -195,6 +198,8 @@ mod tests {
             "GET /v1/kv/k HTTP/1.1\nConnection: close\n\n",
             "GET /v1/kv/k HTTP/1.1\nConnection: keep-alive, close\n\n",
             "GET /v1/kv/k HTTP/1.1\nConnection: Upgrade, Kv-Read\nUpgrade: h2c\n\n",
+            "GET /v1/kv/k HTTP/1.1\nHost: n\nhost: n\n\n",
+            "GET /v1/ring HTTP/1.1\nHost: n\nHost: m\n\n",
             "GET /v1/kv/k HTTP/1.1\nno colon\n\n",
         ] {
             assert_eq!(plain(head), None, "{head}");

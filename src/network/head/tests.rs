@@ -208,6 +208,7 @@ fn what_is_no_request_is_refused() {
         "\u{16}\u{3}\u{1} client hello\r\n\r\n",
         "GET / HTTP/1.1\r\nno colon\r\n\r\n",
         "GET / HTTP/1.1\r\nA : b\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nHOST: a\r\n\r\n",
     ] {
         assert!(matches!(refusal(request.as_bytes()), ApiError::BadRequest(_)), "{request}");
     }
