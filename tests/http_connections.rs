@@ -62,6 +62,19 @@ fn what_is_no_request_is_answered_in_json() {
     }
 }
 
+/// The answer to a refused `HEAD` tells the length of what a `GET` would get, and has none of it.
+#[test]
+fn a_refused_head_gets_no_body() {
+    let node = Node::ready("");
+    let length = request(node.http(), "GET", "/v1/kv/a#b", &[], b"").body.len().to_string();
+    let mut connection = Connection::open(node.http());
+    connection.send(b"HEAD /v1/kv/a#b HTTP/1.1\r\n\r\n");
+    let answer = connection.receive_head();
+    assert_eq!((answer.status, answer.header("content-length")), (400, Some(length.as_str())));
+    connection.finish();
+    assert_eq!(String::from_utf8(connection.closes_after()).unwrap(), "");
+}
+
 /// An offer to go on in another protocol, which clients make with an ordinary request, takes nothing from a
 /// connection: neither the last answer nor the time to read it.
 #[test]

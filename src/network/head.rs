@@ -83,6 +83,14 @@ pub(super) enum Next {
     End,
 }
 
+/// Why nothing more goes on. Its answer is the caller's to write.
+#[derive(Debug, PartialEq)]
+pub(super) struct Refusal {
+    pub error: ApiError,
+    /// It is a `HEAD` that is refused: the answer ends with its head (RFC 9110, 9.3.2).
+    pub of_head: bool,
+}
+
 /// What there is for the short way.
 #[derive(Debug, PartialEq)]
 pub(super) enum Whole {
@@ -150,8 +158,8 @@ impl Gate {
         self.received.iter().any(|byte| !matches!(byte, b'\r' | b'\n'))
     }
 
-    /// What to do next. An error is said once, between two requests: its answer is the caller's to write.
-    pub(super) fn next(&mut self) -> Result<Next, ApiError> {
+    /// What to do next. A refusal is said once, between two requests.
+    pub(super) fn next(&mut self) -> Result<Next, Refusal> {
         loop {
             if self.cleared > 0 {
                 return Ok(Next::Received(self.cleared));
@@ -182,16 +190,14 @@ impl Gate {
                     Some(length) if length <= HEAD_BYTES_MAX => self.judge(length)?,
                     None if self.received.len() < HEAD_BYTES_MAX => return Ok(Next::More),
                     _ => {
-                        let error = too_long(&self.received);
-                        self.refuse();
-                        return Err(error);
+                        return Err(self.refusal(too_long(&self.received)));
                     }
                 },
             }
         }
     }
 
-    fn judge(&mut self, length: usize) -> Result<(), ApiError> {
+    fn judge(&mut self, length: usize) -> Result<(), Refusal> {
         self.search = Search::default();
         match body_of(&self.received[..length]) {
             Ok(body) => {
@@ -199,11 +205,14 @@ impl Gate {
                 self.cleared = length;
                 Ok(())
             }
-            Err(error) => {
-                self.refuse();
-                Err(error)
-            }
+            Err(error) => Err(self.refusal(error)),
         }
+    }
+
+    fn refusal(&mut self, error: ApiError) -> Refusal {
+        let of_head = first_line(&self.received).is_some_and(|line| line.starts_with(b"HEAD "));
+        self.refuse();
+        Refusal { error, of_head }
     }
 
     fn refuse(&mut self) {
@@ -270,9 +279,13 @@ impl Search {
     }
 }
 
+/// The first line that is not empty.
+fn first_line(bytes: &[u8]) -> Option<&[u8]> {
+    bytes.split(|byte| *byte == b'\n').find(|line| !matches!(line, [] | [b'\r']))
+}
+
 fn too_long(bytes: &[u8]) -> ApiError {
-    let first_line = bytes.split(|byte| *byte == b'\n').find(|line| !matches!(line, [] | [b'\r']));
-    let what = match first_line {
+    let what = match first_line(bytes) {
         Some(line) if line.len() > PATH_BYTES_MAX => return path_too_long(),
         _ => "header",
     };

@@ -11,8 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
-use super::super::error::ApiError;
-use super::super::head::{Gate, Next};
+use super::super::head::{Gate, Next, Refusal};
 use super::Activity;
 
 /// How long what a client goes on sending after its last answer is thrown away: closing at once would
@@ -141,15 +140,17 @@ impl Watched {
 }
 
 impl Parting {
-    fn refusal(error: &ApiError) -> Self {
+    fn refusal(refusal: &Refusal) -> Self {
+        let Refusal { error, of_head } = refusal;
         let (status, _) = error.status_and_code();
         let body = serde_json::to_string(&error.body()).unwrap_or_default();
         let reason = status.canonical_reason().unwrap_or_default();
         let answer = format!(
             "HTTP/1.1 {} {reason}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
-             connection: close\r\n\r\n{body}",
+             connection: close\r\n\r\n{}",
             status.as_u16(),
-            body.len()
+            body.len(),
+            if *of_head { "" } else { &body }
         );
         Self { answer: answer.into(), linger: None }
     }
@@ -165,8 +166,8 @@ impl AsyncRead for Watched {
         let before = buffer.filled().len();
         loop {
             let read = match this.gate.next() {
-                Err(error) => {
-                    this.parting = Some(Parting::refusal(&error));
+                Err(refusal) => {
+                    this.parting = Some(Parting::refusal(&refusal));
                     return Poll::Ready(Ok(()));
                 }
                 Ok(Next::End) => return Poll::Ready(Ok(())),

@@ -15,7 +15,7 @@ fn pass(bytes: &[u8], piece: usize) -> (Vec<u8>, Option<ApiError>) {
     let (mut gate, mut passed, mut rest) = (Gate::default(), Vec::new(), bytes);
     loop {
         match gate.next() {
-            Err(error) => return (passed, Some(error)),
+            Err(refusal) => return (passed, Some(refusal.error)),
             Ok(Next::End) => return (passed, None),
             Ok(Next::Received(count)) => {
                 let mut out = vec![0; count.min(piece)];
@@ -225,4 +225,21 @@ fn what_is_too_long_is_told_apart() {
     assert!(matches!(refusal(field.as_bytes()), ApiError::TooLarge { what: "header", .. }));
     let fields = format!("GET / HTTP/1.1\r\n{}\r\n", "A: b\r\n".repeat(FIELDS_MAX + 1));
     assert!(matches!(refusal(fields.as_bytes()), ApiError::TooLarge { .. }));
+}
+
+/// Whatever is wrong with it, and what empty lines come before it.
+#[test]
+fn the_refusal_of_a_head_request_is_one() {
+    let long = "k".repeat(HEAD_BYTES_MAX);
+    for (request, expected) in [
+        ("HEAD /v1/kv/a#b HTTP/1.1\r\n\r\n".to_owned(), true),
+        ("\r\n\nHEAD /a b HTTP/1.1\r\n\r\n".into(), true),
+        (format!("HEAD /{long}"), true),
+        ("HEADS /v1/kv/a#b HTTP/1.1\r\n\r\n".into(), false),
+        ("GET /v1/kv/a#b HTTP/1.1\r\n\r\n".into(), false),
+    ] {
+        let mut gate = Gate::default();
+        gate.inbox().extend_from_slice(request.as_bytes());
+        assert_eq!(gate.next().unwrap_err().of_head, expected, "{request:.40}");
+    }
 }
