@@ -62,6 +62,32 @@ fn what_is_no_request_is_answered_in_json() {
     }
 }
 
+/// Who closes before the head is whole is told so, behind the answers to what was whole.
+#[test]
+fn a_head_that_breaks_off_is_answered() {
+    let node = Node::ready("");
+    for (whole, begun) in [
+        ("", "hello\n"),
+        ("", "GET /v1/kv/k\r\n"),
+        ("GET /livez HTTP/1.1\r\n\r\n", "G"),
+        ("GET /livez HTTP/1.1\r\nTE: x\r\n\r\n", "\r\nGET /livez HTTP/1.1\r\nHost: n\r\n"),
+    ] {
+        let mut connection = Connection::open(node.http());
+        connection.send(format!("{whole}{begun}").as_bytes());
+        connection.finish();
+        if !whole.is_empty() {
+            assert_eq!(connection.receive().status, 200);
+        }
+        connection.receive().assert_error(400, "BAD_REQUEST", "not_applied");
+        assert!(connection.closes_after().is_empty());
+    }
+    let mut silent = Connection::open(node.http());
+    silent.send(b"GET /livez HTTP/1.1\r\n\r\n\r\n");
+    silent.finish();
+    assert_eq!(silent.receive().status, 200);
+    assert!(silent.closes_after().is_empty(), "an empty line is no request");
+}
+
 /// The answer to a refused `HEAD` tells the length of what a `GET` would get, and has none of it.
 #[test]
 fn a_refused_head_gets_no_body() {
@@ -226,8 +252,12 @@ fn slow_clients_are_cut_off() {
     slow_header.send(b"GET /livez HTTP/1.1\r\nX: ");
     let mut slow_body = Connection::open(http);
     slow_body.send(b"PUT /v1/kv/k HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc");
-    assert!(slow_header.closes_after().is_empty());
+    let answer = slow_header.receive();
+    answer.assert_error(400, "BAD_REQUEST", "not_applied");
+    assert!(answer.text().contains("in time"), "{}", answer.text());
     assert!(start.elapsed() >= Duration::from_millis(300));
+    slow_header.finish();
+    assert!(slow_header.closes_after().is_empty());
     slow_body.receive().assert_error(504, "TIMEOUT", "not_applied");
     assert!(slow_body.closes_after().is_empty());
     get(http, "/v1/kv/k").assert_error(404, "NOT_FOUND", "not_applied");
@@ -255,7 +285,7 @@ fn a_line_break_behind_a_body_costs_no_connection() {
         connection.send(b"GET /v1/kv/k HTTP/1.1\r\n\r\n");
         assert_eq!(connection.receive().text(), "v");
         connection.send(b"\r\nGET /v1/kv/k");
-        connection.closes_after();
+        connection.receive().assert_error(400, "BAD_REQUEST", "not_applied");
     }
 }
 

@@ -10,7 +10,7 @@
 //! | state | bound |
 //! | --- | --- |
 //! | a request is being answered | none here: the request's own deadline, and its body's pace |
-//! | the first byte of a header came, the rest did not | `header_timeout`, not extended by more bytes |
+//! | the first byte of a header came, the rest did not | `header_timeout`, not extended by more bytes; then 400 |
 //! | idle | [`IDLE_TIMEOUT`] since the last byte |
 //! | an answer that the client does not take | [`UNREAD_TIMEOUT`] since the last byte |
 //! | an answer that the client takes slowly | [`UNREAD_TIMEOUT`], and a second for each [`UNREAD_PACE`] taken |
@@ -101,13 +101,16 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
     let mut guard = Guard::new(activity.clone(), shared.clone());
     if let Some(keys) = &service.keys {
         let timeout = shared.header_timeout;
-        let short = short::serve(&mut socket, keys, &service.router, &activity, timeout);
-        let short = pin!(short);
         let at_stop = |_: Pin<&mut _>| if activity.is_idle() { Stop::AtOnce } else { Stop::Soon };
-        match guard.watch(short, at_stop).await {
+        let ended = {
+            let short = short::serve(&mut socket, keys, &service.router, &activity, timeout);
+            guard.watch(pin!(short), at_stop).await
+        };
+        match ended {
             Some(Ok(short::End::Hyper)) => {}
-            Some(Ok(short::End::Closed)) | None => return,
+            Some(Ok(short::End::Closed)) => return,
             Some(Err(error)) => return broke_off(&error),
+            None => return guard.cut_off(socket).await,
         }
     }
     let router = service.router;
@@ -125,18 +128,17 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
         connection.graceful_shutdown();
         Stop::Soon
     };
-    let Some(ended) = guard.watch(Pin::new(&mut connection), at_stop).await else { return };
-    if let Err(error) = ended {
-        broke_off(&error);
+    let ended = guard.watch(Pin::new(&mut connection), at_stop).await;
+    let socket = connection.into_parts().io.into_inner();
+    match ended {
+        Some(Ok(())) => {}
+        Some(Err(error)) => broke_off(&error),
+        None => return guard.cut_off(socket).await,
     }
     // hyper does not close a connection that ended with an error, nor one of whose requests, however long
     // ago, carried `Upgrade` or was a `CONNECT`: whoever offers that might still take it over. Nobody does,
     // and what the gate refused is still to be told.
-    let mut socket = connection.into_parts().io.into_inner();
-    let closing = pin!(socket.shutdown());
-    if let Some(Err(error)) = guard.watch(closing, |_| Stop::Soon).await {
-        broke_off(&error);
-    }
+    guard.close(socket).await;
 }
 
 fn broke_off(error: &dyn std::error::Error) {
@@ -210,6 +212,30 @@ impl Guard {
             }
         }
     }
+
+    /// Ends a connection that has had its time, or has to make room. Who was slow to send a head is told.
+    async fn cut_off(&mut self, mut socket: Watched) {
+        if self.activity.is_head_overdue(self.shared.header_timeout)
+            && socket.break_off("the request's head did not come in time")
+        {
+            self.close(socket).await;
+        }
+    }
+
+    /// Shuts a connection down, as long as it may take.
+    async fn close(&mut self, mut socket: Watched) {
+        let closing = pin!(socket.shutdown());
+        if let Some(Err(error)) = self.watch(closing, |_| Stop::Soon).await {
+            broke_off(&error);
+        }
+    }
+}
+
+async fn sleep_until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
 }
 
 fn protocol() -> http1::Builder {
@@ -222,13 +248,6 @@ fn protocol() -> http1::Builder {
         .max_header_size(HEAD_BYTES_MAX)
         .max_buf_size(BUFFER_BYTES_MAX);
     protocol
-}
-
-async fn sleep_until(when: Option<Instant>) {
-    match when {
-        Some(when) => tokio::time::sleep_until(when).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// What the connection is doing, as seen from outside hyper. Shared inside one task only; the lock
@@ -294,6 +313,13 @@ impl Activity {
 
     fn is_long_idle(&self) -> bool {
         self.phase().is_long_idle(Instant::now())
+    }
+
+    /// Whether the connection waits for a head that has begun, for too long, and for nothing else.
+    fn is_head_overdue(&self, header_timeout: Duration) -> bool {
+        let phase = *self.phase();
+        matches!(phase, Phase::Waiting { header_since: Some(first), unread: None, .. }
+            if first + header_timeout <= Instant::now())
     }
 
     /// Whether nothing is being answered and no answer is on its way.

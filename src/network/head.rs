@@ -220,6 +220,12 @@ impl Gate {
         self.received = BytesMut::new();
     }
 
+    /// No more comes of a head that has begun, for this reason. `None` if none has.
+    pub(super) fn break_off(&mut self, why: &str) -> Option<Refusal> {
+        let in_head = matches!(self.state, State::Head) && self.cleared == 0 && self.has_begun();
+        in_head.then(|| self.refusal(bad(why)))
+    }
+
     /// Hands received bytes on, as many as `out` holds: no more than [`Next::Received`] said.
     pub(super) fn take(&mut self, out: &mut [u8]) {
         self.received.copy_to_slice(out);

@@ -33,7 +33,7 @@ pub(super) struct Watched {
 }
 
 /// What is left to do for a client that was refused at the gate, or whose request was answered before it
-/// was whole.
+/// was whole, or never will be.
 #[derive(Default)]
 struct Parting {
     /// The rest of its answer, if that is not hyper's to give.
@@ -65,6 +65,13 @@ impl Watched {
         if self.gate.has_begun() {
             self.activity.update(|phase| phase.note_read(Instant::now()));
         }
+    }
+
+    /// Refuses a request whose head has begun and does not come; whether there is one.
+    pub(super) fn break_off(&mut self, why: &str) -> bool {
+        let refusal = self.gate.break_off(why);
+        self.parting = refusal.as_ref().map(Parting::refusal);
+        refusal.is_some()
     }
 
     /// Notes what became of `offered` bytes: all that there are of the answer.
@@ -187,7 +194,11 @@ impl AsyncRead for Watched {
                 }
                 Ok(Next::More) => {
                     this.note_body();
-                    ready!(this.poll_receive(cx))?
+                    let count = ready!(this.poll_receive(cx))?;
+                    if count == 0 {
+                        this.break_off("the connection ended in the middle of a request's head");
+                    }
+                    count
                 }
             };
             this.note_read();

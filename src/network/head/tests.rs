@@ -243,3 +243,18 @@ fn the_refusal_of_a_head_request_is_one() {
         assert_eq!(gate.next().unwrap_err().of_head, expected, "{request:.40}");
     }
 }
+
+/// Only what has begun can break off, and a body is none of it.
+#[test]
+fn a_head_that_breaks_off_is_refused() {
+    let put = "PUT /v1/kv/k HTTP/1.1\r\nContent-Length: 3\r\n\r\n";
+    for (bytes, expected) in [("", false), ("\r\n", false), (put, false), ("\r\nG", true)] {
+        let mut gate = Gate::default();
+        gate.inbox().extend_from_slice(bytes.as_bytes());
+        while let Next::Received(count) = gate.next().unwrap() {
+            gate.take(&mut vec![0; count]);
+        }
+        assert_eq!(gate.break_off("it broke off").is_some(), expected, "{bytes:?}");
+        assert_eq!(gate.next() == Ok(Next::End), expected, "{bytes:?}");
+    }
+}
