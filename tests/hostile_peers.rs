@@ -52,7 +52,7 @@ impl<'a> Watch<'a> {
 }
 
 /// How the answer to a greeting begins that is welcome: magic, version, verdict.
-const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x05\x00";
+const ANSWER_WELCOME: &[u8; 11] = b"dkv-peer\x00\x06\x00";
 
 /// All nodes that are greeted here are.
 const IS_VOTER: bool = true;
@@ -83,7 +83,7 @@ impl Target {
 /// The greeting of a peer: magic, version, purpose, sender and target with their cluster, formation, whether the
 /// target is a voter.
 fn greeting(purpose: u8, sender: u64, target: u64, cluster: &str, formation: [u8; 9]) -> Vec<u8> {
-    let mut bytes = b"dkv-peer\x00\x05".to_vec();
+    let mut bytes = b"dkv-peer\x00\x06".to_vec();
     bytes.push(purpose);
     for node in [sender, target] {
         bytes.extend(node.to_be_bytes());

@@ -41,8 +41,9 @@ const MAGIC: [u8; 8] = *b"dkv-peer";
 /// The version of the protocol: greeting, frames and messages together. In 1, entries had no time and
 /// no clients, a hello did not name the target's cluster, and there were no handoffs. In 2, a hello did
 /// not say what the cluster serves before it has a ring. In 3, it did not say whether the target is a voter.
-/// In 4, there were no leases.
-pub(in crate::network) const PROTOCOL_VERSION: u16 = 5;
+/// In 4, there were no leases. In 5, the messages were these, but a change of the ring took keys that none can have, and
+/// a client with a pinned answer kept new ones out: replicas that apply by different rules must not meet.
+pub(in crate::network) const PROTOCOL_VERSION: u16 = 6;
 
 const WELCOME: u8 = 0;
 const OTHER_VERSION: u8 = 1;
