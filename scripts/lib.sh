@@ -265,8 +265,10 @@ clean_up() {
     exit "$code"
 }
 
-# Builds the binaries as `cargo test` does and sets BIN to where they are.
+# Builds the binaries as `cargo test` does and sets BIN to where they are; with BIN set already, takes those
+# that are there.
 build() {
+    if [ -n "${BIN:-}" ]; then return; fi
     sh scripts/setup.sh
     cargo build --bins
     # Read by the scripts that source this file.

@@ -294,9 +294,15 @@ impl ClusterManager {
         let Some(stored) = newest.filter(|ring| ring.epoch > 0) else {
             return Ok(first);
         };
-        if stored.epoch == 1 && *stored != first {
+        let is_other = |cluster: &RingCluster| {
+            first.cluster(&cluster.id).is_some_and(|wanted| wanted.weight != cluster.weight)
+        };
+        let are_weights_other = !config.weights.is_empty() && stored.clusters.iter().any(is_other);
+        if are_weights_other || (stored.epoch == 1 && *stored != first) {
             tracing::warn!(
-                "the clusters keep the ring that they have; [ring] and `weights` are for the first one"
+                epoch = stored.epoch,
+                "the clusters keep the ring that they have; [ring] and `weights` are for the first one: \
+                 `admin cluster weight` changes a weight, and moves keys"
             );
         }
         match surveys.iter().find(|s| s.ring.epoch == 0) {

@@ -345,9 +345,12 @@ fn warn_if_moved(raft: &Raft, id: NodeId, now: &NodeAddrs) {
     let metrics = metrics.borrow_watched();
     match metrics.membership_config.membership().get_node(&id) {
         Some(then) if then != now => tracing::warn!(
-            ?then,
-            ?now,
-            "this node listens elsewhere than its cluster's membership says: others will not find it"
+            known_http = %then.http,
+            known_rpc = %then.rpc,
+            http = %now.http,
+            rpc = %now.rpc,
+            "this node listens elsewhere than its cluster's membership says, and others will not find it: \
+             start it at the known addresses"
         ),
         _ => {}
     }

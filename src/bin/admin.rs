@@ -20,7 +20,8 @@ use distrib_kv_store::cluster_manager::{
 use distrib_kv_store::config::{Config, RingConfig};
 use distrib_kv_store::kvclient::Endpoints;
 use distrib_kv_store::logging;
-use distrib_kv_store::ring::Ring;
+use distrib_kv_store::ring::{Ring, RingCluster};
+use distrib_kv_store::types::ClusterId;
 use futures_util::StreamExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -173,7 +174,7 @@ async fn run(config: Option<&Path>) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     watch_signals(&stop).map_err(Failure::failed)?;
     let (clusters, nodes) = (config.num_clusters, config.nodes_per_cluster);
-    text::note(&format!("starting {clusters} clusters of {nodes} nodes ..."));
+    text::note(&format!("starting {} ...", text::counted(clusters, nodes)));
     let manager = match ClusterManager::start_until(config.clone(), stop.cancelled()).await {
         Err(ManagerError::Interrupted) => {
             text::note("stopped before everything was ready");
@@ -190,7 +191,8 @@ async fn run(config: Option<&Path>) -> Result<(), Failure> {
     };
     let addresses = manager.nodes();
     let status = cluster_manager::status_of(&addresses).await;
-    if let Err(error) = text::print(&text::running(&config, &manager, &status)) {
+    let others = status_of_others(&manager).await;
+    if let Err(error) = text::print(&text::running(&config, &manager, &status, &others)) {
         // Nobody may be reading it: no reason not to serve.
         tracing::warn!(%error, "cannot write to stdout");
     }
@@ -199,6 +201,16 @@ async fn run(config: Option<&Path>) -> Result<(), Failure> {
     manager.shutdown().await?;
     text::note(&format!("stopped; all data is in {}", config.data_dir.display()));
     served
+}
+
+/// The clusters of the ring that run elsewhere: without them their keys have no owner that serves.
+async fn status_of_others(manager: &ClusterManager) -> Vec<(ClusterId, ClusterStatus)> {
+    let own = |id: &ClusterId| manager.layout().nodes().any(|(cluster, _)| cluster.id == *id);
+    let others = || manager.ring().clusters.iter().filter(|cluster| !own(&cluster.id));
+    let http = |cluster: &RingCluster| cluster.nodes.iter().map(|n| n.http.clone()).collect();
+    let addresses: Vec<Vec<String>> = others().map(http).collect();
+    let status = cluster_manager::status_of(&addresses).await;
+    others().map(|cluster| cluster.id.clone()).zip(status).collect()
 }
 
 /// Waits for the signal to stop. Single nodes may fail meanwhile: their clusters go on without them.
@@ -334,7 +346,9 @@ impl Target {
         let listed = cluster_manager::read_nodes_file(&self.nodes_file);
         if self.endpoints.is_empty() {
             // The command is not wrong, so this is a failure, as it is for `client`.
-            let clusters = listed.map_err(Failure::failed)?;
+            let clusters = listed.map_err(|error| {
+                Failure::failed(format!("{error}; --nodes-file or --endpoints name the nodes, too"))
+            })?;
             return Ok(Discovered { clusters, unplaced: Vec::new() });
         }
         if let Err(message) = Endpoints::from(self.endpoints.clone()).check() {

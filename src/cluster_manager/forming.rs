@@ -194,7 +194,11 @@ pub async fn ask_all(addresses: &[String]) -> Vec<Result<NodeMetrics, String>> {
 
 async fn ask(address: &str) -> Result<NodeMetrics, String> {
     let raft = RaftNode::new(vec![address.to_owned()]).with_timeout(METRICS_TIMEOUT);
-    raft.metrics_of(address).await.map_err(|error| error.to_string())
+    raft.metrics_of(address).await.map_err(|error| match error {
+        // "No node can be reached" says nothing more of one.
+        ClientError::Unreachable { mut tried } if tried.len() == 1 => tried.remove(0),
+        error => error.to_string(),
+    })
 }
 
 #[cfg(test)]

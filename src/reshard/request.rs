@@ -94,7 +94,10 @@ pub enum ChangeError {
         trouble: String,
     },
     /// A cluster of the ring does not answer, so the change would come to a halt.
-    #[error("cluster {cluster} cannot be asked: {message}; the ring was not changed")]
+    #[error(
+        "cluster {cluster} cannot be asked: {message}; the ring was not changed. Start its nodes again, with their data: \
+         what moves has to be copied from them, and they have to learn of it"
+    )]
     Unreachable {
         /// The cluster.
         cluster: ClusterId,

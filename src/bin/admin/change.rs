@@ -150,7 +150,10 @@ async fn interruptible(
     tokio::select! {
         done = work => done.map_err(failed),
         _ = tokio::signal::ctrl_c() => {
-            let message = format!("interrupted; a change that has begun goes on by itself: {WATCH}");
+            let message = format!(
+                "interrupted; a change that has begun goes on by itself: {WATCH}. `admin migration resume` \
+                 waits for its end, too, and brings the nodes file up to date"
+            );
             Err(Failure { code: EXIT_INTERRUPTED as u8, message })
         }
     }

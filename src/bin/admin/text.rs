@@ -35,7 +35,12 @@ pub fn note(line: &str) {
 }
 
 /// What runs where, and what to do with it.
-pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatus]) -> String {
+pub fn running(
+    config: &Config,
+    manager: &ClusterManager,
+    status: &[ClusterStatus],
+    others: &[(ClusterId, ClusterStatus)],
+) -> String {
     let role = |cluster: &ClusterId, node: u64| {
         let cluster = status.iter().find(|c| c.id.as_ref() == Some(cluster));
         cluster.and_then(|c| c.nodes.iter().find(|n| n.id == Some(node))).map_or(UNKNOWN, role)
@@ -59,7 +64,7 @@ pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatu
         path => format!(" --nodes-file {path}"),
     };
     format!(
-        "ready: {clusters} clusters of {nodes} nodes\n{}\n\n{}\n\
+        "ready: {}\n{}\n\n{}{}\n\
          data in {}, addresses in {nodes_file}\n\n\
          Try it from another terminal; any node takes any key:\n  \
          curl -X PUT --data-binary 'Hello, ring!' http://{first}/v1/kv/greeting\n  \
@@ -67,12 +72,33 @@ pub fn running(config: &Config, manager: &ClusterManager, status: &[ClusterStatu
          {} put greeting 'Hello again'{flag}\n  \
          {} status{flag}\n\n\
          Stop with Ctrl-C.\n",
+        counted(clusters, nodes),
         ring_line(manager.ring()),
         table(&rows),
-        config.data_dir.display(),
+        others.iter().map(elsewhere).collect::<String>(),
+        std::path::absolute(&config.data_dir).unwrap_or_else(|_| config.data_dir.clone()).display(),
         sibling("client"),
         sibling("admin"),
     )
+}
+
+/// So many clusters of so many nodes.
+pub fn counted(clusters: u32, nodes: u32) -> String {
+    let of = |count: u32, one: &str| format!("{count} {one}{}", if count == 1 { "" } else { "s" });
+    format!("{} of {}", of(clusters, "cluster"), of(nodes, "node"))
+}
+
+/// A cluster of the ring that is not among those that run here.
+fn elsewhere((id, status): &(ClusterId, ClusterStatus)) -> String {
+    let nodes: Vec<&str> = status.nodes.iter().map(|node| node.http.as_str()).collect();
+    let nodes = nodes.join(", ");
+    match status.leader {
+        Some(_) => format!("{id} runs elsewhere: {nodes}\n"),
+        None => format!(
+            "{id} IS NOT SERVED: it is in the ring, does not run here, and has no leader that answers; \
+             start its nodes again ({nodes})\n"
+        ),
+    }
 }
 
 /// One row for each node, then why some of them do not serve.
@@ -95,7 +121,9 @@ pub fn status(clusters: &[ClusterStatus], unplaced: &[NodeStatus]) -> String {
             if node.reachable { "yes" } else { "NO" }.to_owned(),
         ]);
         if let Some(error) = &node.error {
-            reasons += &format!("{}: {error}\n", node.http);
+            let is_named = error.contains(&node.http);
+            reasons +=
+                &if is_named { format!("{error}\n") } else { format!("{}: {error}\n", node.http) };
         }
         if let Some(failure) = metrics.and_then(|m| m.failed.as_ref()) {
             reasons += &format!("{} serves no more: {failure}\n", node.http);
