@@ -24,8 +24,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::super::api::{self, ApiState, PlainAnswer};
 use super::super::head::Whole;
+use super::clock::{Activity, Serving};
 use super::socket::Watched;
-use super::{Activity, Serving};
 use crate::types::{Record, Revision};
 
 /// How long a body may follow its head: it is often the next packet. Slower ones are hyper's, where the

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use super::super::head::{Gate, Next, Refusal};
-use super::Activity;
+use super::clock::Activity;
 
 /// How long what a client goes on sending after its last answer is thrown away: closing at once would
 /// reset the connection, and the client might lose the answer that says why. As long as a client needs
@@ -258,7 +258,7 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;
 
-    use super::super::{Phase, Unread};
+    use super::super::clock::{Phase, Unread};
     use super::*;
 
     /// As soon as a client takes less than there is, its answer counts as unread, until all of it is taken.
