@@ -15,6 +15,7 @@
 //! | an answer that the client does not take | [`UNREAD_TIMEOUT`] since the last byte |
 //! | an answer that the client takes slowly | [`UNREAD_TIMEOUT`], and a second for each [`UNREAD_PACE`] taken |
 //! | refused or cut off, and still sending | [`LINGER_TIME`](socket::LINGER_TIME) since the answer |
+//! | had its last answer, and does not close | [`QUIET_TIME`](socket::QUIET_TIME) since the last byte, no longer than that |
 //! | idle, sending its body or not taking its answer for [`SHED_AFTER`], and others wait | closed |
 //!
 //! `Watched` also keeps from hyper what hyper would misread or refuse without a word ([`super::head`]),
@@ -99,8 +100,9 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
         }
     }
     let router = service.router;
+    let serving = activity.clone();
     let serve = service_fn(move |request| {
-        let serving = Serving::begin(activity.clone());
+        let serving = Serving::begin(serving.clone());
         let router = router.clone();
         async move {
             let response = body::answer(router, request).await;
@@ -111,7 +113,7 @@ pub(super) async fn serve(stream: TcpStream, service: Service, shared: Arc<Share
     let mut connection = protocol().serve_connection(TokioIo::new(socket), serve);
     let at_stop = |connection: Pin<&mut http1::Connection<_, _>>| {
         connection.graceful_shutdown();
-        Stop::Soon
+        if activity.is_idle() { Stop::AtOnce } else { Stop::Soon }
     };
     let ended = guard.watch(Pin::new(&mut connection), at_stop).await;
     let socket = connection.into_parts().io.into_inner();

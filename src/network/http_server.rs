@@ -271,9 +271,9 @@ mod tests {
             }
         });
         let mut rest = Vec::new();
-        // Closed with bytes unread, so that a reset is as good an end as a close.
         let ended = tokio::time::timeout(PATIENCE, reader.read_to_end(&mut rest)).await;
-        assert!(ended.is_ok(), "the server kept waiting");
+        ended.expect("the server kept waiting").unwrap();
+        assert!(rest.starts_with(b"HTTP/1.1 400 "), "{rest:?}");
         assert!(start.elapsed() >= Duration::from_millis(200));
         drip.abort();
     }
@@ -400,6 +400,37 @@ mod tests {
         assert!(read_all(&mut busy).await.ends_with("done"));
         tokio::time::timeout(PATIENCE, server.join()).await.unwrap();
         assert!(TcpStream::connect(address).await.is_err(), "the port is free");
+    }
+
+    /// Who goes on sending requests behind the last one that is answered reads that answer, and then an end: a reset
+    /// might take it away. Who is idle is not waited for.
+    #[tokio::test]
+    async fn stopping_resets_nobody() {
+        let (gate, reached) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (opened, told) = (gate.clone(), reached.clone());
+        let wait = get(move || async move {
+            told.notify_one();
+            opened.notified().await;
+            "done"
+        });
+        let (address, server, shutdown) =
+            start(hello().route("/wait", wait), Limits::default()).await;
+        let mut idle = TcpStream::connect(address).await.unwrap();
+        send(&mut idle, "GET / HTTP/1.1\r\n\r\n").await;
+        read_until(&mut idle, "hello").await;
+        let mut busy = TcpStream::connect(address).await.unwrap();
+        send(&mut busy, "GET /wait HTTP/1.1\r\n\r\n").await;
+        reached.notified().await;
+        // Nobody reads these as long as the one before them is being answered.
+        send(&mut busy, &"GET / HTTP/1.1\r\n\r\n".repeat(5000)).await;
+        shutdown.cancel();
+        assert_eq!(read_all(&mut idle).await, "");
+        gate.notify_one();
+        let text = read_all(&mut busy).await;
+        assert!(text.ends_with("done") && text.contains("connection: close"), "{text}");
+        send(&mut busy, "GET / HTTP/1.1\r\n\r\n").await;
+        drop(busy);
+        tokio::time::timeout(PATIENCE, server.join()).await.unwrap();
     }
 
     /// A body that nobody reads neither hides the answer nor ends the connection.

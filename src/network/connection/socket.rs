@@ -19,6 +19,11 @@ use super::clock::Activity;
 /// that sends some tens of megabytes before it looks; who has to make room for others has less.
 pub(super) const LINGER_TIME: Duration = Duration::from_secs(5);
 
+/// How long a connection that owes nothing stays half open for what its client still sends: requests behind the
+/// last one that is answered, before it hears so (RFC 9112, 9.6). Some round trips; a client that closes in its
+/// turn ends it at once.
+pub(super) const QUIET_TIME: Duration = Duration::from_secs(1);
+
 /// How much is thrown away at once, in bytes: on the stack, so not more.
 const SCRAP_BYTES: usize = 16 << 10;
 
@@ -32,14 +37,22 @@ pub(super) struct Watched {
     closed: bool,
 }
 
-/// What is left to do for a client that was refused at the gate, or whose request was answered before it
-/// was whole, or never will be.
+/// What is left to do for a client whose connection ends.
 #[derive(Default)]
 struct Parting {
     /// The rest of its answer, if that is not hyper's to give.
     answer: Bytes,
-    /// Runs once that is written.
-    linger: Option<Pin<Box<Sleep>>>,
+    /// Begins once that is written.
+    linger: Option<Linger>,
+}
+
+/// How long what a client still sends is taken.
+struct Linger {
+    /// At the latest.
+    until: Instant,
+    /// After the last byte.
+    pause: Duration,
+    timer: Pin<Box<Sleep>>,
 }
 
 impl Watched {
@@ -113,7 +126,9 @@ impl Watched {
         pin!(self.stream.read_buf(self.gate.inbox())).poll(cx)
     }
 
-    /// Writes what a refused client is told, then takes what it still sends, for a while.
+    /// Writes what a refused client is told, then takes what it still sends, for a while: in the middle of a
+    /// request that may be much, and who was cut off is not done before; otherwise it is what crossed the last
+    /// answer.
     fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while let Some(answer) = self.parting.as_mut().map(|parting| &mut parting.answer)
             && answer.has_remaining()
@@ -130,19 +145,31 @@ impl Watched {
         }
         let Some(parting) = &mut self.parting else { return Poll::Ready(Ok(())) };
         ready!(Pin::new(&mut self.stream).poll_shutdown(cx))?;
-        let linger =
-            parting.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_TIME)));
+        let pause = if self.gate.unfinished() { LINGER_TIME } else { QUIET_TIME };
+        let linger = parting.linger.get_or_insert_with(|| Linger::begin(pause));
         let mut scrap = [0; SCRAP_BYTES];
-        loop {
-            if linger.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Ok(()));
-            }
+        while linger.timer.as_mut().poll(cx).is_pending() {
             let mut scrap = ReadBuf::new(&mut scrap);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut scrap))?;
             if scrap.filled().is_empty() {
-                return Poll::Ready(Ok(()));
+                break;
             }
+            linger.extend();
         }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Linger {
+    fn begin(pause: Duration) -> Self {
+        let until = Instant::now() + LINGER_TIME;
+        Self { until, pause, timer: Box::pin(tokio::time::sleep(pause)) }
+    }
+
+    /// Something came.
+    fn extend(&mut self) {
+        let when = self.until.min(Instant::now() + self.pause);
+        self.timer.as_mut().reset(when);
     }
 }
 
@@ -243,9 +270,7 @@ impl AsyncWrite for Watched {
         if self.closed {
             return Poll::Ready(Ok(()));
         }
-        if self.parting.is_none() && self.gate.unfinished() {
-            self.parting = Some(Parting::default());
-        }
+        self.parting.get_or_insert_default();
         let parted = ready!(self.poll_part(cx));
         self.closed = true;
         parted?;
