@@ -29,7 +29,10 @@ async fn outrun(dir: &Path) -> Store {
     store.log().save_vote(&Vote::new_committed(6, 1)).await.unwrap();
     let other = tempfile::tempdir().unwrap();
     let (_leader, meta, image) = snapshot(other.path()).await;
-    store.state_machine().install_snapshot(&meta, image).await.unwrap();
+    let mut machine = store.state_machine();
+    machine.install_snapshot(&meta, image).await.unwrap();
+    // Waits for what goes on afterwards: the files are about to be copied.
+    drop(machine.get_current_snapshot().await.unwrap());
     store
 }
 
