@@ -25,8 +25,8 @@
 //! that stops, with its machine, could make an old leader answer with the past, which a round never does. A lease is
 //! asked for only where the membership is uniform and the newest in this node's log, and ends when that changes
 //! or this node votes for another. It is given anew by the first round after its end, as long as Raft's core goes on:
-//! rounds need none of it, and one that stands still must be succeeded, however many read meanwhile. (Raft dissertation, 6.4.1, but
-//! with promises instead of election timeouts, which a restarted follower forgets.)
+//! rounds need none of it, and one that stands still must be succeeded, however many read meanwhile. (Raft
+//! dissertation, 6.4.1, but with promises instead of election timeouts, which a restarted follower forgets.)
 //!
 //! The membership is the one that Raft reported last. It may be one change behind, never two: a change
 //! is committed, which takes more than one of the reports, before the next one begins; and a majority

@@ -133,8 +133,9 @@ impl Images {
         self.building.lock().expect("no code panics while it holds this lock")
     }
 
-    /// Makes a new image of the present state and makes it the current one, unless a follower has begun to get the current one while the new one was made, and newer ones
-    /// are to wait for that: then the current one stays, but for `force`. Returns the current one. Blocks.
+    /// Makes a new image of the present state and makes it the current one, unless a follower has begun to get the
+    /// current one while the new one was made, and newer ones are to wait for that: then the current one stays, but
+    /// for `force`. Returns the current one. Blocks.
     pub(super) fn build_newer(
         &self,
         force: bool,

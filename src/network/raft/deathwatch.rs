@@ -10,8 +10,8 @@
 //! Those agree only if they have just found the same or have heard nothing for as long as the lease lasts
 //! ([`super::lapse`]). So a node that alone is refused, by a firewall between the two, changes nothing. Nor
 //! does any promise depend on it: Raft is safe whenever elections are held, and a read is confirmed by
-//! voters, or by a lease of theirs, to which they keep whoever is refused (`store/promise.rs`). A machine that is lost as a whole, or a network, refuses nothing: then the
-//! timeout decides, as ever.
+//! voters, or by a lease of theirs, to which they keep whoever is refused (`store/promise.rs`). A machine that is
+//! lost as a whole, or a network, refuses nothing: then the timeout decides, as ever.
 //!
 //! Voters ask in turns, so that they do not stand against each other. One that lacks entries is told so by
 //! those who have them, and the next one's turn comes.
