@@ -156,12 +156,16 @@ impl KVClient {
                 Err(ClientError::WrongCluster { address, owner, epoch }) => (address, owner, epoch),
                 Err(error) if is_out_of_reach(&error) => {
                     let pause = backoff.pause_with_jitter();
-                    if budget.left() <= pause {
+                    let is_refused = matches!(error, ClientError::Unreachable { .. });
+                    let had_all_its_time = its_budget.deadline() == budget.deadline();
+                    if budget.left() <= pause || (had_all_its_time && !is_refused) {
                         // A cluster that has left the ring may be gone: nobody else should have to wait for that.
                         self.rings.look_for_newer();
                         return Err(error);
                     }
                     tokio::time::sleep(pause).await;
+                    // What sends it back to a cluster that is not reached does not go round in a circle.
+                    redirects = 0;
                     target = self.target_past(target, key, &mut used, budget).await;
                     continue;
                 }

@@ -108,6 +108,17 @@ impl RaftNode {
         Self { shared, timeout: TIMEOUT_DEFAULT }
     }
 
+    /// This client, and what it knows, as that of one of so many clusters.
+    pub(crate) fn sharing_with(&self, clusters: usize) -> Self {
+        let share = Share::of(clusters);
+        if share.is_as_large_as(&self.shared.share) {
+            return self.clone();
+        }
+        let view = ArcSwap::new(self.shared.view.load_full());
+        let (courier, turn) = (self.shared.courier.clone(), AtomicUsize::new(0));
+        Self { shared: Arc::new(Shared { courier, share, view, turn }), timeout: self.timeout }
+    }
+
     /// The same client with another deadline for each operation (10 s unless set).
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {

@@ -84,7 +84,9 @@ impl Routes {
             let listed: Vec<String> = cluster.nodes.iter().map(|node| node.http.clone()).collect();
             let kept = known.and_then(|routes| routes.clusters.get(&cluster.id));
             match kept.filter(|member| member.listed == listed) {
-                Some(member) => member.clone(),
+                Some(Member { client, .. }) => {
+                    Member { listed, client: client.sharing_with(clusters_max) }
+                }
                 None => {
                     let client = RaftNode::one_of(clusters_max, listed.clone(), courier.clone());
                     Member { listed, client }

@@ -75,6 +75,10 @@ impl Share {
         let bytes = (ROOM_BYTES / clusters.max(1)).max(SHARE_BYTES_MIN);
         Self { bytes, free: (clusters > 1).then(|| Semaphore::new(bytes)) }
     }
+
+    pub(super) fn is_as_large_as(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
 }
 
 async fn permits(free: &Semaphore, bytes: u32, deadline: Instant) -> Option<SemaphorePermit<'_>> {
@@ -123,6 +127,18 @@ mod tests {
         drop(taken);
         let huge = room.take(&shares[0], ROOM_BYTES, Instant::now()).await;
         assert!(huge.is_some_and(|_| room.free() < ROOM_BYTES));
+    }
+
+    /// A ring that grows leaves a cluster less than it had when it was alone.
+    #[tokio::test]
+    async fn a_client_that_gets_company_takes_less_and_forgets_nothing() {
+        let alone = super::super::RaftNode::new(vec!["a:1".into()]);
+        alone.change_view(|view| view.led_by("a:2"));
+        let one_of_two = alone.sharing_with(2);
+        assert_eq!(one_of_two.shared.share.bytes, ROOM_BYTES / 2);
+        assert_eq!(one_of_two.nodes(), ["a:1", "a:2"]);
+        let same = one_of_two.sharing_with(2);
+        assert!(std::sync::Arc::ptr_eq(&same.shared, &one_of_two.shared));
     }
 
     #[tokio::test]
