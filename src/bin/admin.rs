@@ -147,7 +147,7 @@ impl From<ManagerError> for Failure {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::to_stderr("admin", DEFAULT_LOG);
+    logging::to_stderr(DEFAULT_LOG);
     let done = match cli.verb {
         None => run(cli.config.as_deref()).await,
         Some(Verb::Status(target)) => status(&target).await,

@@ -58,7 +58,7 @@ const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
-    logging::to_stderr("raft-kv", DEFAULT_LOG);
+    logging::to_stderr(DEFAULT_LOG);
     let config = flags.config.as_ref().map_or_else(|| Ok(Config::default()), Config::load_for_node);
     let config = match config {
         Ok(config) => config,

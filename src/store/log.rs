@@ -463,32 +463,24 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
-    use crate::store::Store;
     use openraft::EntryPayload;
+
+    use crate::store::Store;
+    use crate::store::tests::{log_id, options};
 
     /// A store that has nothing of its log in memory.
     fn open(dir: &std::path::Path) -> Store {
-        let mut config = Config::default();
-        config.storage.log_tail_bytes = 0;
-        let options = StoreOptions {
-            dir: dir.join("node"),
-            node_id: 1,
-            cluster: "c1".parse().unwrap(),
-            storage: config.storage,
-            raft: config.raft,
-            open_files_max: 64,
-        };
+        let mut options = options(dir);
+        options.storage.log_tail_bytes = 0;
         Store::open(&options).unwrap()
     }
 
-    fn entry(index: u64) -> Entry {
-        let leader_id = openraft::vote::leader_id_adv::LeaderId { term: 1, node_id: 1 };
-        Entry { log_id: LogId { leader_id, index }, payload: EntryPayload::Blank }
+    fn id(index: u64) -> LogId {
+        log_id(1, index)
     }
 
-    fn id(index: u64) -> LogId {
-        entry(index).log_id
+    fn entry(index: u64) -> Entry {
+        Entry { log_id: id(index), payload: EntryPayload::Blank }
     }
 
     /// Between being told and looking, also if what came in its place is not there for the reader yet.

@@ -28,7 +28,7 @@ use crate::ring::{Ring, RingCluster, RingNode};
 use crate::types::*;
 use crate::writes::{WriteRef, Writes};
 
-fn options(dir: &Path) -> StoreOptions {
+pub(super) fn options(dir: &Path) -> StoreOptions {
     let config = Config::default();
     StoreOptions {
         dir: dir.join("node"),
@@ -44,7 +44,7 @@ fn open(dir: &Path) -> Store {
     Store::open(&options(dir)).unwrap()
 }
 
-fn log_id(term: u64, index: u64) -> LogId {
+pub(super) fn log_id(term: u64, index: u64) -> LogId {
     LogId { leader_id: LeaderId { term, node_id: 1 }, index }
 }
 
