@@ -215,8 +215,11 @@ impl RuntimeConfig {
 pub struct StorageConfig {
     /// Blocks of data files kept in memory, in bytes, shared by all column families.
     pub block_cache_bytes: usize,
-    /// One memtable of the data, in bytes; up to three exist at once. RocksDB's own, for the log, take
-    /// up to 64 MiB.
+    /// Single rows kept in memory, in bytes: those that were written or read lately and are in no memtable any
+    /// more. 0: none.
+    pub row_cache_bytes: usize,
+    /// One memtable of the data, in bytes; up to three exist at once, and for a moment four. RocksDB's own, for the
+    /// log, take up to 64 MiB.
     pub memtable_bytes: usize,
     /// The newest log entries kept in memory, in bytes.
     pub log_tail_bytes: usize,
@@ -304,6 +307,7 @@ impl Default for StorageConfig {
     fn default() -> Self {
         Self {
             block_cache_bytes: 128 << 20,
+            row_cache_bytes: 128 << 20,
             memtable_bytes: 32 << 20,
             log_tail_bytes: 16 << 20,
             log_bytes_max: 1 << 30,
@@ -479,6 +483,11 @@ impl ReshardConfig {
 impl StorageConfig {
     fn check(&self) -> Result<(), OutOfRange> {
         within("storage.block_cache_bytes", self.block_cache_bytes, 1 << 20..=1 << 40)?;
+        let row_cache = self.row_cache_bytes;
+        let allowed = row_cache == 0 || (1 << 20..=1 << 40).contains(&row_cache);
+        require(allowed, "storage.row_cache_bytes", row_cache.to_string(), || {
+            format!("0, or {} to {}, is allowed", 1 << 20, 1_u64 << 40)
+        })?;
         within("storage.memtable_bytes", self.memtable_bytes, 1 << 20..=1 << 30)?;
         within("storage.log_tail_bytes", self.log_tail_bytes, 0..=1 << 34)?;
         // What was purged is counted until RocksDB lets go of it: up to three memtables of 16 MiB.
@@ -569,6 +578,7 @@ mod tests {
             ("raft.heartbeat_interval_ms = 300", "raft.election_timeout_min_ms"),
             ("raft.read_lease_ms = 101", "raft.read_lease_ms"),
             ("storage.memtable_bytes = 5", "storage.memtable_bytes"),
+            ("storage.row_cache_bytes = 5", "storage.row_cache_bytes"),
             ("reshard.handoffs_at_once = 0", "reshard.handoffs_at_once"),
             ("reshard.pause_times = 1001", "reshard.pause_times"),
             ("reshard.page_bytes = 1048577", "reshard.page_bytes"),

@@ -69,6 +69,7 @@ use flusher::Flusher;
 use formation::Formation;
 pub use log::LogStore;
 use marker::Marker;
+pub use memtable::RowCacheStats;
 pub use promise::{LEASE_MAX, Promise};
 pub use reader::{LogSize, Lookup, StateReader};
 pub use state_machine::StateMachine;
@@ -272,7 +273,7 @@ impl Store {
     pub fn close(self) -> io::Result<()> {
         let Self { engine, flusher, log, state, formation: _, _lock } = self;
         // In this order: the state's flush syncs the log, too.
-        let flushed = state.flush();
+        let flushed = state.end();
         let flushed = flusher.stop().and(flushed);
         drop(log);
         drop(state);

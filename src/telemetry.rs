@@ -1,6 +1,6 @@
 //! Counters and gauges for `GET /metrics`, in Prometheus' text format.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::text::encode;
@@ -12,6 +12,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::metrics::{NodeMetrics, NodeState};
+use crate::store::RowCacheStats;
 
 /// What a client asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -53,6 +54,9 @@ pub struct Telemetry {
     keys: GaugeU64,
     epoch: GaugeU64,
     data_bytes: GaugeU64,
+    row_cache_hits: Counter,
+    row_cache_misses: Counter,
+    row_cache_bytes: GaugeU64,
 }
 
 impl Default for Telemetry {
@@ -92,6 +96,16 @@ impl Telemetry {
         let keys = gauge("keys", "Number of keys; an estimate when there are many");
         let epoch = gauge("ring_epoch", "Epoch of the ring; 0 for none");
         let data_bytes = gauge("data_file_bytes", "Size of the data files on disk");
+        let row_cache_bytes = gauge("row_cache_bytes", "Memory of the cache of rows");
+        let mut counter = |name: &str, help: &str| {
+            let counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let row_cache_hits =
+            counter("row_cache_hits", "Rows that no memtable had and the cache had");
+        let row_cache_misses =
+            counter("row_cache_misses", "Rows that neither memtables nor the cache had");
         Self {
             seconds,
             failures,
@@ -103,6 +117,9 @@ impl Telemetry {
             keys,
             epoch,
             data_bytes,
+            row_cache_hits,
+            row_cache_misses,
+            row_cache_bytes,
             registry,
         }
     }
@@ -116,7 +133,7 @@ impl Telemetry {
     }
 
     /// The whole text, with the gauges as of now.
-    pub fn text(&self, metrics: &NodeMetrics, data_bytes: u64) -> String {
+    pub fn text(&self, metrics: &NodeMetrics, data_bytes: u64, rows: RowCacheStats) -> String {
         self.term.set(metrics.term);
         self.leader.set((metrics.state == NodeState::Leader).into());
         self.last_log.set(metrics.last_log.unwrap_or(0));
@@ -125,6 +142,9 @@ impl Telemetry {
         self.keys.set(metrics.keys.unwrap_or(0));
         self.epoch.set(metrics.epoch.unwrap_or(0));
         self.data_bytes.set(data_bytes);
+        self.row_cache_hits.inner().store(rows.hits, Ordering::Relaxed);
+        self.row_cache_misses.inner().store(rows.misses, Ordering::Relaxed);
+        self.row_cache_bytes.set(rows.bytes as u64);
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a String cannot fail");
         text

@@ -142,8 +142,9 @@ impl App {
 
     /// The text of `GET /metrics`.
     pub fn prometheus(&self) -> String {
-        let data_bytes = self.inner.reader.disk_bytes().unwrap_or(0);
-        self.inner.telemetry.text(&self.metrics(), data_bytes)
+        let reader = &self.inner.reader;
+        let data_bytes = reader.disk_bytes().unwrap_or(0);
+        self.inner.telemetry.text(&self.metrics(), data_bytes, reader.row_cache())
     }
 
     /// Tells when storage fails. Consensus may fail without it: see [`App::storage_failed`].

@@ -163,7 +163,7 @@ impl StateShared {
             }
         }
         trimmed.0 = frozen.side.log_start;
-        self.memtables.thaw();
+        self.memtables.thaw(|| self.flushes.gives_way());
         Ok(Flushed::Written)
     }
 

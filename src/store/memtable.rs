@@ -19,12 +19,16 @@
 //! whole.
 //!
 //! There may be several flushed tables: one that is flushed before it is full, for a snapshot or a handoff,
-//! leaves older ones in memory, as long as they are few and small enough ([`Layers::keep_flushed`]).
+//! leaves older ones in memory, as long as they are few and small enough ([`Layers::kept`]).
+//!
+//! What leaves the tables goes on to a cache of single rows ([`cache`]), which holds what is read from disk, too.
 //!
 //! Memory: the active table, the frozen one and all flushed ones together hold up to
-//! `storage.memtable_bytes` each, plus one round; when the active one is full while the frozen one is not on
-//! disk yet, apply waits.
+//! `storage.memtable_bytes` each, plus one round, and as much again while flushed ones go on to the cache; when the
+//! active one is full while the frozen one is not on disk yet, apply waits. The cache holds `storage.row_cache_bytes`.
 
+mod cache;
+mod place;
 mod table;
 
 use std::io;
@@ -40,8 +44,11 @@ use super::machine::Side;
 use super::meta;
 use super::snapshot::Head;
 
+use cache::Forgotten;
+pub(super) use cache::RowCache;
+pub use cache::RowCacheStats;
 pub(super) use table::Row;
-use table::RowTable;
+use table::{RowTable, touch_rows};
 
 /// What a change costs beside its bytes.
 const CHANGE_OVERHEAD_BYTES: usize = 64;
@@ -83,6 +90,7 @@ pub(super) struct Frozen {
 /// The tables and the head. See the module.
 pub(super) struct Memtables {
     layers: RwLock<Layers>,
+    cache: RowCache,
     /// Woken when a frozen table is on disk, or never will be.
     room: Notify,
     bytes_max: usize,
@@ -96,6 +104,13 @@ pub(super) struct Layers {
     head: Head,
     /// Whether `head` or rows changed since the last freeze.
     changed: bool,
+}
+
+/// Rows of a state that is none any more.
+#[must_use = "it is to be dropped where nobody waits"]
+pub(super) struct Replaced {
+    _layers: Layers,
+    _cached: Forgotten,
 }
 
 impl<'a> Update<'a> {
@@ -179,6 +194,13 @@ impl Layers {
         self.active.table.get(key).or_else(frozen).or_else(flushed)
     }
 
+    /// What is likely to be the key's row, if it is in memory.
+    fn likely_row(&self, key: &[u8]) -> Option<&[u8]> {
+        let flushed = || self.flushed.iter().find_map(|rows| rows.table.likely_row_of(key));
+        let frozen = || self.frozen.as_ref()?.rows.table.likely_row_of(key);
+        self.active.table.likely_row_of(key).or_else(frozen).or_else(flushed)
+    }
+
     /// Whether a key changed since the last flush.
     pub(super) fn is_unflushed(&self, key: &[u8]) -> bool {
         let frozen = || self.frozen.as_ref().is_some_and(|frozen| frozen.rows.table.contains(key));
@@ -235,13 +257,37 @@ impl Layers {
 }
 
 impl Memtables {
-    pub(super) fn new(head: Head, bytes_max: usize) -> Self {
+    /// Tables of up to `bytes_max`, and a cache of up to `cache_bytes_max`.
+    pub(super) fn new(head: Head, bytes_max: usize, cache_bytes_max: usize) -> Self {
         let layers = RwLock::new(Layers::new(head));
-        Self { layers, room: Notify::new(), bytes_max }
+        Self { layers, cache: RowCache::new(cache_bytes_max), room: Notify::new(), bytes_max }
+    }
+
+    /// Rows on disk that no table has. Who looks here has looked into the tables first.
+    pub(super) fn cache(&self) -> &RowCache {
+        &self.cache
     }
 
     pub(super) fn read(&self) -> RwLockReadGuard<'_, Layers> {
         self.layers.read().expect("no code panics while it holds this lock")
+    }
+
+    /// Loads the rows of keys that are about to be looked for, in tables and cache: they come from memory at the same
+    /// time instead of one after the other.
+    pub(super) fn touch(&self, keys: &[&[u8]]) {
+        let mut elsewhere = Vec::with_capacity(keys.len());
+        let layers = self.read();
+        touch_rows(keys.iter().filter_map(|key| {
+            let row = layers.likely_row(key);
+            if row.is_none() {
+                elsewhere.push(*key);
+            }
+            row
+        }));
+        drop(layers);
+        if !elsewhere.is_empty() {
+            self.cache.touch(&elsewhere);
+        }
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Layers> {
@@ -292,17 +338,19 @@ impl Memtables {
         layers.frozen.clone()
     }
 
-    /// The frozen table's rows are in a data file that readers see.
-    pub(super) fn thaw(&self) {
-        let old = {
-            let mut layers = self.write();
-            let frozen = layers.frozen.take();
-            let rows = frozen.as_ref().map(|frozen| frozen.rows.clone());
-            (frozen, layers.keep_flushed(rows, self.bytes_max))
-        };
+    /// The frozen table's rows are in a data file that readers see. When older tables have to go for it, their rows go
+    /// into the cache: that takes a while with many, unless the caller is to `hurry`, and then the cache is
+    /// emptied. One at a time calls this, and never during [`Self::replace`].
+    pub(super) fn thaw(&self, hurry: impl Fn() -> bool) {
+        let (frozen, leaving) = self.write().thaw(self.bytes_max);
         self.room.notify_waiters();
+        // Oldest first, so that the newest row of a key stays; and before readers look past the tables.
+        let mut oldest_first = leaving.iter().rev();
+        let superseded = oldest_first.all(|rows| self.cache.supersede(&rows.table, &hurry));
+        let forgotten = (!superseded).then(|| self.cache.clear());
+        let old = self.write().forget_leaving(self.bytes_max);
         // Takes its time with so many rows: outside the lock.
-        drop(old);
+        drop((frozen, leaving, old, forgotten));
     }
 
     /// Wakes those who wait for room, because there will be none.
@@ -310,11 +358,13 @@ impl Memtables {
         self.room.notify_waiters();
     }
 
-    /// Forgets all rows: another state, which is on disk, takes the place of this one.
-    pub(super) fn replace(&self, head: Head) {
-        let old = std::mem::replace(&mut *self.write(), Layers::new(head));
-        drop(old);
+    /// Forgets all rows: another state, which is on disk, takes the place of this one. Returns them, to be dropped
+    /// where nobody waits.
+    pub(super) fn replace(&self, head: Head) -> Replaced {
+        let layers = std::mem::replace(&mut *self.write(), Layers::new(head));
+        let cached = self.cache.clear();
         self.room.notify_waiters();
+        Replaced { _layers: layers, _cached: cached }
     }
 
     /// Waits until another round may be applied.
@@ -347,16 +397,26 @@ impl Layers {
         Self { active, frozen: None, flushed: Vec::new(), head, changed: false }
     }
 
-    /// One more table is on disk. Returns those that have to make room for it.
-    fn keep_flushed(&mut self, rows: Option<Arc<Rows>>, bytes_max: usize) -> Vec<Arc<Rows>> {
-        let Some(rows) = rows else { return Vec::new() };
-        let mut bytes = rows.bytes();
-        self.flushed.insert(0, rows);
-        let fit = |older: &&Arc<Rows>| {
-            bytes += older.bytes();
-            bytes <= bytes_max
+    /// How many flushed tables stay: the newest, and those that fit in beside it.
+    fn kept(&self, bytes_max: usize) -> usize {
+        let mut bytes = 0;
+        let fit = |(number, rows): &(usize, &Arc<Rows>)| {
+            bytes += rows.bytes();
+            *number == 0 || bytes <= bytes_max
         };
-        let kept = 1 + self.flushed[1..].iter().take(FLUSHED_MAX - 1).take_while(fit).count();
+        self.flushed.iter().take(FLUSHED_MAX).enumerate().take_while(fit).count()
+    }
+
+    /// The frozen table is on disk. Returns it, and the flushed ones that have to go for it, the newest first.
+    fn thaw(&mut self, bytes_max: usize) -> (Option<Arc<Frozen>>, Vec<Arc<Rows>>) {
+        let frozen = self.frozen.take();
+        self.flushed.splice(0..0, frozen.as_ref().map(|frozen| frozen.rows.clone()));
+        (frozen, self.flushed[self.kept(bytes_max)..].to_vec())
+    }
+
+    /// Readers look past those from now on.
+    fn forget_leaving(&mut self, bytes_max: usize) -> Vec<Arc<Rows>> {
+        let kept = self.kept(bytes_max);
         self.flushed.split_off(kept)
     }
 
@@ -381,7 +441,7 @@ mod tests {
     use super::*;
 
     fn tables(bytes_max: usize) -> Memtables {
-        Memtables::new(Head::default(), bytes_max)
+        Memtables::new(Head::default(), bytes_max, 0)
     }
 
     fn row(text: &'static str) -> (&'static [u8], Update<'static>) {
@@ -406,10 +466,10 @@ mod tests {
         assert_eq!(get(&tables, b"k"), Some(None));
         assert_eq!(tables.read().keys().collect::<Vec<_>>(), [(&b"k"[..], false)]);
         assert_eq!(get(&tables, b"other"), None);
-        tables.thaw();
+        tables.thaw(|| false);
         assert_eq!(get(&tables, b"k"), Some(None));
         assert!(tables.is_due() && tables.freeze(Side::default).is_some());
-        tables.thaw();
+        tables.thaw(|| false);
         assert_eq!(get(&tables, b"k"), Some(None), "kept for readers");
         assert!(!tables.read().is_unflushed(b"k"));
         assert_eq!(tables.read().keys().count(), 0);
@@ -429,7 +489,7 @@ mod tests {
             let updates = keys.iter().map(|key| (&key[..], row("v").1));
             tables.apply(updates, Vec::new(), |_| ());
             assert!(tables.freeze(Side::default).is_some());
-            tables.thaw();
+            tables.thaw(|| false);
         };
         let there = |n: u8| tables.read().get(&[n]).is_some();
         flush(0..7);
@@ -442,6 +502,57 @@ mod tests {
         assert!(!there(35) && there(36) && there(39));
         flush(50..70);
         assert!(tables.read().flushed.len() == 1 && there(69), "the newest always stays");
+    }
+
+    /// When several tables leave at once, their newest row of a key goes on, also if that says "deleted", and
+    /// readers find it at any moment.
+    #[test]
+    fn the_newest_of_the_rows_that_leave_goes_on() {
+        for newest in [Some("newest"), Some("old"), Some("3"), None] {
+            let tables = Memtables::new(Head::default(), 1 << 20, 1 << 20);
+            let flush = |key: &[u8], value: Option<&str>, hook: &dyn Fn()| {
+                let update = value.map_or(Update::Delete, |value| {
+                    Update::Record(Bytes::copy_from_slice(value.as_bytes()))
+                });
+                tables.apply([(key, update)], Vec::new(), |_| ());
+                assert!(tables.freeze(Side::default).is_some());
+                tables.thaw(|| {
+                    hook();
+                    false
+                });
+            };
+            let expected = newest.map(Bytes::from);
+            for value in [Some("old"), Some("longer"), newest] {
+                flush(b"k", value, &|| panic!("none has to leave"));
+            }
+            let looks = std::cell::Cell::new(0);
+            flush(b"giant", Some(&"g".repeat(1 << 20)), &|| {
+                looks.set(looks.get() + 1);
+                assert_eq!(get(&tables, b"k"), Some(expected.clone()), "it has not left yet");
+            });
+            assert_eq!((looks.get(), tables.read().flushed.len()), (3, 1));
+            assert_eq!(get(&tables, b"k"), None, "it has left");
+            let cached = tables.cache().get(b"k", Bytes::copy_from_slice).ok();
+            assert_eq!(cached, expected);
+        }
+    }
+
+    /// Who is in a hurry finds no old row in the cache either.
+    #[test]
+    fn rows_that_leave_in_a_hurry_leave_nothing() {
+        let tables = Memtables::new(Head::default(), 1, 1 << 20);
+        let flush = |text: &'static str, key: &'static [u8], hurry: bool| {
+            tables.apply([(key, row(text).1)], Vec::new(), |_| ());
+            assert!(tables.freeze(Side::default).is_some());
+            tables.thaw(|| hurry);
+        };
+        flush("old", b"k", false);
+        flush("other", b"l", false);
+        assert_eq!(tables.cache().get(b"k", |row| row == b"old").unwrap_or_default(), true);
+        flush("new", b"k", false);
+        flush("other", b"l", true);
+        assert!(tables.cache().get(b"k", |_| ()).is_err());
+        assert!(!tables.read().is_unflushed(b"k") && get(&tables, b"k").is_none());
     }
 
     /// Bytes follow replaced rows, so that a key that is written again and again fills nothing.
@@ -472,7 +583,7 @@ mod tests {
         });
         let (waited, ()) = tokio::join!(waiting, async { tables.give_up() });
         assert!(waited.is_err());
-        tables.thaw();
+        tables.thaw(|| false);
         tables.await_room(|| Ok(())).await.unwrap();
     }
 
@@ -483,7 +594,7 @@ mod tests {
         assert!(tables.freeze(Side::default).is_none());
         tables.apply(std::iter::empty(), Vec::new(), |_| ());
         assert!(tables.freeze(Side::default).is_some());
-        tables.thaw();
+        tables.thaw(|| false);
         assert!(tables.freeze(Side::default).is_none());
     }
 }

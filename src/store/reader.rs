@@ -3,8 +3,8 @@
 //! A read looks at the ring and at the data in one moment: both are replaced only under the write
 //! lock of [`View`], so a key that moves away can never be read as "absent" in between.
 //!
-//! It looks into the memtables first, then into RocksDB. Between the two looks rows may move from the
-//! first to the second, never back, so whatever was there is found, or something newer.
+//! It looks into the memtables first, then into the cache of rows, then into RocksDB. Between the looks rows may
+//! move from the first to the others, never back, so whatever was there is found, or something newer.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +24,7 @@ use super::engine::{CF_LOG, Engine, to_io};
 use super::flush::Flushes;
 use super::image::NewestImage;
 use super::machine::{CHUNKED, Machine, stored_chunks};
-use super::memtable::{Memtables, Row};
+use super::memtable::{Memtables, Row, RowCacheStats};
 use super::meta::{self, Progress};
 
 /// Up to this many bytes of data, and [`COUNTED_KEYS_MAX`] keys by RocksDB's estimate,
@@ -105,9 +105,17 @@ impl StateShared {
         if let Some(row) = self.memtables.read().get(key) {
             return Ok(row.to_bytes());
         }
+        let cache = self.memtables.cache();
+        let missed = match cache.get(key, Bytes::copy_from_slice) {
+            Ok(row) => return Ok(Some(row)),
+            Err(missed) => missed,
+        };
         let mut stored = Vec::new();
         meta::record_key(key, &mut stored);
         let found = self.engine.db().get_cf(&self.engine.family(data)?, &stored).map_err(to_io)?;
+        if let Some(row) = &found {
+            cache.put(missed, key, row);
+        }
         Ok(found.map(Bytes::from))
     }
 
@@ -223,6 +231,9 @@ impl StateReader {
             if !found.is_empty() {
                 tokio::task::yield_now().await;
             }
+            if some.len() > 1 {
+                self.shared.memtables.touch(some);
+            }
             self.get_some(some, &mut room, &mut found)?;
             if room.is_full {
                 break;
@@ -263,11 +274,18 @@ impl StateReader {
             if let Some(row) = self.shared.memtables.read().get(key) {
                 return lookup(row);
             }
+            let cache = self.shared.memtables.cache();
+            let missed = match cache.get(key, |row| lookup(Row::Near(row))) {
+                Ok(found) => return found,
+                Err(missed) => missed,
+            };
             meta::record_key(key, &mut stored);
-            match engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? {
-                Some(row) => lookup(Row::Near(&row)),
-                None => Ok(Lookup::Absent),
-            }
+            let Some(row) = engine.db().get_pinned_cf(&family, &stored).map_err(to_io)? else {
+                return Ok(Lookup::Absent);
+            };
+            let found = lookup(Row::Near(&row))?;
+            cache.put(missed, key, &row);
+            Ok(found)
         };
         for key in keys {
             let lookup = look_up(key)?;
@@ -342,6 +360,11 @@ impl StateReader {
     /// Bytes of the live data's files on disk; without the log, memtables and staged snapshots.
     pub fn disk_bytes(&self) -> io::Result<u64> {
         self.shared.disk_bytes()
+    }
+
+    /// What the cache of rows has done, and holds.
+    pub fn row_cache(&self) -> RowCacheStats {
+        self.shared.memtables.cache().stats()
     }
 
     /// `storage.log_bytes_max`.

@@ -63,7 +63,8 @@ impl StateMachine {
         let machine = Machine::load(engine.db(), &engine.family(&data)?, &head)?;
         let view = View { data, ring: Arc::new(machine.ring.clone()) };
         let machine = Mutex::new(machine);
-        let memtables = Memtables::new(head, options.storage.memtable_bytes);
+        let storage = &options.storage;
+        let memtables = Memtables::new(head, storage.memtable_bytes, storage.row_cache_bytes);
         let flushes = Flushes::new(options.dir.join(flush::FILE_NAME));
         let cluster = options.cluster.clone();
         let log_bytes_max = options.storage.log_bytes_max as u64;
@@ -92,6 +93,15 @@ impl StateMachine {
     /// Writes what was applied to disk, so that a start after this has nothing to apply again. Blocks.
     pub(super) fn flush(&self) -> io::Result<()> {
         self.shared.flush()
+    }
+
+    /// Flushes for the last time: no rows are kept for readers any more.
+    ///
+    /// # Errors
+    /// As [`Self::flush`].
+    pub(super) fn end(&self) -> io::Result<()> {
+        self.shared.memtables.cache().end();
+        self.flush()
     }
 
     /// Applies the entries of a round and answers their clients.
@@ -155,15 +165,17 @@ impl StateMachine {
         // Readers do not wait for the disk: until the view changes, they see the old state, whole.
         engine.write(batch)?;
         engine.sync()?;
-        let old = {
+        let (old, replaced) = {
             let mut view = self.shared.view_mut();
-            self.shared.memtables.replace(head.clone());
+            let replaced = self.shared.memtables.replace(head.clone());
             *machine = loaded;
             no_flush.forget();
             let new = View { data: staged.family().to_owned(), ring };
-            std::mem::replace(&mut *view, new).data
+            (std::mem::replace(&mut *view, new).data, replaced)
         };
         self.shared.publish(&head.progress, machine.dedupe.log_time_ms());
+        drop((machine, no_flush));
+        drop(replaced);
         engine.drop_family(&old)
     }
 }

@@ -7,6 +7,7 @@ mod log_end;
 mod memory;
 mod once;
 mod outrun;
+mod row_cache;
 mod switch;
 mod torn_end;
 

@@ -21,6 +21,7 @@ use bytes::Bytes;
 use hashbrown::HashTable;
 
 use super::Update;
+use super::place::{self, UNIT_BYTES};
 
 /// Larger records are allocated one by one: copying them whenever they are read would cost more.
 pub(super) const NEAR_BYTES_MAX: usize = 2 << 10;
@@ -28,10 +29,9 @@ pub(super) const NEAR_BYTES_MAX: usize = 2 << 10;
 /// What is allocated at once. Small against a table, large against nearly all rows.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// Rows are counted in these, so that 32 bits say where one is, among 32 GiB.
-const UNIT_BYTES: usize = 8;
-
 const UNITS: usize = PIECE_BYTES / UNIT_BYTES;
+
+type Place = place::Place<UNITS>;
 
 const HEAD_BYTES: usize = 12;
 
@@ -62,14 +62,6 @@ pub(super) struct RowTable {
     large_free: Vec<u32>,
     large_bytes: usize,
     records: u64,
-}
-
-/// Where a row is, and half of its key's hash: enough to tell most keys apart and to find it a new slot
-/// without looking at the row.
-#[derive(Clone, Copy)]
-struct Place {
-    hash: u32,
-    unit: u32,
 }
 
 /// A row as it is stored.
@@ -108,21 +100,6 @@ struct Head {
     record_bytes: u32,
 }
 
-impl Place {
-    fn piece(self) -> usize {
-        self.unit as usize / UNITS
-    }
-
-    fn offset(self) -> usize {
-        self.unit as usize % UNITS * UNIT_BYTES
-    }
-
-    /// The table takes a slot by the lower bits of a hash and a tag by the upper ones.
-    fn spread(hash: u32) -> u64 {
-        u64::from(hash) << 32 | u64::from(hash)
-    }
-}
-
 impl RowTable {
     pub(super) fn with_capacity(rows: usize) -> Self {
         Self { places: HashTable::with_capacity(rows), ..Self::default() }
@@ -152,9 +129,25 @@ impl RowTable {
         self.find(self.hash(key), key).is_some()
     }
 
+    /// What is likely to be the key's row, for [`touch_rows`].
+    pub(super) fn likely_row_of(&self, key: &[u8]) -> Option<&[u8]> {
+        self.likely_row(self.hash(key))
+    }
+
     /// All rows, in no order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&[u8], Row<'_>)> {
         self.places.iter().map(|place| self.row(*place))
+    }
+
+    /// All rows, in no order, so many at a time that they are waited for together.
+    pub(super) fn chunks(&self) -> impl Iterator<Item = Vec<(&[u8], Row<'_>)>> {
+        let mut places = self.places.iter();
+        std::iter::from_fn(move || {
+            let chunk: Vec<_> = places.by_ref().take(CHUNK_ROWS).collect();
+            touch_rows(chunk.iter().map(|place| &self.pieces[place.piece()][place.offset()..]));
+            let rows: Vec<_> = chunk.into_iter().map(|place| self.row(*place)).collect();
+            (!rows.is_empty()).then_some(rows)
+        })
     }
 
     /// Puts rows, of one key after the other.
@@ -174,20 +167,18 @@ impl RowTable {
                 return;
             }
             // Without this, the compiler would see that nobody needs what was looked at.
-            std::hint::black_box(chunk.iter().fold(0, |seen, (hash, ..)| seen ^ self.touch(*hash)));
+            touch_rows(chunk.iter().filter_map(|(hash, ..)| self.likely_row(*hash)));
             for (hash, key, update) in chunk.drain(..) {
                 self.put(hash, key, update);
             }
         }
     }
 
-    /// Loads a row that is likely to be the one with this hash, without looking at its key.
-    fn touch(&self, hash: u32) -> u8 {
+    /// A row that is likely to be the one with this hash; its key is not looked at.
+    fn likely_row(&self, hash: u32) -> Option<&[u8]> {
         let same_hash = |place: &Place| place.hash == hash;
-        let Some(place) = self.places.find(Place::spread(hash), same_hash) else { return 0 };
-        let row = &self.pieces[place.piece()][place.offset()..];
-        let at = |line: usize| row.get(line * CACHE_LINE_BYTES).copied().unwrap_or_default();
-        at(0) ^ at(1) ^ at(2)
+        let place = self.places.find(Place::spread(hash), same_hash)?;
+        Some(&self.pieces[place.piece()][place.offset()..])
     }
 
     fn put(&mut self, hash: u32, key: &[u8], update: Update<'_>) {
@@ -214,7 +205,7 @@ impl RowTable {
     }
 
     fn hash(&self, key: &[u8]) -> u32 {
-        (self.hasher.hash_one(key) >> 32) as u32
+        place::half(self.hasher.hash_one(key))
     }
 
     fn find(&self, hash: u32, key: &[u8]) -> Option<Place> {
@@ -310,6 +301,18 @@ impl RowTable {
         self.large.push(record);
         self.large.len() as u32 - 1
     }
+}
+
+/// Loads the beginnings of rows, which are most of small ones. First all of them are found, then all are loaded:
+/// the less there is to do between two loads, the more of them a processor has under way.
+pub(super) fn touch_rows<'a>(rows: impl Iterator<Item = &'a [u8]>) {
+    let rows: Vec<_> = rows.collect();
+    let touch = |row: &[u8]| {
+        let at = |line: usize| row.get(line * CACHE_LINE_BYTES).copied().unwrap_or_default();
+        at(0) ^ at(1) ^ at(2)
+    };
+    // Without this, the compiler would see that nobody needs what was looked at.
+    std::hint::black_box(rows.into_iter().fold(0, |seen, row| seen ^ touch(row)));
 }
 
 fn large_number(bytes: &[u8]) -> usize {
