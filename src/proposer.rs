@@ -8,6 +8,10 @@
 //! writers that were answered together come back one after the other, and an entry for the first few of
 //! them would leave the rest to another.
 //!
+//! A leader that is deposed may hear only much later, or never, what became of the entries that it had on their
+//! way. What still waits does not wait for them: it goes to Raft at once, which refuses it for good and says
+//! who leads, or takes it if this node leads again.
+//!
 //! Each write has an answer of its own: what the state machine said of it, or, if the entry failed,
 //! what became of the entry. Writes of one [`Proposer::propose`] take effect in their order; what is
 //! asked for at the same time is concurrent, and any order is right.
@@ -16,10 +20,14 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use openraft::ServerState;
+use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{ClientWriteError, Fatal, RaftError};
 use openraft::impls::ProgressResponder;
+use openraft::metrics::RaftServerMetrics;
+use openraft::type_config::alias::WatchReceiverOf;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
@@ -180,19 +188,19 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
     let mut waiting = VecDeque::new();
     let mut received = Vec::new();
     let mut under_way = FuturesUnordered::new();
-    // How many writes the newest entry has.
-    let mut newest = 0;
+    let mut leadership = Leadership::of(&raft);
+    let mut turns = Turns::default();
     let mut open = true;
     while open || !under_way.is_empty() {
         tokio::select! {
             biased;
-            Some(()) = under_way.next() => {}
+            Some(losses) = under_way.next() => turns.answered(losses),
+            () = leadership.lost() => turns.leadership_lost(),
             count = requests.recv_many(&mut received, QUEUE_MAX - waiting.len()),
                 if open && waiting.len() < QUEUE_MAX =>
             {
                 open = count > 0;
             }
-            else => {}
         }
         // Whatever came meanwhile goes along.
         while waiting.len() + received.len() < QUEUE_MAX
@@ -201,13 +209,74 @@ async fn run(raft: Raft, reader: StateReader, mut requests: mpsc::Receiver<Reque
             received.push(request);
         }
         waiting.extend(received.drain(..));
-        while under_way.len() < PROPOSALS_MAX
-            && (under_way.is_empty() || count(&waiting, newest) >= newest)
+        while turns.allow(&waiting)
             && let Some(entry) = next_entry(&mut waiting)
         {
-            newest = entry.writes.len();
+            let losses = turns.proposed(entry.writes.len());
             let at_ms = clock.stamp(reader.log_time_ms(), Instant::now());
-            under_way.push(propose(&raft, at_ms, entry).await);
+            under_way.push(propose(&raft, at_ms, entry).await.map(move |()| losses));
+        }
+    }
+}
+
+/// When another entry may follow. Entries of a leadership that was lost do not count: each loss leaves
+/// [`PROPOSALS_MAX`] of them at most.
+#[derive(Default)]
+struct Turns {
+    /// How often this node has lost its leadership.
+    losses: u64,
+    /// Entries on their way that were proposed since.
+    under_way: usize,
+    /// How many writes the newest of them has.
+    newest: usize,
+}
+
+impl Turns {
+    fn allow(&self, waiting: &VecDeque<Request>) -> bool {
+        self.under_way == 0
+            || self.under_way < PROPOSALS_MAX && count(waiting, self.newest) >= self.newest
+    }
+
+    /// The next entry, with so many writes, is on its way; its answer tells what this returns.
+    fn proposed(&mut self, writes: usize) -> u64 {
+        self.under_way += 1;
+        self.newest = writes;
+        self.losses
+    }
+
+    fn answered(&mut self, losses: u64) {
+        if losses == self.losses {
+            self.under_way -= 1;
+        }
+    }
+
+    fn leadership_lost(&mut self) {
+        *self = Self { losses: self.losses + 1, ..Self::default() };
+    }
+}
+
+/// Whether this node leads, as Raft reported it last.
+struct Leadership {
+    metrics: WatchReceiverOf<TypeConfig, RaftServerMetrics<TypeConfig>>,
+    leads: bool,
+}
+
+impl Leadership {
+    fn of(raft: &Raft) -> Self {
+        Self { metrics: raft.server_metrics(), leads: false }
+    }
+
+    /// Returns when this node has ceased to lead. Cancel safe.
+    async fn lost(&mut self) {
+        loop {
+            let leads = self.metrics.borrow_watched().state == ServerState::Leader;
+            if std::mem::replace(&mut self.leads, leads) && !leads {
+                return;
+            }
+            if self.metrics.changed().await.is_err() {
+                // Raft has ended, and answers what is on its way by that.
+                std::future::pending::<()>().await;
+            }
         }
     }
 }
@@ -275,7 +344,7 @@ async fn propose(raft: &Raft, at_ms: u64, entry: Proposal) -> impl Future<Output
 
 type Callers = Vec<(usize, oneshot::Sender<Answer>)>;
 
-/// Gives every caller its part. Who gave up meanwhile needs none.
+/// Gives every caller its part.
 fn answer(
     outcome: Result<Applied, RaftError<TypeConfig, ClientWriteError<TypeConfig>>>,
     callers: Callers,
@@ -284,6 +353,7 @@ fn answer(
         Ok(Applied::Written(written)) => {
             let mut written = written.into_iter();
             for (count, caller) in callers {
+                // Who gave up meanwhile needs none.
                 let _ = caller.send(Ok(written.by_ref().take(count).collect()));
             }
         }
@@ -291,6 +361,7 @@ fn answer(
         Err(error) => {
             let error = Arc::new(error);
             for (_, caller) in callers {
+                // As above.
                 let _ = caller.send(Err(ProposeError::Raft(Arc::clone(&error))));
             }
         }

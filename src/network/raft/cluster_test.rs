@@ -28,6 +28,7 @@ use crate::network::peer::wire::{
     TransferRequest, VoteRequest,
 };
 use crate::network::raft_network_impl::PeerNetwork;
+use crate::proposer::{ProposeError, Proposer};
 use crate::read_gate::{ReadGate, Voters};
 use crate::store::formation::{BeforeRing, Founding};
 use crate::store::snapshot::SnapshotData;
@@ -527,4 +528,58 @@ async fn a_leader_that_lost_its_connections_and_listens_is_not_deposed() {
     for node in nodes {
         node.stop().await;
     }
+}
+
+/// What a deposed leader had on its way may never be answered. What waits behind it, or comes now, must not wait
+/// for that: it was told only at its deadline that it was not proposed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_waits_at_a_deposed_leader_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = cluster(dir.path(), NEVER).await;
+    let first = leader(&nodes).await;
+    let lead = nodes.remove(first);
+    let successor = nodes[0].id;
+    for node in nodes {
+        node.stop().await;
+    }
+    let (proposer, task) = Proposer::spawn(lead.raft.clone(), lead.store.reader());
+    let far = Instant::now() + Duration::from_secs(600);
+    let propose = |n: u64| {
+        let write = Write::put(n.to_string().into(), Bytes::new(), Condition::Always);
+        let proposer = proposer.clone();
+        tokio::spawn(async move { proposer.propose(vec![write], far).await.remove(0) })
+    };
+    // Two entries are on their way at once, and the third write waits.
+    let before = lead.raft.metrics().borrow_watched().last_log_index.unwrap();
+    let log_grows = async |entries: u64| {
+        let wait = lead.raft.wait(Some(Duration::from_secs(20)));
+        wait.log_index_at_least(Some(before + entries), "proposed").await.unwrap();
+    };
+    let stuck = [propose(1), {
+        log_grows(1).await;
+        propose(2)
+    }];
+    log_grows(2).await;
+    let waits = propose(3);
+
+    let vote = lead.raft.metrics().borrow_watched().vote;
+    let term = vote.leader_id.term + 1;
+    let vote = Vote { leader_id: LeaderId { term, node_id: successor }, committed: true };
+    let heartbeat = AppendRequest { vote, prev_log_id: None, entries: vec![], leader_commit: None };
+    lead.raft.append_entries(heartbeat).await.unwrap();
+    for refused in [waits, propose(4)] {
+        let refused = tokio::time::timeout(Duration::from_secs(20), refused).await;
+        let Err(ProposeError::Raft(error)) = refused.expect("at once").unwrap() else {
+            panic!("it was not proposed")
+        };
+        let leader = error.forward_to_leader().expect("another one leads").leader_id;
+        assert_eq!(leader, Some(successor));
+    }
+    assert!(stuck.iter().all(|stuck| !stuck.is_finished()), "nobody knows of those yet");
+    drop(proposer);
+    lead.stop().await;
+    for stuck in stuck {
+        assert!(stuck.await.unwrap().is_err());
+    }
+    task.await.unwrap();
 }
