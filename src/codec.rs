@@ -26,7 +26,8 @@
 //! Integers are big-endian.
 //!
 //! Invariants: there is exactly one encoding of a thing, and a decoder accepts only that one (flags
-//! are 0 or 1, ids ascend, nothing trails), except that a ring is compared as JSON. Decoders never
+//! are 0 or 1, ids ascend, nothing trails), except that a ring is compared as JSON. Terms and indexes have room
+//! above them ([`ORDINAL_MAX`]): whoever has decoded one may count on from it. Decoders never
 //! panic, check every length against what is left before they use it, and allocate no more than a
 //! small multiple of their input. Corrupt is not absent: every deviation is a [`DecodeError`].
 
@@ -50,6 +51,10 @@ use crate::writes::Writes;
 
 /// The version that every record starts with. In 1, writes had no time and no clients.
 const VERSION: u8 = 2;
+
+/// The highest term and the highest index that there can be. Raft adds one to them and does not look whether that
+/// fits, and after the last of them there would be none. At a million a second, it takes 146 thousand years.
+const ORDINAL_MAX: u64 = 1 << 62;
 
 const TAG_BLANK: u8 = 0;
 const TAG_WRITES: u8 = 1;
@@ -218,8 +223,8 @@ pub(crate) fn put_log_id(log_id: &LogId, out: &mut impl BufMut) {
 }
 
 pub(crate) fn get_log_id(reader: &mut Reader) -> Result<LogId, DecodeError> {
-    let leader_id = LeaderId { term: reader.u64()?, node_id: reader.u64()? };
-    Ok(LogId { leader_id, index: reader.u64()? })
+    let leader_id = get_leader_id(reader)?;
+    Ok(LogId { leader_id, index: get_ordinal("log index: out of reach", reader)? })
 }
 
 pub(crate) fn put_vote(vote: &Vote, out: &mut impl BufMut) {
@@ -238,7 +243,15 @@ pub(crate) fn put_leader_id(id: &LeaderId, out: &mut impl BufMut) {
 }
 
 pub(crate) fn get_leader_id(reader: &mut Reader) -> Result<LeaderId, DecodeError> {
-    Ok(LeaderId { term: reader.u64()?, node_id: reader.u64()? })
+    let term = get_ordinal("term: out of reach", reader)?;
+    Ok(LeaderId { term, node_id: reader.u64()? })
+}
+
+fn get_ordinal(what: &'static str, reader: &mut Reader) -> Result<u64, DecodeError> {
+    match reader.u64()? {
+        possible @ ..=ORDINAL_MAX => Ok(possible),
+        _ => Err(DecodeError::Invalid { what }),
+    }
 }
 
 pub(crate) fn put_stored_membership<B: BufMut>(stored: &StoredMembership, out: &mut B) {

@@ -10,12 +10,12 @@ use crate::types::{Action, Condition, Write};
 use crate::writes::{ActionRef, WriteRef, encoded_bytes};
 
 fn any_log_id() -> impl Strategy<Value = LogId> {
-    (any::<u64>(), any::<u64>(), any::<u64>())
+    (0..=ORDINAL_MAX, any::<u64>(), 0..=ORDINAL_MAX)
         .prop_map(|(term, node_id, index)| LogId { leader_id: LeaderId { term, node_id }, index })
 }
 
 fn any_vote() -> impl Strategy<Value = Vote> {
-    (any::<u64>(), any::<u64>(), any::<bool>()).prop_map(|(term, node_id, committed)| Vote {
+    (0..=ORDINAL_MAX, any::<u64>(), any::<bool>()).prop_map(|(term, node_id, committed)| Vote {
         leader_id: LeaderId { term, node_id },
         committed,
     })

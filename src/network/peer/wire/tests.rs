@@ -20,7 +20,7 @@ fn any_leader() -> impl Strategy<Value = LeaderId> {
 }
 
 fn any_log_id() -> impl Strategy<Value = LogId> {
-    (any_leader(), any::<u64>()).prop_map(|(leader_id, index)| LogId { leader_id, index })
+    (any_leader(), 0..=u64::MAX / 4).prop_map(|(leader_id, index)| LogId { leader_id, index })
 }
 
 fn any_vote() -> impl Strategy<Value = Vote> {
@@ -194,4 +194,47 @@ fn appends_that_would_corrupt_a_log_are_refused() {
         |entries| AppendRequest { prev_log_id: None, ..request(true, entries) };
     assert!(!refused(from_the_beginning(vec![entry(3, 0), entry(3, 1)])));
     assert!(refused(from_the_beginning(vec![entry(3, 7)])), "a gap before the first");
+}
+
+/// Whoever hears of a term or an index counts on from it, and the highest number has none after it: such a message
+/// ended a node's Raft, or its elections for ever.
+#[test]
+fn terms_and_indexes_that_nothing_can_follow_are_refused() {
+    fn is_refused<T: Wire>(message: &T) -> bool {
+        decode::<T>(&encoded(message)).is_err()
+    }
+    for (term, index, refused) in
+        [(1, 1, false), (1, u64::MAX, true), (1, u64::MAX - 1, true), (u64::MAX, 1, true)]
+    {
+        let leader_id = LeaderId { term, node_id: 1 };
+        let (vote, log_id) = (Vote { leader_id, committed: true }, LogId { leader_id, index });
+        let sound = Vote { leader_id: LeaderId { term: 2, node_id: 1 }, committed: true };
+        let append = |vote, prev_log_id, leader_commit| AppendRequest {
+            vote,
+            prev_log_id,
+            entries: Vec::new(),
+            leader_commit,
+        };
+        assert_eq!(is_refused(&append(sound, Some(log_id), None)), refused, "{log_id}");
+        assert_eq!(is_refused(&append(sound, None, Some(log_id))), refused, "{log_id}");
+        assert_eq!(is_refused(&append(vote, None, None)), term == u64::MAX, "{vote}");
+        assert_eq!(is_refused(&VoteRequest::new(sound, Some(log_id))), refused, "{log_id}");
+        assert_eq!(is_refused(&VoteReply::new(sound, Some(log_id), true)), refused, "{log_id}");
+        assert_eq!(is_refused(&TransferRequest::new(sound, 1, Some(log_id))), refused, "{log_id}");
+        assert_eq!(is_refused(&HeartbeatReply::PartialSuccess(Some(log_id))), refused, "{log_id}");
+        assert_eq!(is_refused::<AppendReply>(&Ok(Some(log_id))), refused, "{log_id}");
+        assert_eq!(is_refused(&log_id), refused, "a read index: {log_id}");
+        let confirm = Confirm { leader: leader_id, lease_ms: 0 };
+        assert_eq!(is_refused(&confirm), term == u64::MAX, "{leader_id}");
+        let last_membership = StoredMembership::new(Some(log_id), Default::default());
+        for meta in [
+            SnapshotMeta { last_log_id: Some(log_id), ..SnapshotMeta::default() },
+            SnapshotMeta { last_membership, ..SnapshotMeta::default() },
+        ] {
+            let begin = BeginSnapshot { vote: sound, id: 1, meta: meta.clone() };
+            assert_eq!(is_refused(&begin), refused, "{log_id}");
+            let finish = FinishSnapshot { vote: sound, id: 1, meta };
+            assert_eq!(is_refused(&finish), refused, "{log_id}");
+        }
+    }
 }
