@@ -20,7 +20,7 @@ use crate::types::TypeConfig;
 use super::engine::{self, CF_META, Db, Engine, to_io};
 use super::meta;
 use super::reader::StateShared;
-use super::snapshot::{Chunk, ChunkWriter, Cursor, Head, SnapshotData};
+use super::snapshot::{Chunk, ChunkWriter, Cursor, Head, Place, SnapshotData};
 
 /// How long a follower that has part of an image may be away before the image can be replaced. Between two
 /// attempts to send it nobody holds it, and with a newer one the follower would begin again.
@@ -285,9 +285,10 @@ impl SnapshotImage {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether these bytes are a cursor of this format: those of a receiver may be anything.
-    pub fn is_cursor(bytes: &[u8]) -> bool {
-        Cursor::decode(bytes).is_ok()
+    /// Where a cursor points. `None` if these bytes are no cursor of this format: those of a receiver may be
+    /// anything.
+    pub fn place_of(cursor: &[u8]) -> Option<Place> {
+        Cursor::decode(cursor).ok().map(|cursor| cursor.place())
     }
 
     /// Reads the chunk that starts at `cursor` (empty: the first one), of about `bytes_max` bytes and

@@ -85,6 +85,21 @@ pub struct Chunk {
     pub last: bool,
 }
 
+/// How far into an image a chunk starts: chunks come in this order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    head_done: bool,
+    key: Bytes,
+}
+
+impl Place {
+    /// After this key, and all before it.
+    #[cfg(test)]
+    pub(crate) fn after(key: Bytes) -> Self {
+        Self { head_done: true, key }
+    }
+}
+
 /// The state machine's small values: what belongs to all of the data.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Head {
@@ -146,6 +161,10 @@ impl Cursor {
         let count = bytes.try_get_u64().map_err(short)?;
         let digest = bytes.try_get_u64().map_err(short)?;
         Ok(Self { head_done: true, count, digest, key: Bytes::copy_from_slice(bytes) })
+    }
+
+    pub(super) fn place(&self) -> Place {
+        Place { head_done: self.head_done, key: self.key.clone() }
     }
 
     /// Counts a row in.
@@ -302,6 +321,15 @@ mod tests {
         let crc = crc32fast::hash(&chunk);
         chunk.put_u32(crc);
         assert!(decode_chunk(&chunk.into()).is_err());
+    }
+
+    /// A transfer that goes back would never end.
+    #[test]
+    fn places_are_in_the_order_of_chunks() {
+        let after =
+            |key| Cursor { head_done: true, key: Bytes::from_static(key), count: 1, digest: 9 };
+        let cursors = [Cursor::default(), after(b""), after(b"a"), after(b"aa"), after(b"b")];
+        assert!(cursors.iter().map(Cursor::place).is_sorted_by(|before, next| before < next));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::network::peer::connection::CallError;
 use crate::network::peer::link::ConnectError;
 use crate::network::peer::snapshot::{ChunkSource, SendError, Transfer};
 use crate::network::peer::wire::Installed;
-use crate::store::snapshot::{Chunk, SnapshotData};
+use crate::store::snapshot::{Chunk, Place, SnapshotData};
 use crate::store::{Store, StoreOptions};
 use crate::types::SnapshotMeta;
 
@@ -36,8 +36,9 @@ impl ChunkSource for Source {
         !self.is_replaced
     }
 
-    fn is_cursor(&self, cursor: &[u8]) -> bool {
-        str::from_utf8(cursor).is_ok_and(|cursor| cursor.parse::<u64>().is_ok())
+    fn place_of(&self, cursor: &[u8]) -> Option<Place> {
+        let at: u64 = str::from_utf8(cursor).ok()?.parse().ok()?;
+        Some(Place::after(at.to_be_bytes().to_vec().into()))
     }
 
     fn read_chunk(&self, cursor: &[u8], _: usize) -> io::Result<Chunk> {
@@ -156,6 +157,40 @@ async fn a_cursor_that_is_none_is_the_receivers_fault() {
         let sent = transfer.send(&link(&node.addr, Purpose::Snapshot)).await;
         assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
     }
+    node.stop().await;
+}
+
+/// It would be sent the same for ever, and the image be kept for it.
+#[tokio::test]
+async fn a_receiver_that_asks_for_what_it_has_ends_the_transfer() {
+    let node = receiver(u64::MAX).await;
+    node.fake.staging.lock().unwrap().cursors = Some(["0", "1"].map(Bytes::from));
+    let link = link(&node.addr, Purpose::Snapshot);
+    let transfer = transfer(5);
+    let sent = within("the end", transfer.send(&link)).await;
+    assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
+    assert_eq!(node.fake.staging.lock().unwrap().writes, 2);
+    node.stop().await;
+}
+
+/// The same of one that takes a few chunks on each connection and then has none of them.
+#[tokio::test]
+async fn a_receiver_that_begins_again_and_again_ends_the_transfer() {
+    let node = receiver(30).await;
+    let (addr, cuts) = proxy(node.addr.clone()).await;
+    let fake = Arc::downgrade(&node.fake);
+    let forget = move |seq: u64| {
+        if seq == 2 {
+            fake.upgrade().unwrap().staging.lock().unwrap().id = None;
+            cuts.send_modify(|cuts| *cuts += 1);
+        }
+    };
+    *node.fake.on_chunk.lock().unwrap() = Some(Box::new(forget));
+    let transfer = transfer(30);
+    let link = link(&addr, Purpose::Snapshot);
+    let sent = within("the end", transfer.send(&link)).await;
+    assert!(matches!(sent, Err(SendError::Senseless(_))), "{sent:?}");
+    assert_eq!(node.fake.staging.lock().unwrap().writes, 3 * 4);
     node.stop().await;
 }
 
