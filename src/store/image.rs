@@ -9,6 +9,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use openraft::type_config::alias::SnapshotOf;
@@ -33,6 +34,8 @@ pub(super) struct Images {
     state: Mutex<ImagesState>,
     /// One image is made at a time: two would only share the disk.
     building: Mutex<()>,
+    /// Makes an image after an installation. Joined by the one after the next installation, or at the end.
+    renewing: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Default)]
@@ -120,7 +123,8 @@ impl Drop for ImageDir {
 
 impl Images {
     pub(super) fn new(shared: Arc<StateShared>, dir: PathBuf) -> Self {
-        Self { shared, dir, state: Mutex::default(), building: Mutex::new(()) }
+        let (state, building, renewing) = (Mutex::default(), Mutex::new(()), Mutex::default());
+        Self { shared, dir, state, building, renewing }
     }
 
     /// An error if the storage has failed.
@@ -220,6 +224,31 @@ impl Images {
         }
     }
 
+    /// As [`Self::renew`], on a thread that [`Self::join`] joins.
+    pub(super) fn renew_aside(self: &Arc<Self>) {
+        let mut renewing = self.lock_renewing();
+        let (images, before) = (self.clone(), renewing.take());
+        let renew = move || {
+            join(before);
+            images.renew();
+        };
+        match std::thread::Builder::new().name("image".into()).spawn(renew) {
+            Ok(thread) => *renewing = Some(thread),
+            // Whoever asks for an image makes it, then.
+            Err(error) => tracing::warn!(%error, "cannot start a thread that makes an image"),
+        }
+    }
+
+    /// Waits until no image is made aside any more. Blocks.
+    pub(super) fn join(&self) {
+        let renewing = self.lock_renewing().take();
+        join(renewing);
+    }
+
+    fn lock_renewing(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.renewing.lock().expect("no code panics while it holds this lock")
+    }
+
     /// The newest image, if one was made since the start.
     pub(super) fn current(&self) -> Option<SnapshotOf<TypeConfig, SnapshotData>> {
         self.lock_state().current.as_ref().map(as_snapshot)
@@ -227,6 +256,13 @@ impl Images {
 
     fn lock_state(&self) -> MutexGuard<'_, ImagesState> {
         self.state.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread {
+        // A panic in it has been reported by the panic hook.
+        let _ = thread.join();
     }
 }
 

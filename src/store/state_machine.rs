@@ -301,13 +301,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             // takes longer than Raft may be silent: until this returns, it neither votes nor appends. Whoever
             // asks for the current one before it is there waits for it.
             machine.images.outdate();
-            let images = Arc::downgrade(&machine.images);
-            drop(tokio::task::spawn_blocking(move || {
-                // The store may have been closed meanwhile.
-                if let Some(images) = images.upgrade() {
-                    images.renew();
-                }
-            }));
+            machine.images.renew_aside();
             Ok(())
         })
         .await

@@ -265,3 +265,21 @@ async fn the_first_image_after_an_install_is_waited_for() {
     let current = asking.await.unwrap().expect("it was waited for");
     assert_eq!(current.meta, snapshot.meta);
 }
+
+/// The image after an install has an owner: once it is joined, nothing goes on in a store that is to be closed.
+#[tokio::test]
+async fn who_closes_a_store_waits_for_the_image_that_is_being_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let sender = Store::open(&options(&dir.path().join("sender"))).unwrap();
+    let mut builder = sender.state_machine().get_snapshot_builder().await;
+    let snapshot = builder.build_snapshot().await.unwrap();
+    let receiver = Store::open(&options(&dir.path().join("receiver"))).unwrap();
+    let mut machine = receiver.state_machine();
+    // Installed twice: the second time joins the first.
+    for _ in 0..2 {
+        machine.install_snapshot(&snapshot.meta, snapshot.snapshot.clone()).await.unwrap();
+    }
+    machine.images.join();
+    assert!(!machine.images.is_outdated(), "it is being made");
+    assert_eq!(Arc::strong_count(&machine.images), 2, "a thread has it");
+}
