@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use common::cluster::{Cluster, FAST, STEADY, expect_ok, free_address};
@@ -508,6 +509,28 @@ fn a_learners_address_can_be_mended() {
     cluster.put(2, "k", "v");
     cluster.post(1, "/cluster/add-learner", &wrong).assert_error(409, "CONFLICT", "not_applied");
     assert_eq!(cluster.read(2, "k", "", &[]), Some("v".into()));
+}
+
+/// Of two who add the same node at the same moment, the later one was told that it is where only the other one had
+/// said.
+#[test]
+fn who_adds_a_learner_hears_whether_another_address_came_first() {
+    let cluster = Cluster::start(1, FAST);
+    expect_ok(&cluster.post(1, "/cluster/init", "{}"));
+    // The node does not greet, so whoever adds it with this address is kept waiting.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let rpc = silent.local_addr().unwrap().to_string();
+    let late = json!([2, free_address(), rpc]).to_string();
+    let early = json!([2, free_address(), free_address()]).to_string();
+    std::thread::scope(|scope| {
+        let kept = scope.spawn(|| cluster.post(1, "/cluster/add-learner", &late));
+        let (connection, _) = silent.accept().unwrap();
+        expect_ok(&cluster.post(1, "/cluster/add-learner", &early));
+        drop((connection, silent));
+        kept.join().unwrap().assert_error(409, "CONFLICT", "not_applied");
+    });
+    // Whoever comes after it may still mend the address, and hears that of its own.
+    expect_ok(&cluster.post(1, "/cluster/add-learner", &late));
 }
 
 /// A learner counts for no majority: one that comes back without its data is sent all of it again.

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::network::error::{ApiError, LOST_DATA, Outcome};
 use crate::store::formation::{BeforeRing, Founding, Joined};
-use crate::types::{LogId, NodeAddrs, NodeId, TypeConfig};
+use crate::types::{LogId, Membership, NodeAddrs, NodeId, TypeConfig};
 
 use super::{App, Consistency, Metrics, POLL_INTERVAL};
 
@@ -99,17 +99,14 @@ impl App {
         };
         match &known {
             Some(known) if *known == addrs => return self.await_settled(deadline).await,
-            Some(known) if is_voter => {
-                let text =
-                    format!("node {id} is already a voter at {} / {}", known.http, known.rpc);
-                return Err(ApiError::Conflict(text));
-            }
+            Some(known) if is_voter => return Err(already_a("voter", id, known)),
             Some(_) | None => {}
         }
         if let Some(why) = self.inner.peers.refusal_of(id, &addrs).await {
             return Err(ApiError::Conflict(format!("node {id} cannot join: {why}")));
         }
         let raft = self.inner.raft.clone();
+        let wanted = addrs.clone();
         let added = async move {
             if known.is_some() {
                 // Removed first, because what is sent to it goes on to where it began. Should it end here, the
@@ -117,9 +114,14 @@ impl App {
                 let removed = ChangeMembers::RemoveNodes(BTreeSet::from([id]));
                 raft.change_membership(removed, true).await?;
             }
-            raft.add_learner(id, addrs, false).await
+            raft.add_learner(id, wanted, false).await
         };
-        self.await_membership(added, deadline).await
+        let membership = self.await_membership(added, deadline).await?;
+        // Raft leaves a member as it is, which somebody else may have added meanwhile.
+        match membership.as_ref().and_then(|membership| membership.get_node(&id)) {
+            Some(there) if *there != addrs => Err(already_a("member", id, there)),
+            _ => Ok(()),
+        }
     }
 
     /// Makes exactly these members the voters, after they caught up.
@@ -133,21 +135,21 @@ impl App {
         self.await_caught_up(&voters, deadline).await?;
         let raft = self.inner.raft.clone();
         let changed = async move { raft.change_membership(voters, false).await };
-        self.await_membership(changed, deadline).await
+        self.await_membership(changed, deadline).await.map(drop)
     }
 
     /// Runs a change to its end in a task of its own, and waits for it until the deadline: openraft
     /// takes the second step of a change from the future that asked for the first one, so dropping it
-    /// would leave the cluster between two memberships.
+    /// would leave the cluster between two memberships. Returns what the last step led to.
     async fn await_membership(
         &self,
         change: impl Future<Output = ChangeResult> + Send + 'static,
         deadline: Instant,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Option<Membership>, ApiError> {
         let before = self.membership_id();
         let change = self.inner.tasks.spawn(change);
         match tokio::time::timeout_at(deadline, change).await {
-            Ok(Ok(Ok(_))) => Ok(()),
+            Ok(Ok(Ok(response))) => Ok(response.membership),
             // What openraft says of the second step is not true of the whole.
             Ok(Ok(Err(_))) if self.membership_id() != before => Err(ApiError::NoLeader {
                 message: "leadership was lost between the steps of the membership change; it may still \
@@ -219,6 +221,10 @@ impl App {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
+}
+
+fn already_a(what: &str, id: NodeId, at: &NodeAddrs) -> ApiError {
+    ApiError::Conflict(format!("node {id} is already a {what} at {} / {}", at.http, at.rpc))
 }
 
 /// Formed by itself, or claimed by the cluster that it was told to follow.
