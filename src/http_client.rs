@@ -40,6 +40,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// and room for what a batch's other operations are answered. A larger one is an error.
 const RESPONSE_BYTES_MAX: usize = VALUE_BYTES_MAX + (4 << 20);
 
+/// Whether there is room for so many more bytes.
+pub type HasRoom<'a> = dyn FnMut(usize) -> bool + Send + 'a;
+
 /// A request to one node.
 #[derive(Debug, Clone)]
 pub struct HttpRequest {
@@ -87,6 +90,12 @@ pub enum SendError {
         address: String,
         /// What happened.
         message: String,
+    },
+    /// There was no room for its answer: the request arrived.
+    #[error("no room for the answer from {address}")]
+    NoRoom {
+        /// The node.
+        address: String,
     },
     /// The deadline passed; the request may have arrived.
     #[error("no answer from {address} within {} ms", .waited.as_millis())]
@@ -147,6 +156,17 @@ impl HttpClient {
         request: HttpRequest,
         deadline: Instant,
     ) -> Result<HttpResponse, SendError> {
+        self.send_for(request, deadline, &mut |_| true).await
+    }
+
+    /// As [`Self::send`]; `has_room` is asked before more bytes of the answer's body are taken into memory, at once
+    /// for all of it where its length is announced. Without room, the answer is given up.
+    pub async fn send_for(
+        &self,
+        request: HttpRequest,
+        deadline: Instant,
+        has_room: &mut HasRoom<'_>,
+    ) -> Result<HttpResponse, SendError> {
         let started = Instant::now();
         let HttpRequest { method, address, path_and_query, headers, body } = request;
         let uri = match path_and_query.parse::<Uri>() {
@@ -167,7 +187,7 @@ impl HttpClient {
                     Err(message) => return Err(SendError::NotSent { address, message }),
                 },
             };
-            match connection.exchange(outgoing, deadline).await {
+            match connection.exchange(outgoing, deadline, has_room).await {
                 Ok(response) => {
                     if connection.settle() {
                         self.pool.give_back(address, connection);
@@ -182,6 +202,7 @@ impl HttpClient {
                 Err(Failure::MaybeSent { message }) => {
                     return Err(SendError::MaybeSent { address, message });
                 }
+                Err(Failure::NoRoom) => return Err(SendError::NoRoom { address }),
                 Err(Failure::TimedOut) => return Err(timed_out(address, started)),
             }
         }

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use http::header::HOST;
 use http::{HeaderValue, Uri};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
@@ -29,7 +30,7 @@ use tower_service::Service;
 
 use crate::alarm::Alarm;
 
-use super::{HttpResponse, RESPONSE_BYTES_MAX, chain};
+use super::{HasRoom, HttpResponse, RESPONSE_BYTES_MAX, chain};
 
 /// A request as hyper takes it.
 pub(super) type Outgoing = http::Request<Full<Bytes>>;
@@ -50,6 +51,8 @@ pub(super) enum Failure {
     NotWritten { request: Box<Outgoing>, message: String },
     /// The request may have arrived.
     MaybeSent { message: String },
+    /// There was no room for the answer.
+    NoRoom,
     /// The deadline passed; the request may have arrived.
     TimedOut,
 }
@@ -75,6 +78,7 @@ impl Connection {
         &mut self,
         mut request: Outgoing,
         deadline: Instant,
+        has_room: &mut HasRoom<'_>,
     ) -> Result<HttpResponse, Failure> {
         request.headers_mut().insert(HOST, self.host.clone());
         let response = pin!(self.sender.try_send_request(request));
@@ -82,10 +86,9 @@ impl Connection {
         let answered = async {
             let response = Driven { io: &mut *io, waits_for: response }.await;
             let (head, body) = response.map_err(not_answered)?.into_parts();
-            let body = pin!(Limited::new(body, RESPONSE_BYTES_MAX).collect());
-            let body = Driven { io: &mut *io, waits_for: body }.await;
-            let body = body.map_err(|error| Failure::MaybeSent { message: chain(&*error) })?;
-            Ok(HttpResponse { status: head.status, headers: head.headers, body: body.to_bytes() })
+            let body = pin!(collect(body, has_room));
+            let body = Driven { io: &mut *io, waits_for: body }.await?;
+            Ok(HttpResponse { status: head.status, headers: head.headers, body })
         };
         tokio::select! {
             biased;
@@ -102,6 +105,37 @@ impl Connection {
         turn(&mut self.io, &mut Context::from_waker(Waker::noop()));
         self.io.is_some() && self.sender.is_ready()
     }
+}
+
+/// All of an answer's body, as long as there is room for it. One that came in one piece is that piece.
+async fn collect(body: Incoming, has_room: &mut HasRoom<'_>) -> Result<Bytes, Failure> {
+    let announced = body.size_hint().lower().min(RESPONSE_BYTES_MAX as u64) as usize;
+    let mut counted = announced;
+    if !has_room(counted) {
+        return Err(Failure::NoRoom);
+    }
+    let mut body = pin!(Limited::new(body, RESPONSE_BYTES_MAX));
+    let (mut first, mut all) = (Bytes::new(), Vec::new());
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Failure::MaybeSent { message: chain(&*error) })?;
+        // Trailers have no meaning here.
+        let Ok(data) = frame.into_data() else { continue };
+        let length = first.len().max(all.len()) + data.len();
+        if length > counted && !has_room(length - counted) {
+            return Err(Failure::NoRoom);
+        }
+        counted = counted.max(length);
+        if first.is_empty() && all.is_empty() {
+            first = data;
+            continue;
+        }
+        if all.is_empty() {
+            all = Vec::with_capacity(counted);
+            all.extend_from_slice(&std::mem::take(&mut first));
+        }
+        all.extend_from_slice(&data);
+    }
+    Ok(if all.is_empty() { first } else { all.into() })
 }
 
 fn not_answered(mut error: hyper::client::conn::TrySendError<Outgoing>) -> Failure {

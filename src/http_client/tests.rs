@@ -337,3 +337,34 @@ async fn interim_heads_without_end_do_not_outlast_the_deadline() {
     assert!(matches!(result, Err(SendError::TimedOut { .. })), "{result:?}");
     server.await.unwrap();
 }
+
+/// Room is asked for at once where an answer says how long it is, and else as it comes.
+#[tokio::test]
+async fn an_answer_without_room_is_given_up() {
+    let (listener, address) = listen().await;
+    let client = HttpClient::new();
+    let announced = "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nfour";
+    let chunked = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nfour\r\n4\r\nmore\r\n";
+    for (answer, room, expected) in
+        [(announced, 8, vec![9]), (chunked, 4, vec![0, 4, 4]), (chunked, 3, vec![0, 4])]
+    {
+        let server = async {
+            let mut stream = accept(&listener).await;
+            receive(&mut stream).await;
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            assert_eq!(receive(&mut stream).await, "", "the connection is given up, too");
+        };
+        let mut asked = Vec::new();
+        let mut has_room = |bytes| {
+            asked.push(bytes);
+            asked.iter().sum::<usize>() <= room
+        };
+        let (request, deadline) = (request_to(&address, b"body"), Instant::now() + PATIENCE);
+        let sending = client.send_for(request, deadline, &mut has_room);
+        let ((), result) = tokio::join!(server, sending);
+        let error = result.unwrap_err();
+        assert!(matches!(error, SendError::NoRoom { .. }), "{error:?}");
+        assert!(error.may_have_arrived());
+        assert_eq!(asked, expected);
+    }
+}

@@ -54,7 +54,7 @@ impl ApiState {
     pub fn new(app: App) -> Self {
         let budget = || BodyBudget::new(app.limits().http_body_bytes_max);
         let (bodies, answers) = (budget(), budget());
-        let forwarder = Forwarder::new(app.limits().passed_on_max);
+        let forwarder = Forwarder::new(app.limits().passed_on_max, Arc::clone(&answers));
         Self { app, forwarder, bodies, answers }
     }
 }
@@ -202,12 +202,20 @@ async fn read_key(state: &ApiState, call: &Call) -> Result<Served<Option<Record>
             Ok(Served::Here(Some(Record { revision, value })))
         }
         Served::Here(None) => Ok(Served::Here(None)),
-        Served::Elsewhere(response) => Ok(Served::Elsewhere(held(state, response).await?)),
+        Served::Elsewhere(response) => Ok(Served::Elsewhere(response)),
     }
 }
 
-/// A response to a read that counts among the answers in memory.
-pub(super) async fn held(state: &ApiState, response: Response) -> Result<Response, ApiError> {
+/// The response to a read, which counts among the answers in memory. Another node's does already.
+pub(super) async fn held<T>(
+    state: &ApiState,
+    served: Served<T>,
+    render: impl FnOnce(T) -> Result<Response, ApiError>,
+) -> Answer {
+    let response = match served {
+        Served::Here(value) => render(value)?,
+        Served::Elsewhere(response) => return Ok(response),
+    };
     let (head, body) = response.into_parts();
     // It is in memory already.
     let body = axum::body::to_bytes(body, usize::MAX).await.expect("what is in memory can be read");
@@ -330,14 +338,14 @@ async fn read_as_json(
     check_key(&state, key.as_bytes())?;
     let read = || state.app.get(key.as_bytes(), consistency, call.deadline);
     let served = state.forwarder.serve(&call, || body.bytes.clone(), Effect::Read, read).await?;
-    let response = served.respond(|record| {
+    let render = |record: Option<Record>| {
         let Some(record) = record else { return Ok(Json(json!(null)).into_response()) };
         let text = std::str::from_utf8(&record.value).map_err(|_| {
             ApiError::Conflict("the value is not UTF-8; read it with GET /v1/kv/{key}".into())
         })?;
         Ok(Json(text).into_response())
-    })?;
-    Ok(held(&state, response).await?)
+    };
+    held(&state, served, render).await
 }
 
 async fn original_ring(State(state): State<ApiState>, call: Call) -> Answer {

@@ -87,13 +87,22 @@ fn encode(
 }
 
 /// The share of the memory for answers that the values of one of `parts` take up while the others are waited
-/// for. Where there is none left, they are refused.
-fn hold_values(state: &ApiState, results: &mut [OperationResult], parts: usize) -> Option<Charge> {
+/// for. Where there is none left, they are refused. Those of another node are counted already, with the answer
+/// that they are slices of, unless that is small.
+fn hold_values(
+    state: &ApiState,
+    results: &mut [OperationResult],
+    origin: Origin,
+    parts: usize,
+) -> Option<Charge> {
     let value_bytes = |result: &OperationResult| match result {
         OperationResult::Found { value, .. } => value.len(),
         _ => 0,
     };
     let bytes = results.iter().map(value_bytes).sum();
+    if origin == Origin::Elsewhere && bytes > ANSWER_FREE_BYTES {
+        return None;
+    }
     // What an answer has free, its parts share.
     let charge = state.answers.charge(bytes, ANSWER_FREE_BYTES / parts);
     charge.unwrap_or_else(|_| {
@@ -227,8 +236,8 @@ async fn serve_all(
     let count = places.iter().flatten().filter(|part| !part.is_empty()).count();
     let serve = async |part: &[usize]| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
-        let mut results = serve_part(state, request, operations).await?;
-        let charge = hold_values(state, &mut results, count);
+        let (mut results, origin) = serve_part(state, request, operations).await?;
+        let charge = hold_values(state, &mut results, origin, count);
         Ok((results, charge))
     };
     let answers = places.iter().map(async |parts| {
@@ -291,11 +300,18 @@ fn by_leader(operation: &Operation, consistency: Consistency) -> bool {
     operation.is_write() || consistency == Consistency::Linearizable
 }
 
+/// Who served a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    Here,
+    Elsewhere,
+}
+
 async fn serve_part(
     state: &ApiState,
     request: &Request<'_>,
     operations: Vec<&Operation>,
-) -> Result<Vec<OperationResult>, Refusal> {
+) -> Result<(Vec<OperationResult>, Origin), Refusal> {
     let Request { call, consistency, client } = *request;
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
@@ -303,8 +319,15 @@ async fn serve_part(
     let body = || batch::encode_request(client, operations.iter().copied());
     let here = || state.app.batch(client, &operations, consistency, call.deadline);
     match state.forwarder.serve(call, body, effect, here).await? {
-        Served::Here(results) => Ok(results),
-        Served::Elsewhere(response) => Ok(relayed(&operations, response).await),
+        Served::Here(results) => Ok((results, Origin::Here)),
+        Served::Elsewhere(response) => {
+            let mut results = relayed(&operations, response).await;
+            // The answer had to be taken for what the writes came to.
+            if effect == Effect::Write && state.answers.is_exceeded() {
+                refuse_values(&mut results);
+            }
+            Ok((results, Origin::Elsewhere))
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! Request bodies: read with a bound on each, a bound on all together, a deadline and a pace.
 //!
 //! Large answers are bounded likewise ([`BodyBudget::hold`]): who asks for many and reads none of them could
-//! otherwise take up any amount of memory with a few bytes.
+//! otherwise take up any amount of memory with a few bytes. Another node's count from when they begin to come
+//! ([`Arriving`]).
 //!
 //! A handler takes its body out of the [`BodySlot`] when it wants it. What no handler wanted (a 404, a
 //! value that announces itself as too large) is read and thrown away for [`DISCARD_TIME`] before the
@@ -50,6 +51,17 @@ impl BodyBudget {
     /// A budget that has room for two bodies of the largest size at least.
     pub fn new(body_bytes_max: usize) -> Arc<Self> {
         let max = BODIES_BYTES_MAX.max(body_bytes_max.saturating_mul(2));
+        Arc::new(Self { used: AtomicUsize::new(0), max })
+    }
+
+    /// Whether more is in memory than there is room for.
+    pub(super) fn is_exceeded(&self) -> bool {
+        self.used.load(Ordering::Relaxed) > self.max
+    }
+
+    /// A budget of just so many bytes.
+    #[cfg(test)]
+    pub(super) fn of(max: usize) -> Arc<Self> {
         Arc::new(Self { used: AtomicUsize::new(0), max })
     }
 
@@ -140,6 +152,36 @@ impl Charge {
             return Err(ApiError::Overloaded);
         }
         Ok(())
+    }
+}
+
+/// Counts an answer while it comes from another node, and until it has been sent on; small ones are not counted.
+#[derive(Debug)]
+pub(super) struct Arriving {
+    charge: Charge,
+    bytes: usize,
+}
+
+impl Arriving {
+    /// Nothing of it is there yet.
+    pub(super) fn new(budget: &Arc<BodyBudget>) -> Self {
+        Self { charge: Charge { budget: budget.clone(), bytes: 0 }, bytes: 0 }
+    }
+
+    /// Counts so many more bytes of it. False when there is no room for them; they are counted all the same.
+    pub(super) fn add(&mut self, bytes: usize) -> bool {
+        self.bytes += bytes;
+        let is_small = self.bytes <= ANSWER_FREE_BYTES;
+        is_small || self.charge.add(self.bytes - self.charge.bytes).is_ok()
+    }
+
+    /// The answer, now that it is whole.
+    pub(super) fn hold(mut self, bytes: Bytes) -> Bytes {
+        if self.charge.bytes == 0 {
+            return bytes;
+        }
+        self.charge.lower_to(bytes.len());
+        Bytes::from_owner(Held { bytes, _charge: self.charge })
     }
 }
 

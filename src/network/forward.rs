@@ -20,12 +20,13 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
+use super::body::{Arriving, BodyBudget};
 use super::call::{
     CLIENT_FLOOR, Call, DEADLINE_MS, HOPS, HOPS_MAX, IDEMPOTENCY_KEY, READ, Routing,
 };
 use super::error::{ApiError, ErrorBody, Outcome};
 use crate::backoff::Backoff;
-use crate::http_client::{HttpClient, HttpRequest, HttpResponse, SendError};
+use crate::http_client::{HasRoom, HttpClient, HttpRequest, HttpResponse, SendError};
 use crate::ring::RingCluster;
 use targets::Targets;
 
@@ -143,14 +144,16 @@ impl IntoResponse for Refusal {
 #[derive(Debug, Clone)]
 pub struct Forwarder {
     client: HttpClient,
+    answers: Arc<BodyBudget>,
     targets: Arc<Targets>,
 }
 
 impl Forwarder {
-    /// Has at most `in_flight_max` requests on their way, and keeps as many idle connections.
-    pub fn new(in_flight_max: usize) -> Self {
+    /// Has at most `in_flight_max` requests on their way, and keeps as many idle connections. What it is answered
+    /// counts among `answers`, from when it begins to come until it has been sent on.
+    pub fn new(in_flight_max: usize, answers: Arc<BodyBudget>) -> Self {
         let targets = Arc::new(Targets::new(in_flight_max));
-        Self { client: HttpClient::keeping(in_flight_max), targets }
+        Self { client: HttpClient::keeping(in_flight_max), answers, targets }
     }
 
     /// Answers with `local`, or with the answer of the node that `local` points to.
@@ -287,8 +290,18 @@ impl Forwarder {
         // The node may use all the time that is left: an answer that comes too late is dropped here.
         let request = request_for(call, body, address, call.deadline - now);
         let attempt_ends = now + attempt_max.min(call.deadline - now);
-        let error = match self.send_watched(request, attempt_ends).await {
-            Ok(answered) => return Ok(answered),
+        let mut arriving = Arriving::new(&self.answers);
+        // What a write came to must be told.
+        let mut has_room = |bytes| arriving.add(bytes) || effect == Effect::Write;
+        let error = match self.send_watched(request, attempt_ends, &mut has_room).await {
+            Ok(Answered { mut answer, trouble }) => {
+                answer.body = arriving.hold(answer.body);
+                return Ok(Answered { answer, trouble });
+            }
+            // Another node would answer as much.
+            Err(SendError::NoRoom { .. }) => {
+                return Err(Failed { error: ApiError::Overloaded, last_word: true });
+            }
             Err(error) => error,
         };
         tracing::debug!(%error, "a request could not be passed on");
@@ -308,9 +321,10 @@ impl Forwarder {
         &self,
         request: HttpRequest,
         deadline: Instant,
+        has_room: &mut HasRoom<'_>,
     ) -> Result<Answered, SendError> {
         let address = request.address.clone();
-        let sending = self.client.send(request, deadline);
+        let sending = self.client.send_for(request, deadline, has_room);
         tokio::pin!(sending);
         let result = match tokio::time::timeout(SLOW_AFTER, &mut sending).await {
             Ok(result) => result,
@@ -321,7 +335,9 @@ impl Forwarder {
         };
         let result = result.map(|answer| Answered { trouble: trouble_in(&answer), answer });
         match &result {
-            Ok(Answered { trouble: None, .. }) => self.targets.trust(&address),
+            Ok(Answered { trouble: None, .. }) | Err(SendError::NoRoom { .. }) => {
+                self.targets.trust(&address)
+            }
             _ => self.targets.suspect(&address),
         }
         result

@@ -109,9 +109,8 @@ async fn handoffs(State(state): State<ApiState>, call: Call) -> Answer {
     call.no_terms()?;
     let view = || state.app.handoffs(sizes, call.deadline);
     let served = state.forwarder.serve(&call, Bytes::new, Effect::Read, view).await?;
-    let response = served.respond(|view| Ok(Json(view).into_response()))?;
     // While something is frozen, megabytes: the floors of all clients.
-    Ok(held(&state, response).await?)
+    held(&state, served, |view| Ok(Json(view).into_response())).await
 }
 
 fn sizes(query: Option<&str>) -> Result<Sizes, ApiError> {
