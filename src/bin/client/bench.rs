@@ -81,10 +81,10 @@ pub struct BenchFlags {
     #[arg(long, default_value = "100", value_name = "N",
           value_parser = clap::value_parser!(u32).range(0..=64 << 20))]
     value_bytes: u32,
-    /// How long to measure [default: 10]
+    /// How long to measure; 0 only with --load, to do nothing else [default: 10]
     #[arg(long, value_name = "S", value_parser = seconds, conflicts_with = "operations")]
     seconds: Option<Duration>,
-    /// How many operations to measure instead
+    /// How many operations to measure instead; 0 only with --load
     #[arg(long, value_name = "N")]
     operations: Option<u64>,
     /// How long to work before that, unmeasured
@@ -241,10 +241,15 @@ impl BenchFlags {
 
     /// What clap cannot see.
     fn check(&self, endpoints: &[String]) -> Result<(), BenchError> {
+        let usage = |message: &str| Err(BenchError::Usage(message.to_owned()));
+        if self.plan().end.is_at_once() && !self.load {
+            return usage(
+                "--seconds 0 and --operations 0 measure nothing: they need --load, which then is all that is done",
+            );
+        }
         if self.target == Target::Kv {
             return Ok(());
         }
-        let usage = |message: &str| Err(BenchError::Usage(message.to_owned()));
         if cfg!(not(feature = "compare")) {
             return usage(
                 "this client knows no etcd and no Redis; build it with --features compare",
@@ -299,7 +304,14 @@ pub async fn bench(
     let parameters =
         Parameters::new(&flags.plan(), flags.system(), consistency, threads, connections);
     let summary = Summary::new(parameters, !flags.cpu_of.is_empty(), &measured);
-    tell(&summary, flags.json)
+    tell(&summary, flags.json)?;
+    if summary.interrupted {
+        return Ok(ExitCode::from(EXIT_INTERRUPTED));
+    }
+    if summary.outcomes.answered() == 0 && !flags.plan().end.is_at_once() {
+        return Err(BenchError::NothingAnswered);
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn measure<S: Store>(
@@ -345,21 +357,14 @@ fn print(text: &str) -> Result<(), BenchError> {
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(BenchError::Stdout)
 }
 
-fn tell(summary: &Summary, json: bool) -> Result<ExitCode, BenchError> {
+fn tell(summary: &Summary, json: bool) -> Result<(), BenchError> {
     let text = if json {
         let object = serde_json::to_string(summary);
         object.expect("numbers and fixed words are always JSON") + "\n"
     } else {
         summary.to_string()
     };
-    print(&text)?;
-    if summary.interrupted {
-        return Ok(ExitCode::from(EXIT_INTERRUPTED));
-    }
-    if summary.outcomes.answered() == 0 && summary.operations > 0 {
-        return Err(BenchError::NothingAnswered);
-    }
-    Ok(ExitCode::SUCCESS)
+    print(&text)
 }
 
 /// The first Ctrl-C ends the measurement; a second one ends the program.

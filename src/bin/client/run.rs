@@ -84,6 +84,16 @@ pub enum End {
     Operations(u64),
 }
 
+impl End {
+    /// Whether it is over before anything was done.
+    pub fn is_at_once(self) -> bool {
+        match self {
+            Self::After(time) => time.is_zero(),
+            Self::Operations(count) => count == 0,
+        }
+    }
+}
+
 /// What came out.
 #[derive(Debug)]
 pub struct Measured {
