@@ -1,6 +1,7 @@
 //! `client bench`: a load against a real node ends with figures that add up, in every mode and mix;
 //! failures are counted by their codes; Ctrl-C reports what was measured so far.
 
+use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +13,7 @@ mod fake_node;
 use common::cluster::{Cluster, FAST};
 use common::eventually;
 use distrib_kv_store::ring::Ring;
-use fake_node::{FakeNode, Reply, error, metrics, ring_reply, start, written};
+use fake_node::{FakeNode, Gate, Reply, error, metrics, ring_reply, start, written};
 
 /// `client bench` with an environment of its own, and few threads: other tests run beside it.
 fn bench(endpoints: &str, arguments: &[&str]) -> Command {
@@ -170,6 +171,26 @@ async fn ctrl_c_reports_so_far() {
     let summary = summary(&output);
     assert_eq!(summary["interrupted"], true);
     assert!(count(&summary["operations"]) > 0, "{summary}");
+}
+
+/// A long load is alive in a log, too: a line now and then, on standard error alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_load_is_told_where_there_is_no_terminal() {
+    let gate = Gate::closed();
+    let (held, first) = (gate.clone(), std::sync::atomic::AtomicUsize::new(0));
+    let node = node(move || match first.fetch_add(1, std::sync::atomic::Ordering::SeqCst) {
+        0 => written(1),
+        _ => Reply::After(held.clone(), Box::new(written(1))),
+    });
+    let arguments = ["--mode", "http", "--load", "--operations", "0"];
+    let mut command = bench(&node.address, &arguments);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
+    gate.open();
+    assert!(line.starts_with("loading: 1 of 60 done after "), "{line}");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((code(&output), count(&summary(&output)["operations"])), (0, 0), "{output:?}");
 }
 
 /// What cannot be done is said before anything is loaded.

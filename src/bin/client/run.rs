@@ -302,12 +302,12 @@ async fn phase<S: Session>(
     stop: &CancellationToken,
 ) -> Ended<S> {
     let gauge = Arc::new(Gauge::default());
-    let progress = Progress::start(name, gauge.clone());
     let begun = Instant::now();
-    let limit = match end {
-        End::After(time) => Limit::At(begun + time),
-        End::Operations(count) => Limit::Operations(count),
+    let (limit, of) = match end {
+        End::After(time) => (Limit::At(begun + time), None),
+        End::Operations(count) => (Limit::Operations(count), Some(count)),
     };
+    let progress = Progress::start(name, of, gauge.clone());
     let mut tasks = JoinSet::new();
     for client in clients {
         tasks.spawn(client.work(limit, gauge.clone()));
@@ -342,7 +342,7 @@ async fn load<S: Store>(
     stop: &CancellationToken,
 ) -> Result<(), RunError> {
     let gauge = Arc::new(Gauge::default());
-    let progress = Progress::start("loading", gauge.clone());
+    let progress = Progress::start("loading", Some(plan.keys), gauge.clone());
     let mut tasks = JoinSet::new();
     for number in 0..plan.clients.max(LOAD_CLIENTS_MIN) {
         let session = store.session(number).await.map_err(cannot("connect"))?;
