@@ -28,7 +28,7 @@ use distrib_kv_store::cluster_manager::ClusterManager;
 use distrib_kv_store::config::Config;
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::node::{Node, NodeOptions};
-use distrib_kv_store::reshard::{self, Change, HttpClusters, Plan, Role};
+use distrib_kv_store::reshard::{self, Begun, Change, HttpClusters, Plan, Role};
 use distrib_kv_store::ring::{Ring, RingTable};
 
 #[path = "reshard/frozen.rs"]
@@ -196,7 +196,10 @@ impl World<'_> {
         self.load.take_longest();
         let (begun, counts) = (Instant::now(), self.load.counts());
         let next = tokio::time::timeout(CHANGE_TIMEOUT, async {
-            let begun = reshard::begin(&http, &self.addresses, &change).await?;
+            let begun = match reshard::begin(&http, &self.addresses, &change).await? {
+                Begun::Change(begun) => begun,
+                Begun::AlreadySo(ring) => return Ok(ring),
+            };
             let (role, begun) = (Role::Onlooker, Some(&begun));
             reshard::follow(&http, &self.addresses, role, begun, |_, _| {}).await
         });

@@ -46,7 +46,7 @@ pub use fate::{Awaited, Fate};
 pub use plan::{Basis, Holdings, Plan, PlannedHandoff, estimate};
 pub use progress::{HandoffProgress, Phase, Progress};
 pub use request::{
-    Change, ChangeError, Outlook, Survey, abort, begin, follow, holdings, outlook, survey,
+    Begun, Change, ChangeError, Outlook, Survey, abort, begin, follow, holdings, outlook, survey,
 };
 pub use rings::{Request, RequestError, next_ring, reverted};
 pub use run::{Drive, DriveError, Role};

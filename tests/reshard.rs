@@ -10,7 +10,7 @@ use distrib_kv_store::config::Config;
 use distrib_kv_store::kvclient::KVClient;
 use distrib_kv_store::node::{Node, NodeOptions};
 use distrib_kv_store::raft_node::RaftNode;
-use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
+use distrib_kv_store::reshard::{self, Begun, Change, HttpClusters, Role};
 use distrib_kv_store::ring::Ring;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
@@ -100,7 +100,9 @@ fn key(task: usize, n: usize) -> String {
 
 async fn change(addresses: &[Vec<String>], change: Change) -> Ring {
     let http = HttpClusters::default();
-    let begun = reshard::begin(&http, addresses, &change).await.unwrap();
+    let Begun::Change(begun) = reshard::begin(&http, addresses, &change).await.unwrap() else {
+        panic!("{change:?} changes nothing");
+    };
     let follow = reshard::follow(&http, addresses, Role::Helper, Some(&begun), |_, _| {});
     let ring = timeout(PATIENCE, follow).await.expect("the change ends").unwrap();
     assert_eq!(ring, begun.next);

@@ -88,11 +88,37 @@ async fn a_ring_that_cannot_be_is_refused_by_name() {
     for (arguments, words) in [
         (&["cluster", "remove", "c9"][..], "cluster c9 is not in the ring"),
         (&["cluster", "weight", "c9", "2"], "cluster c9 is not in the ring"),
-        (&["cluster", "weight", "c1", "1"], "nothing would change"),
         (&["cluster", "add", "c1", "--nodes", "a:1/a:2"], "cluster c1 is in the ring already"),
         (&["rebalance", "--dry-run", "--add", "c2:1"], "cluster c2 is in the ring already"),
         (&["migration", "abort"], "no change of the ring is under way"),
     ] {
+        expect(&admin(dir.path(), arguments).await, 1, words);
+    }
+    nothing_was_proposed(&nodes);
+}
+
+/// Whoever asks for what is so already has what was asked for: 0, and nothing is proposed to anybody.
+#[tokio::test]
+async fn what_is_so_already_is_done() {
+    let nodes = leaders(2, |_, _| {});
+    let dir = directory(&nodes);
+    let c2 = format!("{}/c2:9", nodes[1].address);
+    let add = ["cluster", "add", "c2", "--nodes", &c2];
+    for (arguments, words) in [
+        (&["cluster", "weight", "c1", "1"][..], "c1 has weight 1 already; nothing to change\n"),
+        (&add, "c2 is in the ring with these nodes and weight 1 already; nothing to change\n"),
+    ] {
+        let output = admin(dir.path(), arguments).await;
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {output:?}");
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), words);
+        let output = admin(dir.path(), &[arguments, &["--json"]].concat()).await;
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((output.status.code(), &told["ring"]["epoch"]), (Some(0), &json!(1)), "{told}");
+    }
+    let other_weight = [&add[..], &["--weight", "2"]].concat();
+    let other_nodes = ["cluster", "add", "c2", "--nodes", "127.0.0.1:9/c2:9"];
+    for arguments in [&other_weight[..], &other_nodes] {
+        let words = "cluster c2 is in the ring already, with another weight or other nodes";
         expect(&admin(dir.path(), arguments).await, 1, words);
     }
     nothing_was_proposed(&nodes);

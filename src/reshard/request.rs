@@ -8,7 +8,7 @@
 
 mod survey;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -61,6 +61,15 @@ pub enum Change {
     Remove(ClusterId),
     /// A cluster gets another share.
     Weight(ClusterId, f32),
+}
+
+/// What became of the wish for a change.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Begun {
+    /// It has begun: from which ring to which.
+    Change(Transition),
+    /// This ring, which is in force everywhere, is what was asked for already. Nothing was proposed.
+    AlreadySo(Ring),
 }
 
 /// Why a change was not begun, or did not come to its end.
@@ -233,18 +242,22 @@ async fn ask_sizes(
     join_all(clusters.map(ask)).await
 }
 
-/// Begins a change: returns from which ring to which. Refused, the ring has not changed; a new
-/// cluster may have been formed, and have joined, already: that only lets it be added later.
+/// Begins a change. Refused, the ring has not changed; a new cluster may have been formed, and have joined,
+/// already: that only lets it be added later. Whoever asks again for what has been done is not refused: an
+/// answer may have been lost, and a script may say how things are to be without a look at how they are.
 ///
 /// Cancelled in its middle, the change may have begun: it then goes on by itself.
 pub async fn begin(
     http: &HttpClusters,
     addresses: &[Vec<String>],
     change: &Change,
-) -> Result<Transition, ChangeError> {
+) -> Result<Begun, ChangeError> {
     let seen = settled(http, addresses).await?;
     let scene = Scene::of(&seen.views);
     let ring = scene.ring().ok_or(RequestError::NoRing)?;
+    if is_so(ring, change)? {
+        return Ok(Begun::AlreadySo(ring.clone()));
+    }
     let silent = ring.clusters.iter().find(|cluster| !seen.views.contains_key(&cluster.id));
     if let Some(cluster) = silent {
         let (cluster, message) = (cluster.id.clone(), seen.trouble());
@@ -254,7 +267,7 @@ pub async fn begin(
         Change::Remove(id) => next_ring(ring, &Request::Remove(id.clone()))?,
         Change::Weight(id, weight) => next_ring(ring, &Request::Weight(id.clone(), *weight))?,
         Change::Add { id, nodes, weight } => {
-            let added = new_cluster(id, nodes, *weight, ring).await?;
+            let added = new_cluster(id, nodes, *weight).await?;
             let next = next_ring(ring, &Request::Add(added.clone()))?;
             form_if_blank(&added).await?;
             join(http, addresses, &added, ring).await?;
@@ -267,7 +280,25 @@ pub async fn begin(
     let (ring, plan) = (Box::new(ring.clone()), begun.plan.clone());
     let begin = Step::Begin { ring, next: Box::new(next), plan };
     propose(http, sequencer, &begin).await?;
-    Ok(begun)
+    Ok(Begun::Change(begun))
+}
+
+/// Whether a ring is what a change asks for. A cluster that is not in it has not been removed: more likely
+/// its name is misspelt.
+fn is_so(ring: &Ring, change: &Change) -> Result<bool, RequestError> {
+    match change {
+        Change::Remove(_) => Ok(false),
+        Change::Weight(id, weight) => Ok(ring.cluster(id).is_some_and(|c| c.weight == *weight)),
+        Change::Add { id, nodes, weight } => {
+            let Some(cluster) = ring.cluster(id) else { return Ok(false) };
+            let has: BTreeSet<_> = cluster.nodes.iter().map(|n| (&n.http, &n.rpc)).collect();
+            let is_same = has == nodes.iter().map(|(http, rpc)| (http, rpc)).collect();
+            if is_same && cluster.weight == *weight {
+                return Ok(true);
+            }
+            Err(RequestError::Differs(id.clone()))
+        }
+    }
 }
 
 /// Watches the change under way to its end; as a [`Role::Helper`] it also does what nobody else does.
@@ -415,13 +446,9 @@ async fn new_cluster(
     id: &ClusterId,
     nodes: &[(String, String)],
     weight: f32,
-    ring: &Ring,
 ) -> Result<RingCluster, ChangeError> {
     // What needs no answer from anybody comes first.
     check_weight(id, weight)?;
-    if ring.cluster(id).is_some() {
-        return Err(RequestError::IdTaken(id.clone()).into());
-    }
     let addresses: Vec<String> = nodes.iter().map(|(http, _)| http.clone()).collect();
     let mut seen = Vec::new();
     for ((http, rpc), answer) in nodes.iter().zip(cluster_manager::ask_all(&addresses).await) {

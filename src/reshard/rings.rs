@@ -30,6 +30,11 @@ pub enum RequestError {
     /// The id is taken.
     #[error("cluster {0} is in the ring already")]
     IdTaken(ClusterId),
+    /// The id is taken by a cluster that is not quite the one to be added.
+    #[error(
+        "cluster {0} is in the ring already, with another weight or other nodes; `admin cluster weight` changes a weight"
+    )]
+    Differs(ClusterId),
     /// No cluster has that id.
     #[error("cluster {0} is not in the ring")]
     Unknown(ClusterId),

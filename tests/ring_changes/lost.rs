@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use distrib_kv_store::handoff::{Sending, Step, pairs};
-use distrib_kv_store::reshard::{self, Change, HttpClusters, Request, Role, Scene, next_ring};
+use distrib_kv_store::reshard::{
+    self, Begun, Change, HttpClusters, Request, Role, Scene, next_ring,
+};
 use distrib_kv_store::ring::Ring;
 use tokio::time::timeout;
 
@@ -76,7 +78,9 @@ async fn through(clusters: &Clusters, change: Change, before: &Ring) -> Ring {
     let follow = |begun| reshard::follow(&http, &endpoints, Role::Onlooker, begun, |_, _| {});
     let ended = timeout(CHANGE_PATIENCE, follow(None)).await.expect("the change ends");
     assert_eq!(ended.unwrap(), *before);
-    let begun = reshard::begin(&http, &endpoints, &change).await.unwrap();
+    let Begun::Change(begun) = reshard::begin(&http, &endpoints, &change).await.unwrap() else {
+        panic!("{change:?} changes nothing");
+    };
     let ended = timeout(CHANGE_PATIENCE, follow(Some(&begun))).await.expect("the change ends");
     assert_eq!(ended.unwrap(), begun.next);
     begun.next

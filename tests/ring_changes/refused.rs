@@ -2,7 +2,7 @@
 
 use distrib_kv_store::handoff::{Receipt, Step, pairs};
 use distrib_kv_store::reshard::{
-    self, Change, ChangeError, DriveError, HttpClusters, Request, RequestError, Role, Scene,
+    self, Begun, Change, ChangeError, DriveError, HttpClusters, Request, RequestError, Role, Scene,
     next_ring,
 };
 use distrib_kv_store::ring::Ring;
@@ -38,7 +38,7 @@ async fn a_change_that_cannot_be_changes_nothing() {
     let error = refused(add(id(2), 1.0)).await;
     assert!(matches!(&error, ChangeError::NotEmpty(cluster) if *cluster == id(2)), "{error}");
     let error = refused(add(id(1), 1.0)).await;
-    assert!(matches!(error, ChangeError::Request(RequestError::IdTaken(_))), "{error}");
+    assert!(matches!(error, ChangeError::Request(RequestError::Differs(_))), "{error}");
     let error = refused(add("c9".parse().unwrap(), 1.0)).await;
     assert!(matches!(error, ChangeError::WrongNode { .. }), "{error}");
     for weight in [0.0, -1.0, f32::NAN, f32::INFINITY] {
@@ -124,7 +124,9 @@ async fn a_change_is_called_off_without_the_cluster_that_was_to_join() {
         clusters
     });
     let add = Change::Add { id: id(2), nodes, weight: 1.0 };
-    let begun = reshard::begin(&http, &endpoints, &add).await.unwrap();
+    let Begun::Change(begun) = reshard::begin(&http, &endpoints, &add).await.unwrap() else {
+        panic!("{add:?} changes nothing");
+    };
     let follow = reshard::follow(&http, &endpoints, Role::Helper, Some(&begun), |_, _| {});
     let ring = timeout(CHANGE_PATIENCE, follow).await.expect("it ends").unwrap();
     assert_eq!((ring.epoch, ring.clusters.len()), (4, 3));

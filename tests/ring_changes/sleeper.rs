@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use distrib_kv_store::kvclient::KVClient;
-use distrib_kv_store::reshard::{self, Change, HttpClusters, Role};
+use distrib_kv_store::reshard::{self, Begun, Change, HttpClusters, Role};
 use tokio::time::timeout;
 
 use crate::common::cluster::Cluster;
@@ -56,6 +56,7 @@ async fn a_client_that_slept_through_ten_changes_writes_and_reads() {
     for (n, change) in ten_changes(clusters.at(2)).iter().enumerate() {
         let http = HttpClusters::default();
         let begun = reshard::begin(&http, &clusters.endpoints(), change).await.unwrap();
+        let Begun::Change(begun) = begun else { panic!("{change:?} changes nothing") };
         let endpoints = clusters.endpoints();
         let follow = reshard::follow(&http, &endpoints, Role::Onlooker, Some(&begun), |_, _| {});
         let ring = timeout(CHANGE_PATIENCE, follow).await.expect("the change ends").unwrap();

@@ -7,7 +7,8 @@ use clap::{Args, Subcommand};
 use distrib_kv_store::cluster_manager;
 use distrib_kv_store::kvclient::Endpoints;
 use distrib_kv_store::reshard::{
-    self, Change, ChangeError, DriveError, HttpClusters, Progress, Request, Role, Scene, Transition,
+    self, Begun, Change, ChangeError, DriveError, HttpClusters, Progress, Request, Role, Scene,
+    Transition,
 };
 use distrib_kv_store::ring::{Ring, RingCluster, RingNode};
 use distrib_kv_store::types::ClusterId;
@@ -98,7 +99,10 @@ pub async fn cluster(verb: ClusterVerb) -> Result<(), Failure> {
     };
     let addresses = target.clusters().await?.clusters;
     let http = HttpClusters::default();
-    let begun = reshard::begin(&http, &addresses, &change).await.map_err(failed)?;
+    let begun = match reshard::begin(&http, &addresses, &change).await.map_err(failed)? {
+        Begun::Change(begun) => begun,
+        Begun::AlreadySo(ring) => return already_so(&target, &change, &ring),
+    };
     // The new cluster's nodes are not in the file yet; its own word leads to them.
     let ring = watch(&target, &http, &addresses, Role::Helper, Some(&begun)).await?;
     finished(&target, &ring)
@@ -178,8 +182,13 @@ fn failed(error: ChangeError) -> Failure {
     })
 }
 
-/// The nodes file lists what the ring lists from now on.
 fn finished(target: &Target, ring: &Ring) -> Result<(), Failure> {
+    list(target, ring)?;
+    shown(target, ring)
+}
+
+/// The nodes file lists what the ring lists from now on.
+fn list(target: &Target, ring: &Ring) -> Result<(), Failure> {
     let nodes = |cluster: &RingCluster| cluster.nodes.iter().map(|n| n.http.clone()).collect();
     let clusters: Vec<Vec<String>> = ring.clusters.iter().map(nodes).collect();
     if is_file_of(target, &clusters) {
@@ -188,7 +197,24 @@ fn finished(target: &Target, ring: &Ring) -> Result<(), Failure> {
             Failure::failed(format!("the ring of epoch {} is in force, but {error}", ring.epoch))
         })?;
     }
-    shown(target, ring)
+    Ok(())
+}
+
+/// As when it had just been done: the command that did it may not have come to its end.
+fn already_so(target: &Target, change: &Change, ring: &Ring) -> Result<(), Failure> {
+    list(target, ring)?;
+    if target.json {
+        return shown(target, ring);
+    }
+    let is = match change {
+        Change::Add { id, weight, .. } => {
+            format!("{id} is in the ring with these nodes and weight {weight}")
+        }
+        Change::Remove(id) => format!("{id} is not in the ring"),
+        Change::Weight(id, weight) => format!("{id} has weight {weight}"),
+    };
+    let printed = text::print(&format!("{is} already; nothing to change\n"));
+    printed.or_else(Failure::of_printing)
 }
 
 /// Whether the nodes file lists these clusters. One that was named does, or is to. With `--endpoints` it is
