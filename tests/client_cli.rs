@@ -141,6 +141,30 @@ async fn an_unknown_outcome_is_5() {
     assert!(sent.len() > 1 && sent.iter().all(|once| *once == sent[0]), "{sent:?}");
 }
 
+/// Whoever reads a log of many commands finds in each line which key it was about: a key of any bytes, of
+/// which a terminal gets no control characters, and not thousands.
+#[tokio::test]
+async fn what_goes_wrong_names_the_key() {
+    let without = node(|seen| match seen.method.as_str() {
+        "GET" => absent(),
+        _ => Reply::Json(200, json!({"revision": 8, "deleted": false})),
+    });
+    assert_eq!(line(&run(&without, &["get", "k"]).await), "client: get `k`: not found\n");
+    assert_eq!(line(&run(&without, &["del", "k"]).await), "client: del `k`: not found\n");
+    let long = format!("\u{1b}[2J\n{}", "é".repeat(2000));
+    let told = line(&run(&without, &["get", &long]).await);
+    assert_eq!(told, format!("client: get `\\u{{1b}}[2J\\n{}...`: not found\n", "é".repeat(59)));
+    let mut command = client(&["get", "--endpoints", &without.address]);
+    let output = command.arg(OsStr::from_bytes(b"a\xff")).output().await.unwrap();
+    assert_eq!(line(&output), "client: get `a\u{fffd}`: not found\n");
+
+    let elsewhere = node(|_| Reply::Condition(Some(9)));
+    for verb in [&["put", "k", "v", "--if-match", "3"][..], &["del", "k", "--if-match", "3"]] {
+        let told = line(&run(&elsewhere, verb).await);
+        assert!(told.starts_with(&format!("client: {} `k`: the condition", verb[0])), "{told}");
+    }
+}
+
 #[tokio::test]
 async fn an_error_is_1_with_the_reason() {
     let node = node(|_| error(413, "TOO_LARGE", "not_applied"));

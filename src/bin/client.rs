@@ -7,7 +7,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 use std::env::VarError;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -40,6 +41,9 @@ const ENDPOINTS_VARIABLE: &str = "KV_ENDPOINTS";
 
 /// The largest value read from stdin: the largest that a store can be configured to take.
 const STDIN_BYTES_MAX: u64 = 64 << 20;
+
+/// How much of a key a message shows: enough to know it by, on one line.
+const KEY_SHOWN_CHARS_MAX: usize = 64;
 
 /// How long the demo waits for a follower to have what was just written. It usually takes a few
 /// milliseconds.
@@ -125,6 +129,40 @@ enum Command {
     BenchReport(ReportFlags),
 }
 
+/// What was to be done to which key, as messages name it: `put` of a key that may hold any bytes, and
+/// thousands of them.
+#[derive(Debug, Clone)]
+struct About {
+    verb: &'static str,
+    key: String,
+}
+
+impl About {
+    fn new(verb: &'static str, key: &OsStr) -> Self {
+        let text = String::from_utf8_lossy(key.as_bytes());
+        // What moves a terminal's cursor must not come out of a key.
+        let shown = |c: char| match c.is_control() {
+            true => c.escape_default().to_string(),
+            false => c.to_string(),
+        };
+        let mut key: String = text.chars().take(KEY_SHOWN_CHARS_MAX).map(shown).collect();
+        if text.chars().nth(KEY_SHOWN_CHARS_MAX).is_some() {
+            key += "...";
+        }
+        Self { verb, key }
+    }
+
+    fn failed(self) -> impl FnOnce(ClientError) -> Failure {
+        move |error| Failure::Operation { about: self, error }
+    }
+}
+
+impl fmt::Display for About {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} `{}`", self.verb, self.key)
+    }
+}
+
 /// What ends the program with something other than 0.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
@@ -132,6 +170,8 @@ enum Failure {
     Usage { given_by: &'static str, message: String },
     #[error("{0}")]
     Client(#[from] ClientError),
+    #[error("{about}: {error}")]
+    Operation { about: About, error: ClientError },
     #[error("cannot read the value from stdin: {0}")]
     Stdin(io::Error),
     #[error("the value on stdin is larger than {STDIN_BYTES_MAX} bytes")]
@@ -139,13 +179,13 @@ enum Failure {
     #[error("cannot write to stdout: {0}")]
     Stdout(io::Error),
     #[error(
-        "the write took effect at revision {revision}, but that cannot be written to stdout: {error}"
+        "{about}: the write took effect at revision {revision}, but that cannot be written to stdout: {error}"
     )]
-    RevisionNotShown { revision: Revision, error: io::Error },
+    RevisionNotShown { about: About, revision: Revision, error: io::Error },
     #[error("cannot start: {0}")]
     Runtime(io::Error),
-    #[error("not found")]
-    NotFound,
+    #[error("{0}: not found")]
+    NotFound(About),
     #[error("{0}")]
     Bench(#[from] BenchError),
 }
@@ -155,9 +195,13 @@ impl Failure {
         let code = match self {
             Self::Usage { .. } => 2,
             Self::Bench(error) => return error.exit_code(),
-            Self::NotFound => 3,
-            Self::Client(ClientError::ConditionFailed { .. }) => 4,
-            Self::Client(error) if error.outcome() == Outcome::Unknown => 5,
+            Self::NotFound(_) => 3,
+            Self::Operation { error: ClientError::ConditionFailed { .. }, .. } => 4,
+            Self::Operation { error, .. } | Self::Client(error)
+                if error.outcome() == Outcome::Unknown =>
+            {
+                5
+            }
             _ => 1,
         };
         ExitCode::from(code)
@@ -268,8 +312,12 @@ async fn connect(start: Start) -> Result<KVClient, ClientError> {
 
 async fn get(client: &KVClient, key: OsString, stale: bool) -> Result<(), Failure> {
     let consistency = if stale { Consistency::Stale } else { Consistency::Linearizable };
-    let record = client.get(key.as_bytes(), consistency).await?.ok_or(Failure::NotFound)?;
-    print(&record.value)
+    let about = About::new("get", &key);
+    match client.get(key.as_bytes(), consistency).await {
+        Ok(Some(record)) => print(&record.value),
+        Ok(None) => Err(Failure::NotFound(about)),
+        Err(error) => Err(Failure::Operation { about, error }),
+    }
 }
 
 async fn put(
@@ -278,21 +326,25 @@ async fn put(
     value: Vec<u8>,
     condition: Condition,
 ) -> Result<(), Failure> {
-    let revision = client.write_if(key.as_bytes(), value, condition).await?;
-    print_revision(revision)
+    let about = About::new("put", &key);
+    let written = client.write_if(key.as_bytes(), value, condition).await;
+    print_revision(written.map_err(about.clone().failed())?, about)
 }
 
 async fn del(client: &KVClient, key: OsString, condition: Condition) -> Result<(), Failure> {
-    let done = client.delete_if(key.as_bytes(), condition).await?;
+    let about = About::new("del", &key);
+    let done = client.delete_if(key.as_bytes(), condition).await;
+    let done = done.map_err(about.clone().failed())?;
     if !done.deleted {
-        return Err(Failure::NotFound);
+        return Err(Failure::NotFound(about));
     }
-    print_revision(done.revision)
+    print_revision(done.revision, about)
 }
 
 async fn route(client: &KVClient, keys: Vec<OsString>) -> Result<(), Failure> {
     for key in keys {
-        let (cluster, nodes) = client.route(key.as_bytes()).await?;
+        let routed = client.route(key.as_bytes()).await;
+        let (cluster, nodes) = routed.map_err(About::new("route", &key).failed())?;
         let place = format!("\t{cluster}\t{}\n", nodes.join(","));
         print(&[key.as_bytes(), place.as_bytes()].concat())?;
     }
@@ -363,9 +415,9 @@ fn value_or_stdin(value: OsString) -> Result<Vec<u8>, Failure> {
 }
 
 /// Says that a write took effect. Whoever is not told must not take it for failed.
-fn print_revision(revision: Revision) -> Result<(), Failure> {
+fn print_revision(revision: Revision, about: About) -> Result<(), Failure> {
     let printed = write_out(format!("{revision}\n").as_bytes());
-    printed.map_err(|error| Failure::RevisionNotShown { revision, error })
+    printed.map_err(|error| Failure::RevisionNotShown { about, revision, error })
 }
 
 fn print(bytes: &[u8]) -> Result<(), Failure> {
