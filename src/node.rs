@@ -63,6 +63,14 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// Clients and peers speak different protocols.
+    #[error(
+        "{address} cannot serve peers, for this node serves clients there: --http-addr and --rpc-addr need a port each"
+    )]
+    SharedAddress {
+        /// The peers' address as it was given.
+        address: String,
+    },
     /// Anyone on the network could read and write everything.
     #[error(
         "{address} is not a loopback address: everything would cross the network in clear text; set `insecure = true` in the configuration to allow it"
@@ -147,7 +155,7 @@ impl Node {
         files.bound(&mut options.config.limits);
         let config = &options.config;
         let (http, http_addr) = listen(&options.http_addr, config.insecure).await?;
-        let (rpc, rpc_addr) = listen(&options.rpc_addr, config.insecure).await?;
+        let (rpc, rpc_addr) = listen_beside(http_addr, &options.rpc_addr, config.insecure).await?;
         let store = open_store(&options, files.data).await?;
         let identity = PeerIdentity { cluster: options.cluster.clone(), node_id: options.id };
         let network = PeerNetwork::new(identity.clone(), store.formation(), config);
@@ -337,6 +345,33 @@ async fn listen(address: &str, insecure: bool) -> Result<(TcpListener, SocketAdd
         return Err(StartError::NotLoopback { address: address.to_owned() });
     }
     Ok((listener, local))
+}
+
+/// That an address is taken does not help whoever gave the same one twice.
+async fn listen_beside(
+    http: SocketAddr,
+    address: &str,
+    insecure: bool,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let error = match listen(address, insecure).await {
+        Ok(listening) => return Ok(listening),
+        Err(error) => error,
+    };
+    let is_taken = match &error {
+        StartError::Bind { source, .. } => source.kind() == io::ErrorKind::AddrInUse,
+        _ => false,
+    };
+    let is_shared = |rpc: SocketAddr| {
+        let is_every = rpc.ip().is_unspecified() || http.ip().is_unspecified();
+        rpc.port() == http.port() && (rpc.ip() == http.ip() || is_every)
+    };
+    if is_taken
+        && let Ok(mut found) = tokio::net::lookup_host(address).await
+        && found.any(is_shared)
+    {
+        return Err(StartError::SharedAddress { address: address.to_owned() });
+    }
+    Err(error)
 }
 
 /// The others look for a node where the membership says. One that comes back elsewhere is not found.

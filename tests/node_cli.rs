@@ -174,6 +174,38 @@ fn bad_addresses_are_refused() {
     drop(keep);
 }
 
+/// Clients and peers need a port each, and that is what is said, however the address is written.
+#[test]
+fn one_address_for_clients_and_peers_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let http = free_address();
+    let port = http.rsplit_once(':').unwrap().1;
+    for rpc in [&http, &format!("localhost:{port}")] {
+        let args = ["--id", "1", "--http-addr", &http, "--rpc-addr", rpc, "--data-dir", "data"];
+        assert_refused(&run_in(dir.path(), &args), &[rpc, "--http-addr", "--rpc-addr"]);
+        assert!(contents(dir.path()).is_empty(), "{rpc}: nothing was made");
+    }
+}
+
+/// Whoever names a node's peer port where its HTTP port belongs is told so.
+#[test]
+fn a_peer_port_is_no_http_port() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&NodeOptions::new(1, dir.path().join("data")));
+    let (admin, client) = (env!("CARGO_BIN_EXE_admin"), env!("CARGO_BIN_EXE_client"));
+    for (program, arguments) in [
+        (admin, &["status", "--endpoints", node.rpc()][..]),
+        (admin, &["ring", "show", "--endpoints", node.rpc()]),
+        (client, &["get", "k", "--endpoints", node.rpc()]),
+    ] {
+        let output =
+            Command::new(program).args(arguments).current_dir(dir.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let told = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(told.contains("it does not speak HTTP: is it a node's peer port?"), "{told}");
+    }
+}
+
 /// Other addresses than loopback work when the configuration allows them.
 #[test]
 fn insecure_allows_every_address() {

@@ -294,11 +294,13 @@ fn all_led(status: &[ClusterStatus]) -> Result<(), Failure> {
 }
 
 async fn ring_show(target: &Target) -> Result<(), Failure> {
-    let clusters = target.clusters().await?.clusters;
+    let Discovered { clusters, unplaced } = target.clusters().await?;
     let status = cluster_manager::status_of(&clusters).await;
     let seen = || status.iter().flat_map(|c| &c.nodes).filter_map(|node| node.metrics.as_ref());
     if seen().next().is_none() {
-        return Err(Failure::failed(NOBODY));
+        let silent = status.iter().flat_map(|cluster| &cluster.nodes).chain(&unplaced);
+        let reasons: Vec<&str> = silent.filter_map(|node| node.error.as_deref()).collect();
+        return Err(Failure::failed(format!("{NOBODY}: {}", reasons.join("; "))));
     }
     let ring = match cluster_manager::newest_ring(seen()).await {
         Some(ring) => ring,

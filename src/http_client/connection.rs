@@ -10,7 +10,9 @@
 //! not heard of by then is not found, and that request may have arrived: one reason more to close idle
 //! connections long before a server does.
 
+use std::error::Error;
 use std::future::Future;
+use std::io;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 
@@ -40,6 +42,8 @@ pub(super) struct Connection {
     /// What `Host` says.
     host: HeaderValue,
     sender: http1::SendRequest<Full<Bytes>>,
+    /// Whether an answer came on it: then HTTP is spoken at its other end.
+    has_answered: bool,
     /// `None` once it has ended.
     io: Option<http1::Connection<TokioIo<TcpStream>, Full<Bytes>>>,
     alarm: Alarm,
@@ -64,7 +68,7 @@ impl Connection {
         let uri = format!("http://{address}").parse::<Uri>().map_err(|error| error.to_string())?;
         let stream = connector.call(uri).await.map_err(|error| chain(&error))?;
         let (sender, io) = http1::handshake(stream).await.map_err(|error| chain(&error))?;
-        Ok(Self { host, sender, io: Some(io), alarm: Alarm::new() })
+        Ok(Self { host, sender, has_answered: false, io: Some(io), alarm: Alarm::new() })
     }
 
     /// Whether it may be used on this runtime: its socket and its timer end with the one it was opened on.
@@ -82,10 +86,12 @@ impl Connection {
     ) -> Result<HttpResponse, Failure> {
         request.headers_mut().insert(HOST, self.host.clone());
         let response = pin!(self.sender.try_send_request(request));
-        let Self { io, alarm, .. } = self;
+        let Self { io, alarm, has_answered, .. } = self;
         let answered = async {
             let response = Driven { io: &mut *io, waits_for: response }.await;
-            let (head, body) = response.map_err(not_answered)?.into_parts();
+            let response = response.map_err(|error| not_answered(error, *has_answered))?;
+            *has_answered = true;
+            let (head, body) = response.into_parts();
             let body = pin!(collect(body, has_room));
             let body = Driven { io: &mut *io, waits_for: body }.await?;
             Ok(HttpResponse { status: head.status, headers: head.headers, body })
@@ -138,12 +144,33 @@ async fn collect(body: Incoming, has_room: &mut HasRoom<'_>) -> Result<Bytes, Fa
     Ok(if all.is_empty() { first } else { all.into() })
 }
 
-fn not_answered(mut error: hyper::client::conn::TrySendError<Outgoing>) -> Failure {
+fn not_answered(
+    mut error: hyper::client::conn::TrySendError<Outgoing>,
+    has_answered: bool,
+) -> Failure {
     let request = error.take_message();
-    let message = chain(&error.into_error());
+    let error = error.into_error();
+    let mut message = chain(&error);
+    if !has_answered {
+        message.push_str(doubt(&error));
+    }
     match request {
         Some(request) => Failure::NotWritten { request: Box::new(request), message },
         None => Failure::MaybeSent { message },
+    }
+}
+
+/// What to think of an end that has not said one word of HTTP. A peer port resets a connection that does not
+/// begin with a greeting; but so may a node that was killed.
+fn doubt(error: &hyper::Error) -> &'static str {
+    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    let is_reset = source.is_some_and(|source| source.kind() == io::ErrorKind::ConnectionReset);
+    if error.is_parse() && !error.is_parse_too_large() {
+        "; what listens there does not speak HTTP: is it a node's peer port?"
+    } else if is_reset || error.is_incomplete_message() {
+        "; if it always does so, it does not speak HTTP: is it a node's peer port?"
+    } else {
+        ""
     }
 }
 

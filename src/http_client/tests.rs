@@ -249,6 +249,38 @@ async fn an_idle_connection_is_closed_in_the_end() {
     }
 }
 
+/// Whoever mistook a peer port, or another program's, for a node's HTTP port is told that it may be so, and
+/// nobody else: a server that has answered speaks HTTP.
+#[tokio::test]
+async fn who_speaks_no_http_is_told_as_such() {
+    let client = HttpClient::new();
+    for answer in [&b""[..], b"SSH-2.0-x\r\n"] {
+        let (listener, address) = listen().await;
+        let server = async {
+            let mut stream = accept(&listener).await;
+            receive(&mut stream).await;
+            stream.write_all(answer).await.unwrap();
+        };
+        let ((), failed) = tokio::join!(server, send(&client, &address));
+        let failed = failed.unwrap_err();
+        assert!(matches!(failed, SendError::MaybeSent { .. }), "{failed}");
+        assert!(failed.to_string().contains("does not speak HTTP"), "{failed}");
+    }
+    let (listener, address) = listen().await;
+    let server = async {
+        let mut stream = accept(&listener).await;
+        receive(&mut stream).await;
+        stream.write_all(OK).await.unwrap();
+        receive(&mut stream).await;
+    };
+    let both = async {
+        send(&client, &address).await.unwrap();
+        send(&client, &address).await.unwrap_err()
+    };
+    let ((), failed) = tokio::join!(server, both);
+    assert!(!failed.to_string().contains("HTTP"), "{failed}");
+}
+
 /// The connection that has been idle for longest goes when there are too many, whatever its address.
 #[tokio::test]
 async fn only_so_many_idle_connections_are_kept() {
