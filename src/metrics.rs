@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::handoff::RingState;
-use crate::types::{ClusterId, Epoch, NodeId, Revision};
+use crate::types::{ClusterId, Epoch, NodeAddrs, NodeId, Revision};
 
 /// Whether keys and bytes are counted: that may take some milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,12 +96,25 @@ pub struct NodeMetrics {
     /// Whether the membership is between two: majorities of both are needed until the change is done.
     #[serde(default)]
     pub joint: bool,
+    /// All members, sorted by their ids, with the addresses under which its cluster knows them.
+    #[serde(default)]
+    pub members: Vec<Member>,
     /// Whether its cluster serves no key before it has a ring, and this node has applied none yet.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub awaits_ring: bool,
     /// Why the node has stopped serving, if its storage or consensus failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
+}
+
+/// A member of a cluster, as a node of it knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its id.
+    pub id: NodeId,
+    /// Where it serves clients, and its peers.
+    #[serde(flatten)]
+    pub addrs: NodeAddrs,
 }
 
 /// A node's part in its Raft group.
@@ -140,6 +153,7 @@ impl NodeMetrics {
             revision: None,
             epoch: None,
             joint: false,
+            members: Vec::new(),
             awaits_ring: false,
             failed: None,
         }
@@ -161,7 +175,12 @@ mod tests {
             assert!(json.as_object_mut().unwrap().remove(added).unwrap().is_null());
         }
         assert_eq!(json.as_object_mut().unwrap().remove("joint").unwrap(), false);
+        let members = json.as_object_mut().unwrap().remove("members").unwrap();
+        assert_eq!(members, serde_json::json!([]));
         assert_eq!(json, serde_json::from_str::<serde_json::Value>(text).unwrap());
+        let addrs = NodeAddrs { http: "h".into(), rpc: "r".into() };
+        let member = serde_json::to_value(Member { id: 1, addrs }).unwrap();
+        assert_eq!(member, serde_json::json!({"id": 1, "http": "h", "rpc": "r"}));
     }
 
     #[test]

@@ -206,6 +206,36 @@ fn a_peer_port_is_no_http_port() {
     }
 }
 
+/// A cluster that was formed by hand and has no ring is found by any one of its nodes.
+#[test]
+fn one_node_leads_to_all_of_its_cluster() {
+    let mut cluster = Cluster::formed(3, FAST);
+    let dir = tempfile::tempdir().unwrap();
+    let asked = cluster.follower();
+    let endpoint = cluster.http(asked).to_owned();
+    let status = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_admin"));
+        command.args(["status", "--json", "--endpoints", &endpoint]).current_dir(dir.path());
+        let output = command.output().unwrap();
+        let told = serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap();
+        (output.status.code() == Some(0)).then_some(told)
+    };
+    let told = eventually("its leader is told", status);
+    let nodes = |told: &serde_json::Value| {
+        let nodes = told["clusters"][0]["nodes"].as_array().unwrap();
+        let node =
+            |node: &serde_json::Value| (node["id"].as_u64().unwrap(), node["reachable"] == true);
+        nodes.iter().map(node).collect::<BTreeMap<u64, bool>>()
+    };
+    assert_eq!(nodes(&told), [(1, true), (2, true), (3, true)].into());
+
+    let dead = cluster.leader();
+    cluster.kill9(dead);
+    let told = eventually("another leader is told", status);
+    let alive = |id: u64| (id, id != dead);
+    assert_eq!(nodes(&told), [alive(1), alive(2), alive(3)].into());
+}
+
 /// Other addresses than loopback work when the configuration allows them.
 #[test]
 fn insecure_allows_every_address() {

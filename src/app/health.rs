@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{NodeDigest, NodeMetrics, NodeState};
+use crate::metrics::{Member, NodeDigest, NodeMetrics, NodeState};
 use crate::network::error::{ApiError, LOST_DATA, Outcome};
 use crate::types::Consistency;
 
@@ -29,6 +29,8 @@ impl App {
         let keys = reader.key_count().ok();
         let metrics = self.inner.raft_metrics.borrow_watched();
         let membership = metrics.membership_config.membership();
+        let members =
+            membership.nodes().map(|(id, addrs)| Member { id: *id, addrs: addrs.clone() });
         let identity = &self.inner.identity;
         NodeMetrics {
             id: identity.node_id,
@@ -46,6 +48,7 @@ impl App {
             revision: Some(reader.revision()),
             epoch: Some(reader.ring().ring().epoch),
             joint: membership.get_joint_config().len() > 1,
+            members: members.collect(),
             awaits_ring: self.awaits_ring(&reader.ring_view()),
             failed,
         }

@@ -70,9 +70,14 @@ fn cluster_status(
         let members = ring.clusters.iter().flat_map(|c| c.nodes.iter().map(move |n| (c, n)));
         members.into_iter().find(|(_, node)| node.http == *address)
     };
+    let members = || answers.iter().flatten().flat_map(|metrics| &metrics.members);
+    let id_of = |address: &String| {
+        let told = || members().find(|member| member.addrs.http == *address).map(|m| m.id);
+        in_ring(address).map(|(_, node)| node.id).or_else(told)
+    };
     let node = |(address, answer): (&String, &Result<NodeMetrics, String>)| match answer {
         Ok(metrics) => NodeStatus::answering(address, metrics),
-        Err(error) => NodeStatus::silent(address, in_ring(address).map(|(_, node)| node.id), error),
+        Err(error) => NodeStatus::silent(address, id_of(address), error),
     };
     let seen: Vec<_> = answers.iter().map(|answer| answer.as_ref().ok().cloned()).collect();
     let said = seen.iter().flatten().map(|metrics| metrics.cluster.clone()).next();
@@ -88,16 +93,16 @@ fn cluster_status(
 #[derive(Debug, Clone, PartialEq)]
 pub struct Discovered {
     /// The clusters, each with the addresses of its nodes: those of the ring first, in its order, then
-    /// the others, in the order in which the endpoints name them.
+    /// the others, in the order in which the endpoints name them, each with its further members.
     pub clusters: Vec<Vec<String>>,
     /// Nodes that did not answer, and of which nobody says which cluster they belong to.
     pub unplaced: Vec<NodeStatus>,
 }
 
 /// Finds the clusters behind some addresses: by the ring that one of them knows and, for nodes that
-/// are in no ring, by the cluster that they say they belong to. A node that does not answer is placed
-/// where the ring has it, else beside those that `listed`, a nodes file, lists it with; a file that is
-/// out of date can put such a node in a wrong row, and nothing more.
+/// are in no ring, by the cluster that they say they belong to, whose other members they name. A node that
+/// does not answer is placed where the ring or its cluster has it, else beside those that `listed`, a nodes
+/// file, lists it with; a file that is out of date can put such a node in a wrong row, and nothing more.
 pub async fn discover(endpoints: &[String], listed: &[Vec<String>]) -> Discovered {
     let answers = ask_all(endpoints).await;
     let ring = newest_ring(answers.iter().flatten()).await.unwrap_or_else(Ring::none);
@@ -148,7 +153,32 @@ fn add_speakers(
             None => others.push((&metrics.cluster, vec![endpoint.clone()])),
         }
     }
+    for (cluster, nodes) in &mut others {
+        let pairs = endpoints.iter().zip(answers);
+        let speakers =
+            pairs.filter_map(|(endpoint, answer)| Some((endpoint, answer.as_ref().ok()?)));
+        add_members(nodes, speakers.filter(|(_, metrics)| metrics.cluster == **cluster));
+    }
     clusters.extend(others.into_iter().map(|(_, nodes)| nodes));
+}
+
+/// Adds the members of a cluster that nobody named, as that node tells of them which has heard the latest:
+/// in the order of their ids, and then those that are no members.
+fn add_members<'a>(
+    nodes: &mut Vec<String>,
+    speakers: impl Iterator<Item = (&'a String, &'a NodeMetrics)> + Clone,
+) {
+    let newest = speakers.clone().max_by_key(|(_, metrics)| (metrics.term, metrics.last_log));
+    let members = newest.iter().flat_map(|(_, metrics)| &metrics.members);
+    let mut all: Vec<String> = Vec::new();
+    for member in members {
+        // One that answered may have been named otherwise than its cluster knows it.
+        let named = speakers.clone().find(|(_, metrics)| metrics.id == member.id);
+        all.push(named.map_or(&member.addrs.http, |(endpoint, _)| endpoint).clone());
+    }
+    let others: Vec<String> = nodes.drain(..).filter(|node| !all.contains(node)).collect();
+    all.extend(others);
+    *nodes = all;
 }
 
 /// Adds a node that did not answer to those that it is listed with; whether it is listed at all.
@@ -177,8 +207,9 @@ pub async fn newest_ring(nodes: impl Iterator<Item = &NodeMetrics>) -> Option<Ri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metrics::NodeState;
+    use crate::metrics::{Member, NodeState};
     use crate::ring::RingNode;
+    use crate::types::NodeAddrs;
 
     fn metrics(cluster: &str, id: NodeId, state: NodeState, term: u64) -> NodeMetrics {
         NodeMetrics {
@@ -214,6 +245,20 @@ mod tests {
         assert_eq!(status.nodes[0].id, None);
     }
 
+    fn member(cluster: &str, id: NodeId) -> Member {
+        let addrs = NodeAddrs { http: format!("{cluster}-{id}"), rpc: String::new() };
+        Member { id, addrs }
+    }
+
+    #[test]
+    fn a_silent_member_is_named_by_its_cluster() {
+        let mut leader = metrics("c1", 1, NodeState::Leader, 3);
+        leader.members = vec![member("c1", 1), member("c1", 2)];
+        let answers = [Ok(leader), Err("refused".to_owned())];
+        let status = cluster_status(&strings(["c1-1", "c1-2"]), &answers, &Ring::none());
+        assert_eq!(status.nodes[1].id, Some(2));
+    }
+
     const NOBODY: &[Vec<String>] = &[];
 
     fn refused() -> Result<NodeMetrics, String> {
@@ -239,6 +284,20 @@ mod tests {
         // In the order of the endpoints: weights are given in it.
         let clusters = [strings(["c1-1", "c1-2"]), strings(["c9-1", "c9-2"]), strings(["c2-1"])];
         assert_eq!(found, Discovered { clusters: clusters.into(), unplaced: Vec::new() });
+    }
+
+    #[test]
+    fn a_cluster_that_is_in_no_ring_is_told_by_any_of_its_nodes() {
+        let mut behind = metrics("c9", 2, NodeState::Follower, 3);
+        behind.members = vec![member("c9", 1), member("c9", 2), member("c9", 7)];
+        let mut newer = metrics("c9", 3, NodeState::Follower, 4);
+        newer.members = (1..=4).map(|id| member("c9", id)).collect();
+        // The second is known by its cluster under another name; the fourth does not answer.
+        let endpoints = strings(["alias", "c9-3", "c9-4"]);
+        let answers = [Ok(behind), Ok(newer), refused()];
+        let found = group(&endpoints, &answers, &Ring::none(), NOBODY);
+        let clusters = vec![strings(["c9-1", "alias", "c9-3", "c9-4"])];
+        assert_eq!(found, Discovered { clusters, unplaced: Vec::new() });
     }
 
     #[test]
