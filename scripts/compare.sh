@@ -20,6 +20,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+help_if_asked "$@"
 
 ROUNDS=${ROUNDS:-3}
 FIRST_ROUND=${FIRST_ROUND:-1}

@@ -4,7 +4,8 @@
 # A script sources this file after `set -eu` and then calls `begin`. From there on:
 # - WORK is a temporary directory, and everything that the script leaves on disk is in it;
 # - every process is started with `start`, and only those processes are ever stopped;
-# - on exit, also after a failed check or a signal, the processes are stopped and WORK is removed.
+# - on exit, also after a failed check or a signal, the processes are stopped and WORK is removed; after
+#   a signal one line says so.
 # A check that does not hold ends the script with one line: what was expected, and what was found.
 # VERBOSE=1 prints the ends of the processes' logs before that line; CI does so too.
 
@@ -244,13 +245,25 @@ claim_ports() {
 
 # ---------------------------------------------------------------------------- beginning and end
 
+# help_if_asked ARGUMENT...: with --help among them, prints the comment at the script's head and ends.
+help_if_asked() {
+    for argument in "$@"; do
+        case $argument in
+        -h | --help)
+            sed -n '2,/^[^#]/s/^# \{0,1\}//p' "scripts/${0##*/}"
+            exit 0
+            ;;
+        esac
+    done
+}
+
 begin() {
-    WORK=''
+    WORK='' INTERRUPTED=''
     # Signals end the script through `exit`, so that the trap on EXIT runs exactly once.
     trap clean_up EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    trap 'INTERRUPTED=1; exit 129' HUP
+    trap 'INTERRUPTED=1; exit 130' INT
+    trap 'INTERRUPTED=1; exit 143' TERM
     WORK=$(mktemp -d "${TMPDIR:-/tmp}/distrib-kv.XXXXXX")
 }
 
@@ -262,6 +275,11 @@ clean_up() {
     for pid in $PIDS; do kill -TERM "$pid" 2>/dev/null || true; done
     for pid in $PIDS; do stop "$pid"; done
     if [ -n "$WORK" ]; then rm -rf "$WORK"; fi
+    if [ -n "$INTERRUPTED" ]; then
+        # Nobody may be left to read it, after a hangup for example.
+        printf '\n%sINTERRUPTED%s  everything that was started is stopped, and its data is removed\n' \
+            "$RED" "$PLAIN" >&2 || true
+    fi
     exit "$code"
 }
 

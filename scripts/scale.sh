@@ -11,6 +11,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+help_if_asked "$@"
 
 SECONDS_EACH=${SECONDS_EACH:-5}
 KEYS=${KEYS:-100000}
@@ -300,6 +301,17 @@ part_steady() {
     stop_clusters
 }
 
+PARTS='keys sizes clusters follower failover restart steady'
+# Splitting the list is meant.
+# shellcheck disable=SC2086
+if [ $# = 0 ]; then set -- $PARTS; fi
+for PART in "$@"; do
+    case " $PARTS " in
+    *" $PART "*) ;;
+    *) fail "unknown part: $PART; see --help" ;;
+    esac
+done
+
 begin
 title 'How the store takes more'
 sh scripts/setup.sh
@@ -308,14 +320,10 @@ TARGET=$(target_dir)
 BIN=$TARGET/release
 RESULTS=$TARGET/scale
 mkdir -p "$RESULTS"
-if [ $# = 0 ]; then set -- keys sizes clusters follower failover restart steady; fi
 for PART in "$@"; do
     step "$PART"
     ROWS=$WORK/rows
     : >"$ROWS"
-    case $PART in
-    keys | sizes | clusters | follower | failover | restart | steady) "part_$PART" ;;
-    *) fail "unknown part: $PART" ;;
-    esac
+    "part_$PART"
 done
 say "results: $RESULTS"

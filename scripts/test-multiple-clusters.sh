@@ -5,6 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+help_if_asked "$@"
 
 KEYS=90
 CLUSTERS=3

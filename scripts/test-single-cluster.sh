@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/lib.sh
+help_if_asked "$@"
 
 # http NODE, rpc NODE: the addresses of a node, counted from 1.
 http() { printf '%s:2100%s' "$HOST" "$1"; }
