@@ -56,8 +56,24 @@ fn values_are_written_read_and_deleted() {
     }
     let follower = [("Kv-Read", "follower")];
     assert_eq!(request(http, "GET", "/v1/kv/k", &follower, b"").status, 200);
-    let head = request(http, "HEAD", "/v1/kv/k", &[], b"");
-    assert_eq!((head.status, head.header("etag").is_some()), (200, true));
+
+    // As `GET`, without the body.
+    put(http, "/v1/kv/k", b"three");
+    for (path, status) in [
+        ("/v1/kv/k", 200),
+        ("/v1/kv/k?consistency=stale", 200),
+        ("/v1/kv/absent", 404),
+        ("/v1/kv/k?consistency=x", 400),
+        ("/v1/ring", 200),
+    ] {
+        let (head, whole) = (request(http, "HEAD", path, &[], b""), get(http, path));
+        assert_eq!((head.status, head.body.len()), (status, 0), "{path}");
+        for name in ["etag", "content-type"] {
+            assert_eq!(head.header(name), whole.header(name), "{path}: {name}");
+        }
+        let length = whole.body.len().to_string();
+        assert_eq!(head.header("content-length"), Some(&length[..]), "{path}");
+    }
 
     let deleted = delete(http, "/v1/kv/k").json();
     assert_eq!(deleted["deleted"], true);
