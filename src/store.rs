@@ -272,7 +272,7 @@ impl Store {
     /// because the directory can be opened again only when the last of them is gone.
     pub fn close(self) -> io::Result<()> {
         let Self { engine, flusher, log, state, formation: _, _lock } = self;
-        state.images.join();
+        state.images.close();
         // In this order: the state's flush syncs the log, too.
         let flushed = state.end();
         let flushed = flusher.stop().and(flushed);

@@ -34,8 +34,17 @@ pub(super) struct Images {
     state: Mutex<ImagesState>,
     /// One image is made at a time: two would only share the disk.
     building: Mutex<()>,
-    /// Makes an image after an installation. Joined by the one after the next installation, or at the end.
-    renewing: Mutex<Option<JoinHandle<()>>>,
+    aside: Mutex<Aside>,
+}
+
+/// What makes images after installations.
+#[derive(Default)]
+struct Aside {
+    /// Each installation's, until it is seen to have ended.
+    threads: Vec<JoinHandle<()>>,
+    /// The store is being closed, so nobody will use another image. An installation may go on longer than
+    /// Raft.
+    is_closed: bool,
 }
 
 #[derive(Default)]
@@ -123,13 +132,17 @@ impl Drop for ImageDir {
 
 impl Images {
     pub(super) fn new(shared: Arc<StateShared>, dir: PathBuf) -> Self {
-        let (state, building, renewing) = (Mutex::default(), Mutex::new(()), Mutex::default());
-        Self { shared, dir, state, building, renewing }
+        let (state, building, aside) = (Mutex::default(), Mutex::new(()), Mutex::default());
+        Self { shared, dir, state, building, aside }
     }
 
-    /// An error if the storage has failed.
+    /// An error if the storage has failed, or is being closed.
     pub(super) fn check(&self) -> io::Result<()> {
-        self.shared.engine.check()
+        self.shared.engine.check()?;
+        match self.lock_aside().is_closed {
+            true => Err(io::Error::other("the store is closed")),
+            false => Ok(()),
+        }
     }
 
     /// While this is held, no image is made.
@@ -181,8 +194,7 @@ impl Images {
     /// An image, and how many of the installed snapshots it has at least. Needs `building`, or an older image could
     /// come after a newer one.
     fn make(&self) -> io::Result<(Arc<SnapshotImage>, u64)> {
-        let engine = &self.shared.engine;
-        engine.check()?;
+        self.check()?;
         let (made, covered) = {
             let mut state = self.lock_state();
             state.made += 1;
@@ -190,9 +202,11 @@ impl Images {
         };
         // A checkpoint holds what is in files: with this, all that was applied before.
         self.shared.flush()?;
+        // That may have waited for a compaction.
+        self.check()?;
         std::fs::create_dir_all(&self.dir)?;
         let path = self.dir.join(made.to_string());
-        let checkpoint = Checkpoint::new(engine.db()).map_err(to_io)?;
+        let checkpoint = Checkpoint::new(self.shared.engine.db()).map_err(to_io)?;
         let dir = ImageDir(path.clone());
         checkpoint.create_checkpoint(&path).map_err(to_io)?;
         let image = Arc::new(SnapshotImage::open(dir)?);
@@ -218,35 +232,43 @@ impl Images {
         }
         match self.make() {
             Ok((image, covered)) => self.replace(image, covered),
+            Err(_) if self.lock_aside().is_closed => {}
             Err(error) => {
                 tracing::warn!(%error, "cannot make an image of the installed snapshot");
             }
         }
     }
 
-    /// As [`Self::renew`], on a thread that [`Self::join`] joins.
+    /// As [`Self::renew`], on a thread that [`Self::close`] joins.
     pub(super) fn renew_aside(self: &Arc<Self>) {
-        let mut renewing = self.lock_renewing();
-        let (images, before) = (self.clone(), renewing.take());
-        let renew = move || {
-            join(before);
-            images.renew();
-        };
-        match std::thread::Builder::new().name("image".into()).spawn(renew) {
-            Ok(thread) => *renewing = Some(thread),
+        let mut aside = self.lock_aside();
+        if aside.is_closed {
+            return;
+        }
+        aside.threads.retain(|thread| !thread.is_finished());
+        let images = self.clone();
+        match std::thread::Builder::new().name("image".into()).spawn(move || images.renew()) {
+            Ok(thread) => aside.threads.push(thread),
             // Whoever asks for an image makes it, then.
             Err(error) => tracing::warn!(%error, "cannot start a thread that makes an image"),
         }
     }
 
-    /// Waits until no image is made aside any more. Blocks.
-    pub(super) fn join(&self) {
-        let renewing = self.lock_renewing().take();
-        join(renewing);
+    /// No image is begun from now on; waits until none is made aside any more. Blocks.
+    pub(super) fn close(&self) {
+        let threads = {
+            let mut aside = self.lock_aside();
+            aside.is_closed = true;
+            std::mem::take(&mut aside.threads)
+        };
+        for thread in threads {
+            // A panic in it has been reported by the panic hook.
+            let _ = thread.join();
+        }
     }
 
-    fn lock_renewing(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
-        self.renewing.lock().expect("no code panics while it holds this lock")
+    fn lock_aside(&self) -> MutexGuard<'_, Aside> {
+        self.aside.lock().expect("no code panics while it holds this lock")
     }
 
     /// The newest image, if one was made since the start.
@@ -256,13 +278,6 @@ impl Images {
 
     fn lock_state(&self) -> MutexGuard<'_, ImagesState> {
         self.state.lock().expect("no code panics while it holds this lock")
-    }
-}
-
-fn join(thread: Option<JoinHandle<()>>) {
-    if let Some(thread) = thread {
-        // A panic in it has been reported by the panic hook.
-        let _ = thread.join();
     }
 }
 

@@ -266,20 +266,61 @@ async fn the_first_image_after_an_install_is_waited_for() {
     assert_eq!(current.meta, snapshot.meta);
 }
 
-/// The image after an install has an owner: once it is joined, nothing goes on in a store that is to be closed.
-#[tokio::test]
-async fn who_closes_a_store_waits_for_the_image_that_is_being_made() {
-    let dir = tempfile::tempdir().unwrap();
-    let sender = Store::open(&options(&dir.path().join("sender"))).unwrap();
+/// A snapshot, and an empty store that can install it.
+async fn sender_and_receiver(dir: &Path) -> (Store, SnapshotMeta, SnapshotData, Store) {
+    let sender = Store::open(&options(&dir.join("sender"))).unwrap();
     let mut builder = sender.state_machine().get_snapshot_builder().await;
     let snapshot = builder.build_snapshot().await.unwrap();
-    let receiver = Store::open(&options(&dir.path().join("receiver"))).unwrap();
+    let receiver = Store::open(&options(&dir.join("receiver"))).unwrap();
+    (sender, snapshot.meta, snapshot.snapshot, receiver)
+}
+
+/// The images after installs have an owner: once it is closed, nothing goes on in a store that is to be
+/// closed. One that has its turn only then is not made.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_closes_a_store_waits_for_no_image_that_is_not_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_sender, meta, snapshot, receiver) = sender_and_receiver(dir.path()).await;
     let mut machine = receiver.state_machine();
-    // Installed twice: the second time joins the first.
+    // As if one was made that takes long.
+    let (images, (go_on, goes_on)) = (machine.images.clone(), std::sync::mpsc::channel::<()>());
+    let (begin, begun) = tokio::sync::oneshot::channel();
+    let building = std::thread::spawn(move || {
+        let _one_at_a_time = images.one_at_a_time();
+        begin.send(()).unwrap();
+        goes_on.recv().unwrap_err();
+    });
+    begun.await.unwrap();
     for _ in 0..2 {
-        machine.install_snapshot(&snapshot.meta, snapshot.snapshot.clone()).await.unwrap();
+        machine.install_snapshot(&meta, snapshot.clone()).await.unwrap();
     }
-    machine.images.join();
-    assert!(!machine.images.is_outdated(), "it is being made");
-    assert_eq!(Arc::strong_count(&machine.images), 2, "a thread has it");
+    let images = machine.images.clone();
+    let closing = std::thread::spawn(move || images.close());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while machine.images.check().is_ok() {
+        assert!(Instant::now() < deadline, "it is never closed");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop(go_on);
+    building.join().unwrap();
+    closing.join().unwrap();
+    assert!(machine.images.current().is_none(), "it is of no use to anybody");
+    assert_eq!(Arc::strong_count(&machine.images), 2, "a thread has them");
+}
+
+/// An install that goes on longer than Raft begins no image in a store that is being closed.
+#[tokio::test]
+async fn an_install_that_ends_late_begins_no_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_sender, meta, snapshot, receiver) = sender_and_receiver(dir.path()).await;
+    let mut machine = receiver.state_machine();
+    machine.images.close();
+    machine.install_snapshot(&meta, snapshot).await.unwrap();
+    assert_eq!(Arc::strong_count(&machine.images), 2, "a thread has them");
+    assert!(machine.images.is_outdated(), "there is no newer one");
+    let mut builder = machine.get_snapshot_builder().await;
+    assert!(builder.build_snapshot().await.is_err(), "nor is one made for Raft");
+    drop(builder);
+    drop(machine);
+    receiver.close().unwrap();
 }
