@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use futures_util::future::join_all;
 use http::{HeaderValue, StatusCode, header};
 
 use super::api::{Answer, ApiState};
-use super::body::{ANSWER_FREE_BYTES, BodyBudget, BodyLimit, Charge};
+use super::body::{ANSWER_FREE_BYTES, BodyBudget, BodyLimit, Charge, HeldCharge};
 use super::call::{Call, Routing};
 use super::error::{ApiError, ErrorBody, ErrorDetail, Outcome};
 use super::forward::{Effect, Refusal, Served};
@@ -51,9 +52,12 @@ pub(super) async fn answer(state: &ApiState, call: &Call) -> Answer {
     let batch = decoded.map_err(ApiError::from)?;
     // Before anything is done: what was done has to be told.
     let told_bytes = batch.operations.len() * RESULT_BYTES_MAX;
-    let mut share = state.answers.charge(told_bytes, ANSWER_FREE_BYTES)?;
-    let results = carry_out(state, call, consistency, &batch).await?;
+    let share = state.answers.charge(told_bytes, ANSWER_FREE_BYTES)?;
+    let (results, charges) = carry_out(state, call, consistency, &batch).await?;
     let content_type = if binary { BINARY } else { JSON };
+    // What the values were counted by goes over to their copies: nothing else is done until the values are
+    // gone.
+    let mut share = share.into_iter().chain(charges).reduce(Charge::with);
     let body = encode(&state.answers, &mut share, results, binary);
     Ok(([(header::CONTENT_TYPE, content_type)], body).into_response())
 }
@@ -87,12 +91,12 @@ fn encode(
 }
 
 /// The share of the memory for answers that the values of one of `parts` take up while the others are waited
-/// for. Where there is none left, they are refused. Those of another node are counted already, with the answer
-/// that they are slices of, unless that is small.
+/// for. Where there is none left, they are refused. Those of another node are counted already, by `arrived`,
+/// with the answer that they are slices of, unless that is small.
 fn hold_values(
-    state: &ApiState,
+    answers: &Arc<BodyBudget>,
     results: &mut [OperationResult],
-    origin: Origin,
+    arrived: Option<Charge>,
     parts: usize,
 ) -> Option<Charge> {
     let value_bytes = |result: &OperationResult| match result {
@@ -100,11 +104,11 @@ fn hold_values(
         _ => 0,
     };
     let bytes = results.iter().map(value_bytes).sum();
-    if origin == Origin::Elsewhere && bytes > ANSWER_FREE_BYTES {
-        return None;
+    if arrived.is_some() && bytes > 0 {
+        return arrived;
     }
     // What an answer has free, its parts share.
-    let charge = state.answers.charge(bytes, ANSWER_FREE_BYTES / parts);
+    let charge = answers.charge(bytes, ANSWER_FREE_BYTES / parts);
     charge.unwrap_or_else(|_| {
         refuse_values(results);
         None
@@ -145,13 +149,13 @@ fn limits(state: &ApiState) -> Limits {
     }
 }
 
-/// One result for each operation.
+/// One result for each operation, and what their values are counted by.
 async fn carry_out(
     state: &ApiState,
     call: &Call,
     consistency: Consistency,
     batch: &Batch,
-) -> Result<Vec<OperationResult>, Refusal> {
+) -> Result<(Vec<OperationResult>, Vec<Charge>), Refusal> {
     let Batch { client, operations } = batch;
     let limits = limits(state);
     let mut results: Vec<_> = operations
@@ -171,17 +175,17 @@ async fn carry_out(
     let call = passed_on.as_ref().unwrap_or(call);
     let request = Request { call, consistency, client: client.as_ref() };
     let sound = (0..operations.len()).filter(|index| results[*index].is_none()).collect();
-    // As long as the others are waited for.
-    let _charges = serve_all(state, &request, operations, sound, &mut results).await?;
+    let mut charges = serve_all(state, &request, operations, sound, &mut results).await?;
     if call.routing == Routing::PassOn {
         // Keys that moved to another cluster while the part was served, and what was left when its leader
         // ceased to lead. Once more: neither happens twice in the life of a request, unless that is long.
         let again = goes_again(operations, &results);
         if !again.is_empty() {
-            drop(serve_all(state, &request, operations, again, &mut results).await?);
+            charges.extend(serve_all(state, &request, operations, again, &mut results).await?);
         }
     }
-    Ok(results.into_iter().map(|result| result.expect("every part has been answered")).collect())
+    let results = results.into_iter().map(|result| result.expect("every part has been answered"));
+    Ok((results.collect(), charges))
 }
 
 /// The operations that were sent elsewhere and not done, so that they may go there: unless a later write to
@@ -236,8 +240,8 @@ async fn serve_all(
     let count = places.iter().flatten().filter(|part| !part.is_empty()).count();
     let serve = async |part: &[usize]| {
         let operations: Vec<_> = part.iter().map(|index| &operations[*index]).collect();
-        let (mut results, origin) = serve_part(state, request, operations).await?;
-        let charge = hold_values(state, &mut results, origin, count);
+        let (mut results, arrived) = serve_part(state, request, operations).await?;
+        let charge = hold_values(&state.answers, &mut results, arrived, count);
         Ok((results, charge))
     };
     let answers = places.iter().map(async |parts| {
@@ -300,18 +304,12 @@ fn by_leader(operation: &Operation, consistency: Consistency) -> bool {
     operation.is_write() || consistency == Consistency::Linearizable
 }
 
-/// Who served a part.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Origin {
-    Here,
-    Elsewhere,
-}
-
+/// The results of a part, and what they are counted by already, which those of another node are.
 async fn serve_part(
     state: &ApiState,
     request: &Request<'_>,
     operations: Vec<&Operation>,
-) -> Result<(Vec<OperationResult>, Origin), Refusal> {
+) -> Result<(Vec<OperationResult>, Option<Charge>), Refusal> {
     let Request { call, consistency, client } = *request;
     let writes = operations.iter().any(|operation| operation.is_write());
     let effect = if writes { Effect::Write } else { Effect::Read };
@@ -319,24 +317,36 @@ async fn serve_part(
     let body = || batch::encode_request(client, operations.iter().copied());
     let here = || state.app.batch(client, &operations, consistency, call.deadline);
     match state.forwarder.serve(call, body, effect, here).await? {
-        Served::Here(results) => Ok((results, Origin::Here)),
+        Served::Here(results) => Ok((results, None)),
         Served::Elsewhere(response) => {
-            let mut results = relayed(&operations, response).await;
+            let (mut results, arrived) = relayed(&operations, response).await;
             // The answer had to be taken for what the writes came to.
             if effect == Effect::Write && state.answers.is_exceeded() {
                 refuse_values(&mut results);
             }
-            Ok((results, Origin::Elsewhere))
+            Ok((results, arrived))
         }
     }
 }
 
-/// Another node's answer to a part.
-async fn relayed(operations: &[&Operation], response: Response) -> Vec<OperationResult> {
+/// Another node's answer to a part, and what it is counted by, unless it is small.
+async fn relayed(
+    operations: &[&Operation],
+    response: Response,
+) -> (Vec<OperationResult>, Option<Charge>) {
     let (head, body) = response.into_parts();
+    let charge = head.extensions.get().and_then(HeldCharge::take);
+    (told_by(operations, head.status, body).await, charge)
+}
+
+async fn told_by(
+    operations: &[&Operation],
+    status: StatusCode,
+    body: Body,
+) -> Vec<OperationResult> {
     // It is in memory already.
     let body = axum::body::to_bytes(body, usize::MAX).await.unwrap_or_default();
-    if head.status == StatusCode::OK {
+    if status == StatusCode::OK {
         match batch::decode_results(body, operations.len()) {
             Ok(results) => return results,
             Err(error) => {
@@ -345,10 +355,10 @@ async fn relayed(operations: &[&Operation], response: Response) -> Vec<Operation
         }
     }
     let Ok(ErrorBody { error }) = serde_json::from_slice(&body) else {
-        let what = format!("status {} without a reason", head.status);
+        let what = format!("status {status} without a reason");
         return operations.iter().map(|operation| garbled(operation, &what)).collect();
     };
-    let failure = Failure { status: head.status.as_u16(), current: None, error };
+    let failure = Failure { status: status.as_u16(), current: None, error };
     operations.iter().map(|operation| failed_as(operation, failure.clone())).collect()
 }
 
@@ -379,7 +389,7 @@ fn failed_as(operation: &Operation, mut failure: Failure) -> OperationResult {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::body::BODIES_BYTES_MAX;
+    use crate::network::body::{Arriving, BODIES_BYTES_MAX};
     use crate::ring::{RingCluster, RingNode};
     use crate::types::Condition;
 
@@ -447,6 +457,40 @@ mod tests {
             let _body = encode(&answers, &mut share, results(3), binary);
             assert_eq!(answers.used(), 0);
         }
+    }
+
+    /// What other clusters sent is counted once, also while one answer is made of it: a batch of values of
+    /// all of them that fill more than half of the memory is answered on an idle node.
+    #[tokio::test]
+    async fn values_that_came_from_elsewhere_are_counted_once() {
+        const VALUES: usize = 4;
+        let bytes_max = 1 << 20;
+        let answers = BodyBudget::of(bytes_max);
+        let value = Bytes::from(vec![b'v'; bytes_max / 16]);
+        let operations = ["k"; VALUES].map(get);
+        let operations: Vec<_> = operations.iter().collect();
+        let (mut results, mut charges) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            let found = OperationResult::Found { revision: 1, value: value.clone() };
+            let body = batch::encode_results(&vec![found; VALUES]);
+            let mut arriving = Arriving::new(&answers);
+            assert!(arriving.add(body.len()));
+            let (body, charge) = arriving.hold(body);
+            let mut response = Response::new(Body::from(body));
+            response.extensions_mut().insert(charge.expect("it is not small"));
+            let (mut part, arrived) = relayed(&operations, response).await;
+            charges.extend(hold_values(&answers, &mut part, arrived, 3));
+            results.extend(part);
+        }
+        assert!(answers.used() > bytes_max / 2, "{}", answers.used());
+        let mut share = charges.into_iter().reduce(Charge::with);
+        let body = encode(&answers, &mut share, results, true);
+        let told = batch::decode_results(body.clone(), 3 * VALUES).unwrap();
+        assert!(told.iter().all(|result| result.status() == 200), "{:?}", told[0].status());
+        drop(told);
+        assert_eq!(answers.used(), body.len());
+        drop(body);
+        assert_eq!(answers.used(), 0);
     }
 
     /// What is left of a batch when its leader ceases to lead, or its keys move, goes where it belongs; but no

@@ -79,7 +79,7 @@ impl BodyBudget {
     pub fn hold(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, ApiError> {
         Ok(match self.charge(bytes.len(), ANSWER_FREE_BYTES)? {
             None => bytes,
-            Some(charge) => Bytes::from_owner(Held { bytes, _charge: charge }),
+            Some(charge) => Held::of(bytes, charge).0,
         })
     }
 
@@ -104,7 +104,7 @@ impl BodyBudget {
         let charge = share.take().into_iter().chain(more).reduce(Charge::with);
         let mut charge = charge.expect("the share was there");
         charge.lower_to(bytes.len());
-        Ok(Bytes::from_owner(Held { bytes, _charge: charge }))
+        Ok(Held::of(bytes, charge).0)
     }
 
     /// Counts what an answer is going to be made of; `None` up to `free` bytes.
@@ -134,7 +134,7 @@ pub(super) struct Charge {
 
 impl Charge {
     /// Both of them in one.
-    fn with(mut self, mut other: Self) -> Self {
+    pub(super) fn with(mut self, mut other: Self) -> Self {
         self.bytes += std::mem::take(&mut other.bytes);
         self
     }
@@ -175,20 +175,46 @@ impl Arriving {
         is_small || self.charge.add(self.bytes - self.charge.bytes).is_ok()
     }
 
-    /// The answer, now that it is whole.
-    pub(super) fn hold(mut self, bytes: Bytes) -> Bytes {
+    /// The answer, now that it is whole, and what it is counted by, unless it is small.
+    pub(super) fn hold(mut self, bytes: Bytes) -> (Bytes, Option<HeldCharge>) {
         if self.charge.bytes == 0 {
-            return bytes;
+            return (bytes, None);
         }
         self.charge.lower_to(bytes.len());
-        Bytes::from_owner(Held { bytes, _charge: self.charge })
+        let (bytes, charge) = Held::of(bytes, self.charge);
+        (bytes, Some(charge))
     }
 }
 
 /// An answer and its share.
 struct Held {
     bytes: Bytes,
-    _charge: Charge,
+    charge: HeldCharge,
+}
+
+/// What a held answer is counted by, until its bytes are gone, unless it is taken first: then by whoever
+/// makes another answer of it.
+#[derive(Debug, Clone)]
+pub(super) struct HeldCharge(Arc<Mutex<Option<Charge>>>);
+
+impl HeldCharge {
+    pub(super) fn take(&self) -> Option<Charge> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Held {
+    fn of(bytes: Bytes, charge: Charge) -> (Bytes, HeldCharge) {
+        let charge = HeldCharge(Arc::new(Mutex::new(Some(charge))));
+        (Bytes::from_owner(Self { bytes, charge: charge.clone() }), charge)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Who else has it is to take it while the bytes are there.
+        drop(self.charge.take());
+    }
 }
 
 impl AsRef<[u8]> for Held {

@@ -20,7 +20,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use tokio::time::Instant;
 
-use super::body::{Arriving, BodyBudget};
+use super::body::{Arriving, BodyBudget, HeldCharge};
 use super::call::{
     CLIENT_FLOOR, Call, DEADLINE_MS, HOPS, HOPS_MAX, IDEMPOTENCY_KEY, READ, Routing,
 };
@@ -248,7 +248,7 @@ impl Forwarder {
         while let Some(address) = rest.next() {
             let attempt_max = attempt_max(effect, rest.len());
             match self.send(call, body, effect, address, attempt_max).await {
-                Ok(Answered { answer, trouble }) => {
+                Ok(Answered { answer, charge, trouble }) => {
                     let goes_on = match trouble {
                         Some(Trouble::OfNode(outcome)) => outcome == Outcome::NotApplied,
                         // One more: it waited for a leader, and so may the next.
@@ -259,15 +259,15 @@ impl Forwarder {
                         None => false,
                     };
                     if !goes_on {
-                        return Ok(relay(answer));
+                        return Ok(relay(answer, charge));
                     }
-                    refused = Some(answer);
+                    refused = Some((answer, charge));
                 }
                 Err(Failed { error, last_word: true }) => return Err(error),
                 Err(Failed { error, last_word: false }) => failure = error,
             }
         }
-        refused.map(relay).ok_or(failure)
+        refused.map(|(answer, charge)| relay(answer, charge)).ok_or(failure)
     }
 
     /// Sends the request to one node, when there is a turn, and waits for its answer for at most
@@ -294,9 +294,10 @@ impl Forwarder {
         // What a write came to must be told.
         let mut has_room = |bytes| arriving.add(bytes) || effect == Effect::Write;
         let error = match self.send_watched(request, attempt_ends, &mut has_room).await {
-            Ok(Answered { mut answer, trouble }) => {
-                answer.body = arriving.hold(answer.body);
-                return Ok(Answered { answer, trouble });
+            Ok(mut answered) => {
+                let body = std::mem::take(&mut answered.answer.body);
+                (answered.answer.body, answered.charge) = arriving.hold(body);
+                return Ok(answered);
             }
             // Another node would answer as much.
             Err(SendError::NoRoom { .. }) => {
@@ -333,7 +334,8 @@ impl Forwarder {
                 sending.await
             }
         };
-        let result = result.map(|answer| Answered { trouble: trouble_in(&answer), answer });
+        let result =
+            result.map(|answer| Answered { trouble: trouble_in(&answer), charge: None, answer });
         match &result {
             Ok(Answered { trouble: None, .. }) | Err(SendError::NoRoom { .. }) => {
                 self.targets.trust(&address)
@@ -347,6 +349,8 @@ impl Forwarder {
 /// What one node answered.
 struct Answered {
     answer: HttpResponse,
+    /// Of a large one that has been counted.
+    charge: Option<HeldCharge>,
     trouble: Option<Trouble>,
 }
 
@@ -448,13 +452,18 @@ fn request_for(call: &Call, body: &Bytes, address: &str, left: Duration) -> Http
     }
 }
 
-fn relay(answer: HttpResponse) -> Response {
+/// The answer as this node's own; who makes another one of it finds among its extensions what it is counted
+/// by.
+fn relay(answer: HttpResponse, charge: Option<HeldCharge>) -> Response {
     let mut response = Response::new(Body::from(answer.body));
     *response.status_mut() = answer.status;
     for name in &RELAYED {
         if let Some(value) = answer.headers.get(name) {
             response.headers_mut().insert(name, value.clone());
         }
+    }
+    if let Some(charge) = charge {
+        response.extensions_mut().insert(charge);
     }
     response
 }
