@@ -99,16 +99,18 @@ impl App {
         };
         match &known {
             Some(known) if *known == addrs => return self.await_settled(deadline).await,
-            Some(known) if is_voter => return Err(already_a("voter", id, known)),
+            Some(known) if is_voter => {
+                return Err(ApiError::Conflict(already_a("voter", id, known)));
+            }
             Some(_) | None => {}
         }
         if let Some(why) = self.inner.peers.refusal_of(id, &addrs).await {
             return Err(ApiError::Conflict(format!("node {id} cannot join: {why}")));
         }
         let raft = self.inner.raft.clone();
-        let wanted = addrs.clone();
+        let (wanted, removes) = (addrs.clone(), known.is_some());
         let added = async move {
-            if known.is_some() {
+            if removes {
                 // Removed first, because what is sent to it goes on to where it began. Should it end here, the
                 // learner is missing, and a repeat adds it.
                 let removed = ChangeMembers::RemoveNodes(BTreeSet::from([id]));
@@ -117,11 +119,8 @@ impl App {
             raft.add_learner(id, wanted, false).await
         };
         let membership = self.await_membership(added, deadline).await?;
-        // Raft leaves a member as it is, which somebody else may have added meanwhile.
-        match membership.as_ref().and_then(|membership| membership.get_node(&id)) {
-            Some(there) if *there != addrs => Err(already_a("member", id, there)),
-            _ => Ok(()),
-        }
+        let there = membership.as_ref().and_then(|membership| membership.get_node(&id));
+        there.map_or(Ok(()), |there| check_added(id, &addrs, there, removes))
     }
 
     /// Makes exactly these members the voters, after they caught up.
@@ -223,8 +222,24 @@ impl App {
     }
 }
 
-fn already_a(what: &str, id: NodeId, at: &NodeAddrs) -> ApiError {
-    ApiError::Conflict(format!("node {id} is already a {what} at {} / {}", at.http, at.rpc))
+/// Whether the member that is `there` is the one that was wanted: Raft leaves one as it is, which somebody
+/// else may have added meanwhile. Who had it removed first has taken the earlier address away, unless
+/// somebody else had.
+fn check_added(
+    id: NodeId,
+    wanted: &NodeAddrs,
+    there: &NodeAddrs,
+    removed_first: bool,
+) -> Result<(), ApiError> {
+    if there == wanted {
+        return Ok(());
+    }
+    let why = already_a("member", id, there);
+    Err(if removed_first { ApiError::ConflictMidway(why) } else { ApiError::Conflict(why) })
+}
+
+fn already_a(what: &str, id: NodeId, at: &NodeAddrs) -> String {
+    format!("node {id} is already a {what} at {} / {}", at.http, at.rpc)
 }
 
 /// Formed by itself, or claimed by the cluster that it was told to follow.
@@ -241,4 +256,25 @@ fn refuse_wildcard(addrs: &NodeAddrs) -> Result<(), ApiError> {
     Err(ApiError::BadRequest(format!(
         "{http} / {rpc}: other nodes cannot connect to a wildcard; start the node with its own address"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of two who mend a learner's address at the same moment, one hears of the other's; but its own request
+    /// may have taken the earlier address away.
+    #[test]
+    fn a_conflict_after_a_removal_does_not_say_that_nothing_changed() {
+        let at = |http: &str| NodeAddrs { http: http.into(), rpc: "r:1".into() };
+        let outcome = |wanted, there, removed_first| {
+            let added = check_added(4, &at(wanted), &at(there), removed_first);
+            added.map_err(|error| (error.status_and_code().1, error.outcome()))
+        };
+        for removed_first in [false, true] {
+            assert_eq!(outcome("y:1", "y:1", removed_first), Ok(()));
+        }
+        assert_eq!(outcome("y:1", "z:1", false), Err(("CONFLICT", Outcome::NotApplied)));
+        assert_eq!(outcome("y:1", "z:1", true), Err(("CONFLICT", Outcome::Unknown)));
+    }
 }

@@ -146,6 +146,9 @@ pub enum ApiError {
     /// The request contradicts the cluster's state.
     #[error("{0}")]
     Conflict(String),
+    /// As [`Self::Conflict`], found out after a first step of the request that may have changed something.
+    #[error("{0}")]
+    ConflictMidway(String),
     /// The client's sequence stands for another write already.
     #[error("this Idempotency-Key was used for a write of another key, or of another kind")]
     OnceReused,
@@ -228,9 +231,10 @@ impl ApiError {
             Self::WrongCluster { .. } => (StatusCode::MISDIRECTED_REQUEST, "WRONG_CLUSTER"),
             Self::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "TIMEOUT"),
             Self::Storage { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "STORAGE"),
-            Self::Conflict(_) | Self::OnceReused | Self::StepRefused(_) => {
-                (StatusCode::CONFLICT, "CONFLICT")
-            }
+            Self::Conflict(_)
+            | Self::ConflictMidway(_)
+            | Self::OnceReused
+            | Self::StepRefused(_) => (StatusCode::CONFLICT, "CONFLICT"),
             Self::OnceForgotten => (StatusCode::CONFLICT, "IDEMPOTENCY_EXPIRED"),
         }
     }
@@ -243,7 +247,7 @@ impl ApiError {
             | Self::Timeout { outcome, .. }
             | Self::Forward { outcome, .. }
             | Self::Storage { outcome, .. } => *outcome,
-            Self::OnceForgotten => Outcome::Unknown,
+            Self::ConflictMidway(_) | Self::OnceForgotten => Outcome::Unknown,
             _ => Outcome::NotApplied,
         }
     }
