@@ -27,9 +27,10 @@
 //!
 //! Invariants: there is exactly one encoding of a thing, and a decoder accepts only that one (flags
 //! are 0 or 1, ids ascend, nothing trails), except that a ring is compared as JSON. Terms and indexes have room
-//! above them ([`ORDINAL_MAX`]): whoever has decoded one may count on from it. Decoders never
-//! panic, check every length against what is left before they use it, and allocate no more than a
-//! small multiple of their input. Corrupt is not absent: every deviation is a [`DecodeError`].
+//! above them, and those that peers say below what a record may hold ([`ORDINAL_HEARD_MAX`]): whoever has
+//! heard one may count on from it, and what it comes to can be written down and read again. Decoders never
+//! panic, check every length against what is left before they use it, and allocate no more than a small
+//! multiple of their input. Corrupt is not absent: every deviation is a [`DecodeError`].
 
 mod reader;
 #[cfg(test)]
@@ -52,9 +53,13 @@ use crate::writes::Writes;
 /// The version that every record starts with. In 1, writes had no time and no clients.
 const VERSION: u8 = 2;
 
-/// The highest term and the highest index that there can be. Raft adds one to them and does not look whether that
-/// fits, and after the last of them there would be none. At a million a second, it takes 146 thousand years.
+/// The highest term and the highest index that a record can hold. Raft adds one to them and does not look
+/// whether that fits, and after the last of them there would be none. At a million a second, it takes 146
+/// thousand years.
 const ORDINAL_MAX: u64 = 1 << 62;
+
+/// The highest of those that a peer may say: as many again are left to count on before a record is refused.
+pub(crate) const ORDINAL_HEARD_MAX: u64 = ORDINAL_MAX / 2;
 
 const TAG_BLANK: u8 = 0;
 const TAG_WRITES: u8 = 1;
@@ -248,10 +253,11 @@ pub(crate) fn get_leader_id(reader: &mut Reader) -> Result<LeaderId, DecodeError
 }
 
 fn get_ordinal(what: &'static str, reader: &mut Reader) -> Result<u64, DecodeError> {
-    match reader.u64()? {
-        possible @ ..=ORDINAL_MAX => Ok(possible),
-        _ => Err(DecodeError::Invalid { what }),
+    let ordinal = reader.u64()?;
+    if ordinal > reader.ordinal_max() {
+        return Err(DecodeError::Invalid { what });
     }
+    Ok(ordinal)
 }
 
 pub(crate) fn put_stored_membership<B: BufMut>(stored: &StoredMembership, out: &mut B) {

@@ -2,16 +2,27 @@
 
 use bytes::{Buf, Bytes};
 
-use super::DecodeError;
+use super::{DecodeError, ORDINAL_HEARD_MAX, ORDINAL_MAX};
 
 /// What is left to decode. No method panics or allocates more than what is left.
 pub(crate) struct Reader {
     left: Bytes,
+    ordinal_max: u64,
 }
 
 impl Reader {
     pub(crate) fn new(bytes: Bytes) -> Self {
-        Self { left: bytes }
+        Self { left: bytes, ordinal_max: ORDINAL_MAX }
+    }
+
+    /// Of a message.
+    pub(crate) fn of_peer(bytes: Bytes) -> Self {
+        Self { left: bytes, ordinal_max: ORDINAL_HEARD_MAX }
+    }
+
+    /// The highest term and the highest index that there may be in it.
+    pub(super) fn ordinal_max(&self) -> u64 {
+        self.ordinal_max
     }
 
     pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {

@@ -324,3 +324,25 @@ fn a_length_beyond_the_input_is_an_error() {
     let error = decode_entry(Bytes::from(bytes)).unwrap_err();
     assert_eq!(error, DecodeError::Truncated { wanted: u64::from(u32::MAX), left: 1 });
 }
+
+/// What a peer said is counted on from, and what that comes to is read again after a restart.
+#[test]
+fn what_follows_the_highest_that_is_heard_can_be_read_again() {
+    let id = |ordinal| LogId { leader_id: LeaderId { term: ordinal, node_id: 1 }, index: ordinal };
+    let record = |ordinal| {
+        let mut record = Vec::new();
+        encode_log_id(&id(ordinal), &mut record);
+        record
+    };
+    let heard = |ordinal| {
+        let mut reader = Reader::of_peer(record(ordinal).into());
+        reader.version(VERSION)?;
+        get_log_id(&mut reader)
+    };
+    assert_eq!(heard(ORDINAL_HEARD_MAX), Ok(id(ORDINAL_HEARD_MAX)));
+    assert!(heard(ORDINAL_HEARD_MAX + 1).is_err());
+    for read in [ORDINAL_HEARD_MAX + 1, 2 * ORDINAL_HEARD_MAX - 1, ORDINAL_MAX] {
+        assert_eq!(decode_log_id(&record(read)), Ok(id(read)));
+    }
+    assert!(decode_log_id(&record(ORDINAL_MAX + 1)).is_err());
+}

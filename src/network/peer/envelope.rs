@@ -52,7 +52,7 @@ pub(in crate::network) fn open_request(
     bytes: Bytes,
     peer: &PeerIdentity,
 ) -> Result<(u64, Reader), DecodeError> {
-    let mut reader = Reader::new(bytes);
+    let mut reader = Reader::of_peer(bytes);
     reader.version(VERSION)?;
     let sequence = reader.u64()?;
     if reader.u64()? != peer.node_id || reader.u64()? != peer.cluster_hash() {
@@ -87,7 +87,7 @@ pub(in crate::network) fn open_reply<T: Wire>(
     bytes: Bytes,
     sequence: u64,
 ) -> Result<Result<T, Failure>, DecodeError> {
-    let mut reader = Reader::new(bytes);
+    let mut reader = Reader::of_peer(bytes);
     reader.version(VERSION)?;
     if reader.u64()? != sequence {
         return Err(DecodeError::Invalid { what: "sequence: the reply belongs to another call" });
@@ -104,6 +104,8 @@ pub(in crate::network) fn open_reply<T: Wire>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::ORDINAL_HEARD_MAX;
+    use crate::types::{LeaderId, LogId};
 
     fn peer(cluster: &str, node_id: u64) -> PeerIdentity {
         PeerIdentity { cluster: cluster.parse().unwrap(), node_id }
@@ -122,5 +124,19 @@ mod tests {
         let reply = Bytes::from(seal_reply(7, &Ok(())));
         assert_eq!(open_reply::<()>(reply.clone(), 7).unwrap(), Ok(()));
         assert!(open_reply::<()>(reply, 7 + (1 << 16)).is_err());
+    }
+
+    /// What a peer says is counted on from, so there is less of it than in a record.
+    #[test]
+    fn messages_hold_no_more_than_what_can_be_counted_on_from() {
+        let own = peer("c1", 2);
+        for (index, opens) in [(ORDINAL_HEARD_MAX, true), (ORDINAL_HEARD_MAX + 1, false)] {
+            let log_id = LogId { leader_id: LeaderId { term: 1, node_id: 1 }, index };
+            let request = seal_request(7, &own, encode_message(&log_id));
+            let (_, mut message) = open_request(request.into(), &own).unwrap();
+            assert_eq!(LogId::decode(&mut message).is_ok(), opens);
+            let reply = Bytes::from(seal_reply(7, &Ok(log_id)));
+            assert_eq!(open_reply::<LogId>(reply, 7).is_ok(), opens);
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! A vote that is believed once stays: Raft never goes back to an earlier term. After the highest of all terms
 //! there would never be another election, so one senseless message would end a cluster for ever.
 
+use crate::codec::ORDINAL_HEARD_MAX;
 use crate::types::{NodeId, Vote};
 
 /// What is said of a vote that is not believed.
@@ -11,12 +12,16 @@ pub(in crate::network) const NO_ELECTION: &str = "a vote that no election leads 
 /// How far the term of a vote may be ahead of this node's own. One election raises it by one.
 const TERMS_AHEAD_MAX: u64 = 1 << 32;
 
+/// The highest term that a node takes that has none: when it stands for election itself, it counts on from
+/// there, and its peers hear nothing above [`ORDINAL_HEARD_MAX`].
+const FIRST_TERM_MAX: u64 = ORDINAL_HEARD_MAX / 2;
+
 /// Whether another node may say this vote to node `own`, which has reached `term`. Not if its term is out of
-/// reach; only who is new must take what it hears. Nor if it is the vote of this node itself: as a leader it
-/// would follow itself, and Raft panic.
+/// reach; only who is new must take nearly what it hears. Nor if it is the vote of this node itself: as a
+/// leader it would follow itself, and Raft panic.
 pub(in crate::network) fn is_plausible(vote: &Vote, own: NodeId, term: u64) -> bool {
-    let within_reach = term == 0 || vote.leader_id.term <= term.saturating_add(TERMS_AHEAD_MAX);
-    within_reach && vote.leader_id.node_id != own
+    let term_max = if term == 0 { FIRST_TERM_MAX } else { term.saturating_add(TERMS_AHEAD_MAX) };
+    vote.leader_id.term <= term_max && vote.leader_id.node_id != own
 }
 
 /// Whether another node may answer with this vote what node `own` said with the vote `said`: with that one, which
@@ -44,6 +49,18 @@ mod tests {
 
     fn vote(term: u64, node_id: NodeId, committed: bool) -> Vote {
         Vote { leader_id: LeaderId { term, node_id }, committed }
+    }
+
+    /// It is one message that brings it there, and its own elections have to go on.
+    #[test]
+    fn a_new_node_takes_a_term_only_with_room_above_it() {
+        let is_taken = |term, by| is_plausible(&vote(term, 2, false), OWN, by);
+        assert!(is_taken(7, 0) && is_taken(FIRST_TERM_MAX, 0));
+        assert!(!is_taken(FIRST_TERM_MAX + 1, 0));
+        assert!(!is_taken(ORDINAL_HEARD_MAX, 0));
+        assert!(is_taken(FIRST_TERM_MAX + 1, FIRST_TERM_MAX), "the next candidate's");
+        const { assert!(FIRST_TERM_MAX + TERMS_AHEAD_MAX < ORDINAL_HEARD_MAX) };
+        assert!(is_taken(5 + TERMS_AHEAD_MAX, 5) && !is_taken(6 + TERMS_AHEAD_MAX, 5));
     }
 
     #[test]
