@@ -275,14 +275,10 @@ async fn sender_and_receiver(dir: &Path) -> (Store, SnapshotMeta, SnapshotData, 
     (sender, snapshot.meta, snapshot.snapshot, receiver)
 }
 
-/// The images after installs have an owner: once it is closed, nothing goes on in a store that is to be
-/// closed. One that has its turn only then is not made.
-#[tokio::test(flavor = "multi_thread")]
-async fn who_closes_a_store_waits_for_no_image_that_is_not_begun() {
-    let dir = tempfile::tempdir().unwrap();
-    let (_sender, meta, snapshot, receiver) = sender_and_receiver(dir.path()).await;
-    let mut machine = receiver.state_machine();
-    // As if one was made that takes long.
+/// As if an image was made that takes long: until the sender is dropped.
+pub(super) async fn image_being_made(
+    machine: &StateMachine,
+) -> (std::sync::mpsc::Sender<()>, std::thread::JoinHandle<()>) {
     let (images, (go_on, goes_on)) = (machine.images.clone(), std::sync::mpsc::channel::<()>());
     let (begin, begun) = tokio::sync::oneshot::channel();
     let building = std::thread::spawn(move || {
@@ -291,6 +287,17 @@ async fn who_closes_a_store_waits_for_no_image_that_is_not_begun() {
         goes_on.recv().unwrap_err();
     });
     begun.await.unwrap();
+    (go_on, building)
+}
+
+/// The images after installs have an owner: once it is closed, nothing goes on in a store that is to be
+/// closed. One that has its turn only then is not made.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_closes_a_store_waits_for_no_image_that_is_not_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_sender, meta, snapshot, receiver) = sender_and_receiver(dir.path()).await;
+    let mut machine = receiver.state_machine();
+    let (go_on, building) = image_being_made(&machine).await;
     for _ in 0..2 {
         machine.install_snapshot(&meta, snapshot.clone()).await.unwrap();
     }

@@ -102,15 +102,7 @@ async fn an_install_does_not_wait_for_its_image() {
     apply(&mut machine, vec![put_entry(1, "k", "old")]).await;
     drop(machine.get_snapshot_builder().await.build_snapshot().await.unwrap());
 
-    // As if one was made that takes long.
-    let (images, (go_on, goes_on)) = (machine.images.clone(), std::sync::mpsc::channel::<()>());
-    let (begin, begun) = tokio::sync::oneshot::channel();
-    let building = std::thread::spawn(move || {
-        let _one_at_a_time = images.one_at_a_time();
-        begin.send(()).unwrap();
-        goes_on.recv().unwrap_err();
-    });
-    begun.await.unwrap();
+    let (go_on, building) = images::image_being_made(&machine).await;
     let installing = machine.install_snapshot(&meta, image);
     tokio::time::timeout(SOON, installing).await.expect("it is installed").unwrap();
     assert_eq!(value(&store, "k").as_deref(), Some("new"));
